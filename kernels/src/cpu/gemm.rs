@@ -1,0 +1,319 @@
+//! Matrix products whose every element is summed in one fixed order.
+//!
+//! The order: k is cut into blocks of [`K_BLOCK`]; within a block, element (r, j) is one chain of fused
+//! multiply-adds, `acc = fma(a[r, p], b[p, j], acc)` from `acc = 0`, p ascending; then `c = acc` (the first block, when
+//! not accumulating) or `c = c + acc`. Rows and columns share loads, never sums: an element depends on its own row of
+//! A, its own column of B and k, whatever the number of rows, the tile, the thread or the SIMD level.
+//! That is the row rule. A general-purpose GEMM does not give it: such libraries take k blocks from the cache size and
+//! switch algorithm at one row.
+
+use super::micro::{self, Tile};
+use super::pack::{PANEL_COLUMNS, PANEL_ROWS, PackedLeft, PackedMatrix, assert_extent};
+use super::simd::Simd;
+
+/// Length of the blocks of k. A constant of the results' bits, not a tuning parameter: changing it changes every
+/// trained model. 256 · 32 columns · 4 bytes = 32 KiB, a panel's block fits the first-level cache.
+pub const K_BLOCK: usize = 256;
+
+/// `c[m, n] (+)= a[m, k] · b[k, n]`
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `a` | `[m, k]`, rows `lda` apart | in | |
+/// | `b` | `[k, n]` packed | in | gives k and n |
+/// | `c` | `[m, n]`, rows `ldc` apart | out, in if `accumulate` | elements between the rows are left alone |
+///
+/// Cost: 2·m·n·k FLOPs; B is read once per K_BLOCK and tile row from the second-level cache, A once per panel.
+/// Numerics: see the module. Runs on the calling thread; callers split rows over threads.
+/// Reference: `chain` in this file's tests.
+///
+/// # Panics
+/// If a slice is shorter than its shape.
+pub fn gemm(
+    simd: Simd,
+    m: usize,
+    a: &[f32],
+    lda: usize,
+    b: &PackedMatrix,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+) {
+    assert_extent("gemm", "a", a.len(), m, b.k(), lda);
+    assert_extent("gemm", "c", c.len(), m, b.n(), ldc);
+    let height = even_height(m, micro::tallest_tile(simd));
+    product(simd, m, b, c, ldc, accumulate, |first_row, p| {
+        let rows = height.rows_from(first_row);
+        (rows, Left { a: a[first_row * lda + p..].as_ptr(), a_stride: lda, a_is_panel: false })
+    });
+}
+
+/// `c[m, n] (+)= Σ_k a[k, m] · b[k, n]`: the weight gradient of the k = (step, row) pairs of a shard, in the order
+/// they were packed.
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `a` | `[k, m]` packed | in | gives m |
+/// | `b` | `[k, n]` packed | in | same k |
+/// | `c` | `[m, n]`, rows `ldc` apart | out, in if `accumulate` | |
+///
+/// Cost, numerics and reference as [`gemm`]; the sum over k is the sum rule's, so k must list the rows in shard order.
+///
+/// # Panics
+/// If the two k differ or `c` is shorter than its shape.
+pub fn gemm_transposed(
+    simd: Simd,
+    a: &PackedLeft,
+    b: &PackedMatrix,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+) {
+    assert!(a.k() == b.k(), "gemm_transposed: a has k = {}, b has k = {}", a.k(), b.k());
+    assert_extent("gemm_transposed", "c", c.len(), a.m(), b.n(), ldc);
+    let tallest = micro::tallest_tile(simd);
+    product(simd, a.m(), b, c, ldc, accumulate, |first_row, p| {
+        // A tile stays within its panel of 12 rows; the lower levels take a panel in several tiles.
+        let within = first_row % PANEL_ROWS;
+        let rows = tallest.min(PANEL_ROWS - within).min(a.m() - first_row);
+        let panel = &a.panel(first_row - within)[p * PANEL_ROWS + within..];
+        (rows, Left { a: panel.as_ptr(), a_stride: 0, a_is_panel: true })
+    });
+}
+
+/// Where the left operand of a tile starts.
+struct Left {
+    a: *const f32,
+    a_stride: usize,
+    a_is_panel: bool,
+}
+
+/// The loops around the micro-kernel. `left(first_row, p)` tells how many rows the tile at `first_row` has and where
+/// its A starts at k = p; the slices behind its pointers hold those rows for all k.
+#[inline(always)]
+fn product(
+    simd: Simd,
+    m: usize,
+    b: &PackedMatrix,
+    c: &mut [f32],
+    ldc: usize,
+    accumulate: bool,
+    left: impl Fn(usize, usize) -> (usize, Left),
+) {
+    let (k, n) = (b.k(), b.n());
+    if k == 0 && !accumulate {
+        for row in 0..m {
+            c[row * ldc..][..n].fill(0.0);
+        }
+    }
+    for p in (0..k).step_by(K_BLOCK) {
+        let depth = K_BLOCK.min(k - p);
+        for first_column in (0..n).step_by(PANEL_COLUMNS) {
+            let (panel, width) = b.panel(first_column);
+            let block = &panel[p * width..][..depth * width];
+            let columns = width.min(n - first_column);
+            let mut first_row = 0;
+            while first_row < m {
+                let (rows, Left { a, a_stride, a_is_panel }) = left(first_row, p);
+                let tile = Tile {
+                    k: depth,
+                    a,
+                    a_stride,
+                    a_is_panel,
+                    b: block.as_ptr(),
+                    width,
+                    c: c[first_row * ldc + first_column..].as_mut_ptr(),
+                    c_stride: ldc,
+                    columns,
+                    accumulate: accumulate || p > 0,
+                };
+                // SAFETY: `assert_extent` in the callers covers rows first_row..first_row + rows <= m of A and C up
+                // to k and n, p + depth <= k and first_column + columns <= n; `block` has depth · width elements;
+                // C is borrowed exclusively, so it overlaps neither A nor B.
+                unsafe { micro::compute(simd, rows, tile) };
+                first_row += rows;
+            }
+        }
+    }
+}
+
+/// Cuts m rows into the fewest tiles of at most `tallest` rows, and those as equal as they can be: 32 rows are
+/// 11 + 11 + 10, not 12 + 12 + 8, because a short tile leaves the multipliers idle.
+fn even_height(m: usize, tallest: usize) -> EvenHeight {
+    let tiles = m.div_ceil(tallest).max(1);
+    EvenHeight { base: m / tiles, taller: m % tiles }
+}
+
+struct EvenHeight {
+    base: usize,
+    /// The first so many tiles have one row more.
+    taller: usize,
+}
+
+impl EvenHeight {
+    fn rows_from(&self, first_row: usize) -> usize {
+        self.base + usize::from(first_row < self.taller * (self.base + 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Numbers in [-1, 1) from a counter: the tests need variety, not randomness.
+    fn numbers(len: usize, salt: u32) -> Vec<f32> {
+        (0..len as u32)
+            .map(|at| {
+                let mixed = (at ^ salt.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+                let mixed = (mixed ^ (mixed >> 15)).wrapping_mul(0xc2b2_ae35);
+                (mixed ^ (mixed >> 13)) as f32 / 2f32.powi(31) - 1.0
+            })
+            .collect()
+    }
+
+    /// The definition: k blocks of chains. `c` is the starting value when accumulating.
+    fn chain(m: usize, n: usize, k: usize, a: &[f32], b: &[f32], c: Option<&[f32]>) -> Vec<f32> {
+        let mut result = vec![0.0; m * n];
+        for at in 0..m * n {
+            let (row, j) = (at / n, at % n);
+            let mut total = c.map(|c| c[at]);
+            for block in (0..k).step_by(K_BLOCK) {
+                let mut acc = 0.0f32;
+                for p in block..k.min(block + K_BLOCK) {
+                    acc = a[row * k + p].mul_add(b[p * n + j], acc);
+                }
+                total = Some(total.map_or(acc, |total| total + acc));
+            }
+            result[at] = total.unwrap_or(0.0);
+        }
+        result
+    }
+
+    fn transpose(rows: usize, columns: usize, x: &[f32]) -> Vec<f32> {
+        (0..rows * columns).map(|at| x[at % rows * columns + at / rows]).collect()
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn every_level_equals_the_chain_bit_for_bit_on_odd_shapes() {
+        let mut largest = 0.0f64;
+        for m in [1, 7, 13, 33, 150] {
+            for n in [1, 16, 33, 65, 150] {
+                for k in [1, 7, 255, 256, 257, 600] {
+                    let (a, b, c) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * n, 3));
+                    let mut packed = PackedMatrix::new(k, n);
+                    packed.pack_rows(&b, n);
+                    let mut left = PackedLeft::new(k, m);
+                    let a_transposed = transpose(m, k, &a);
+                    left.pack_row_iter(a_transposed.chunks(m));
+                    for accumulate in [false, true] {
+                        let want = chain(m, n, k, &a, &b, accumulate.then_some(&c[..]));
+                        for simd in Simd::available() {
+                            let start = if accumulate { c.clone() } else { vec![f32::NAN; m * n] };
+                            let mut got = start.clone();
+                            gemm(simd, m, &a, k, &packed, &mut got, n, accumulate);
+                            assert_eq!(bits(&got), bits(&want), "{simd} m {m} n {n} k {k} {accumulate}");
+                            let mut got = start;
+                            gemm_transposed(simd, &left, &packed, &mut got, n, accumulate);
+                            assert_eq!(bits(&got), bits(&want), "{simd} transposed m {m} n {n} k {k}");
+                        }
+                        for at in 0..m * n {
+                            let (row, j) = (at / n, at % n);
+                            let dot: f64 =
+                                (0..k).map(|p| f64::from(a[row * k + p]) * f64::from(b[p * n + j])).sum();
+                            let exact = dot + if accumulate { f64::from(c[at]) } else { 0.0 };
+                            largest = largest.max((f64::from(want[at]) - exact).abs() / (k as f64).sqrt());
+                        }
+                    }
+                }
+            }
+        }
+        println!("gemm against f64: largest difference / sqrt(k) {largest:.3e}");
+        assert!(largest < 2e-6);
+    }
+
+    #[test]
+    fn strides_leave_the_elements_between_rows_alone() {
+        let (m, n, k, lda, ldc) = (5, 20, 9, 12, 23);
+        let (a, b) = (numbers(m * lda, 4), numbers(k * n, 5));
+        let mut packed = PackedMatrix::new(k, n);
+        packed.pack_rows(&b, n);
+        let dense: Vec<f32> = a.chunks(lda).flat_map(|row| &row[..k]).copied().collect();
+        let want = chain(m, n, k, &dense, &b, None);
+        for simd in Simd::available() {
+            let mut c = vec![7.0; m * ldc];
+            gemm(simd, m, &a, lda, &packed, &mut c, ldc, false);
+            for (row, want) in c.chunks(ldc).zip(want.chunks(n)) {
+                assert_eq!(&row[..n], want);
+                assert_eq!(&row[n..], [7.0; 3]);
+            }
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_reach_exactly_the_rows_they_belong_to() {
+        let (m, n, k) = (9, 40, 30);
+        let mut a = numbers(m * k, 6);
+        a[4 * k + 7] = f32::NAN;
+        let mut packed = PackedMatrix::new(k, n);
+        packed.pack_rows(&numbers(k * n, 7), n);
+        for simd in Simd::available() {
+            let mut c = vec![0.0; m * n];
+            gemm(simd, m, &a, k, &packed, &mut c, n, false);
+            for (row, values) in c.chunks(n).enumerate() {
+                assert!(values.iter().all(|value| value.is_nan() == (row == 4)));
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_k_clears_or_keeps() {
+        let packed = PackedMatrix::new(0, 3);
+        let mut c = vec![1.0; 6];
+        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, true);
+        assert_eq!(c, [1.0; 6]);
+        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, false);
+        assert_eq!(c, [0.0; 6]);
+    }
+
+    #[test]
+    #[should_panic(expected = "gemm: a has 31 elements, needs 32 (1 rows of 32, 32 apart)")]
+    fn a_short_operand_is_named() {
+        gemm(Simd::PORTABLE, 1, &[0.0; 31], 32, &PackedMatrix::new(32, 4), &mut [0.0; 4], 4, false);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn any_grouping_of_rows_gives_the_same_bits(
+            cuts in prop::collection::vec(1usize..40, 1..6),
+            n in 1usize..100,
+            k in 1usize..400,
+        ) {
+            let m: usize = cuts.iter().sum();
+            let (a, b) = (numbers(m * k, 8), numbers(k * n, 9));
+            let mut packed = PackedMatrix::new(k, n);
+            packed.pack_rows(&b, n);
+            for simd in Simd::available() {
+                let mut whole = vec![f32::NAN; m * n];
+                gemm(simd, m, &a, k, &packed, &mut whole, n, false);
+                let mut first = 0;
+                for rows in cuts.iter().copied().chain([0]) {
+                    let mut part = vec![f32::NAN; rows * n];
+                    gemm(simd, rows, &a[first * k..], k, &packed, &mut part, n, false);
+                    prop_assert_eq!(bits(&part), bits(&whole[first * n..(first + rows) * n]));
+                    first += rows;
+                }
+                for row in 0..m {
+                    let mut alone = vec![f32::NAN; n];
+                    gemm(simd, 1, &a[row * k..], k, &packed, &mut alone, n, false);
+                    prop_assert_eq!(bits(&alone), bits(&whole[row * n..(row + 1) * n]));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The GEMM's inner loops: one tile of C, kept in registers over one block of k.
+//!
+//! Every path computes, for each element of the tile, `acc = 0; for p in 0..k { acc = fma(a[p], b[p], acc) }`, then
+//! `c = acc` or `c = c + acc`. How many rows and columns a tile has changes no element's bits.
+
+use super::pack::PANEL_ROWS;
+use super::simd::{Simd, SimdLevel};
+
+/// One tile's operands. The pointers were checked by the driver in `gemm.rs`.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    /// Length of this block of k.
+    pub k: usize,
+    /// First element of A. Rows `a_stride` apart and k contiguous, or a panel of `PackedLeft`.
+    pub a: *const f32,
+    /// Elements from row to row of A; unused for a panel.
+    pub a_stride: usize,
+    /// Whether A is a panel `[k][12]` of `PackedLeft`.
+    pub a_is_panel: bool,
+    /// First element of the panel's block `[k][width]` of B.
+    pub b: *const f32,
+    /// 16 or 32.
+    pub width: usize,
+    /// First element of the tile of C.
+    pub c: *mut f32,
+    /// Elements from row to row of C.
+    pub c_stride: usize,
+    /// Columns of C that exist, 1 to `width`.
+    pub columns: usize,
+    /// Add to C, or overwrite it.
+    pub accumulate: bool,
+}
+
+/// Rows of the tallest tile of a level.
+pub(super) fn tallest_tile(simd: Simd) -> usize {
+    match simd.level() {
+        SimdLevel::Avx512 => 12,
+        SimdLevel::Avx2 => 6,
+        SimdLevel::Portable => 4,
+    }
+}
+
+/// Computes `rows` (1 to [`tallest_tile`]) rows of a tile.
+///
+/// # Safety
+/// `tile.a` must be readable at every (row, p) of the tile, `tile.b` for `k · width` elements, and `tile.c` readable
+/// and writable at every (row, column); C overlaps neither A nor B.
+pub(super) unsafe fn compute(simd: Simd, rows: usize, tile: Tile) {
+    debug_assert!(1 <= rows && rows <= tallest_tile(simd));
+    debug_assert!(tile.width == 16 || tile.width == 32);
+    debug_assert!(1 <= tile.columns && tile.columns <= tile.width);
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: this level is only built where avx512f was detected; the pointers are the caller's promise.
+        SimdLevel::Avx512 => unsafe { x86::avx512(rows, tile) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: this level is only built where avx2 and fma were detected; the pointers are the caller's promise.
+        SimdLevel::Avx2 => unsafe { x86::avx2(rows, tile) },
+        // SAFETY: the pointers are the caller's promise.
+        _ => unsafe { portable(rows, tile) },
+    }
+}
+
+/// Element (row, p) of A.
+///
+/// # Safety
+/// As for [`compute`].
+#[inline(always)]
+unsafe fn left<const PANEL: bool>(tile: &Tile, row: usize, p: usize) -> *const f32 {
+    // SAFETY: the caller promises that (row, p) lies in A.
+    unsafe { if PANEL { tile.a.add(p * PANEL_ROWS + row) } else { tile.a.add(row * tile.a_stride + p) } }
+}
+
+/// Plain Rust: the definition of the result, and the path of other architectures.
+///
+/// # Safety
+/// As for [`compute`].
+unsafe fn portable(rows: usize, tile: Tile) {
+    const COLUMNS: usize = 16;
+    for first in (0..tile.columns).step_by(COLUMNS) {
+        let columns = COLUMNS.min(tile.columns - first);
+        let mut acc = [[0.0f32; COLUMNS]; 4];
+        for p in 0..tile.k {
+            // SAFETY: p < k and first + 16 <= width, so the sixteen floats lie in the panel's block of B.
+            let b = unsafe { &*tile.b.add(p * tile.width + first).cast::<[f32; COLUMNS]>() };
+            for row in 0..rows {
+                // SAFETY: row and p lie in the tile.
+                let a = unsafe {
+                    if tile.a_is_panel { *left::<true>(&tile, row, p) } else { *left::<false>(&tile, row, p) }
+                };
+                for j in 0..COLUMNS {
+                    acc[row][j] = a.mul_add(b[j], acc[row][j]);
+                }
+            }
+        }
+        for row in 0..rows {
+            for j in 0..columns {
+                // SAFETY: row < rows and first + j < tile.columns, so the element lies in the tile of C.
+                unsafe {
+                    let c = tile.c.add(row * tile.c_stride + first + j);
+                    *c = if tile.accumulate { *c + acc[row][j] } else { acc[row][j] };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Tile, left};
+    use std::arch::x86_64::*;
+
+    /// Calls `$function::<rows, $vectors, $panel>(tile)` with `rows` turned into a constant.
+    macro_rules! by_rows {
+        ($rows:expr, [$($count:literal)*], $function:ident, $vectors:literal, $panel:literal, $tile:expr) => {
+            match $rows {
+                // SAFETY: the caller has the target features and promises the pointers.
+                $($count => unsafe { $function::<$count, $vectors, $panel>($tile) },)*
+                other => unreachable!("no micro-kernel of {other} rows"),
+            }
+        };
+    }
+
+    /// # Safety
+    /// As for [`super::compute`].
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn avx512(rows: usize, tile: Tile) {
+        match (tile.width, tile.a_is_panel) {
+            (32, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, false, tile),
+            (32, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, true, tile),
+            (_, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 1, false, tile),
+            (_, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 1, true, tile),
+        }
+    }
+
+    /// `ROWS` × (16 · `VECTORS`) accumulators: at most 24 of the 32 registers.
+    ///
+    /// # Safety
+    /// As for [`super::compute`].
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
+        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        for p in 0..tile.k {
+            let mut b = [_mm512_setzero_ps(); VECTORS];
+            for vector in 0..VECTORS {
+                // SAFETY: p < k and 16 · VECTORS is the panel's width.
+                b[vector] = unsafe { _mm512_loadu_ps(tile.b.add((p * VECTORS + vector) * 16)) };
+            }
+            for row in 0..ROWS {
+                // SAFETY: row and p lie in the tile.
+                let a = unsafe { _mm512_set1_ps(*left::<PANEL>(&tile, row, p)) };
+                for vector in 0..VECTORS {
+                    acc[row][vector] = _mm512_fmadd_ps(a, b[vector], acc[row][vector]);
+                }
+            }
+        }
+        for vector in 0..VECTORS {
+            let columns = tile.columns.saturating_sub(16 * vector).min(16);
+            let mask = ((1u32 << columns) - 1) as __mmask16;
+            for row in 0..ROWS {
+                // SAFETY: the mask leaves only columns below tile.columns, which lie in the tile of C; masked-off
+                // lanes are not accessed.
+                unsafe {
+                    let c = tile.c.wrapping_add(row * tile.c_stride + 16 * vector);
+                    let mut value = acc[row][vector];
+                    if tile.accumulate {
+                        value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), value);
+                    }
+                    _mm512_mask_storeu_ps(c, mask, value);
+                }
+            }
+        }
+    }
+
+    /// Takes the panel in halves of 16 columns: 6 rows × 2 registers of 8 leave 4 of the 16 registers free.
+    ///
+    /// # Safety
+    /// As for [`super::compute`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2(rows: usize, tile: Tile) {
+        for first in (0..tile.columns).step_by(16) {
+            let half = Tile {
+                b: tile.b.wrapping_add(first),
+                c: tile.c.wrapping_add(first),
+                columns: (tile.columns - first).min(16),
+                ..tile
+            };
+            match tile.a_is_panel {
+                false => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, false, half),
+                true => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, true, half),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`super::compute`], except that B is read for 16 columns only.
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
+        const { assert!(VECTORS == 2) };
+        let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];
+        for p in 0..tile.k {
+            // SAFETY: p < k, and sixteen columns of the panel start at tile.b.
+            let b = unsafe {
+                let b = tile.b.add(p * tile.width);
+                [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))]
+            };
+            for row in 0..ROWS {
+                // SAFETY: row and p lie in the tile.
+                let a = unsafe { _mm256_set1_ps(*left::<PANEL>(&tile, row, p)) };
+                acc[row][0] = _mm256_fmadd_ps(a, b[0], acc[row][0]);
+                acc[row][1] = _mm256_fmadd_ps(a, b[1], acc[row][1]);
+            }
+        }
+        for row in 0..ROWS {
+            let c = tile.c.wrapping_add(row * tile.c_stride);
+            if tile.columns == 16 {
+                for vector in 0..2 {
+                    // SAFETY: all sixteen columns of this row of C exist.
+                    unsafe {
+                        let c = c.add(8 * vector);
+                        let mut value = acc[row][vector];
+                        if tile.accumulate {
+                            value = _mm256_add_ps(_mm256_loadu_ps(c), value);
+                        }
+                        _mm256_storeu_ps(c, value);
+                    }
+                }
+            } else {
+                let mut values = [0.0f32; 16];
+                // SAFETY: the array holds two registers.
+                unsafe {
+                    _mm256_storeu_ps(values.as_mut_ptr(), acc[row][0]);
+                    _mm256_storeu_ps(values.as_mut_ptr().add(8), acc[row][1]);
+                }
+                for j in 0..tile.columns {
+                    // SAFETY: j < tile.columns, so the element lies in the tile of C.
+                    unsafe {
+                        let c = c.add(j);
+                        *c = if tile.accumulate { *c + values[j] } else { values[j] };
+                    }
+                }
+            }
+        }
+    }
+}

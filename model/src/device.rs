@@ -1,0 +1,160 @@
+//! The seam between training and whatever computes: one step of a network on a device.
+//!
+//! A device takes whole steps, not operations: what is fused, in which order layers run and where weights live is
+//! its own affair. Buffers are opaque, so that nothing above this line can touch a float on the host by accident.
+//! A call may only *enqueue* work; the calls that hand results to the host ([`Device::read_sums`],
+//! [`Device::export`], [`Device::update`], [`Device::digest`]) wait for what they need.
+
+use std::fmt;
+use std::ops::Range;
+
+use protocol::batch::Batch;
+use protocol::job::{Clip, JobSpec};
+use protocol::sums::StepSums;
+
+/// What a device was asked to do and could not.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceError(pub String);
+
+/// Result of a device call.
+pub type Result<T> = std::result::Result<T, DeviceError>;
+
+/// What a pass over a batch is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// Forward with dropout, backward; `step` steps were done before, which keys the masks.
+    Train {
+        /// Steps done.
+        step: u64,
+    },
+    /// Forward only, without dropout; no partials.
+    Evaluate,
+}
+
+/// The optimizer's numbers for one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Update {
+    /// Updates done before this one; Adam's bias correction uses `updates_done + 1`.
+    pub updates_done: u64,
+    /// Summed weight of the batch: what the summed gradient is divided by.
+    pub weight: u64,
+    /// The norm to which the mean gradient is clipped, if it is clipped here.
+    pub clip_norm: Option<f64>,
+    /// Step size.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the corrected second moment.
+    pub epsilon: f64,
+}
+
+impl Update {
+    /// The update of a job after `updates_done` updates, for a batch of this weight.
+    pub fn new(job: &JobSpec, updates_done: u64, weight: u64, learning_rate: f64) -> Self {
+        Self {
+            updates_done,
+            weight,
+            clip_norm: (job.clip == Clip::Global).then_some(job.clip_norm),
+            learning_rate,
+            beta1: job.beta1,
+            beta2: job.beta2,
+            epsilon: job.epsilon,
+        }
+    }
+}
+
+/// Something that trains: a CPU with some threads, or one GPU.
+///
+/// Every method keeps the row rule (a number of one row does not depend on which rows share the call) and the sum
+/// rule (sums across rows are taken per shard, in row order), so equal calls give equal bits however shards are
+/// spread over devices.
+pub trait Device: Send {
+    /// A flat f32 buffer on the device.
+    type Buffer: Send;
+
+    /// What it is, for people: `cpu (AVX-512, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// Everything the device's bits depend on. Devices with equal words give equal bits; a fleet with different
+    /// words is refused. Every CPU path gives the same word.
+    fn bits(&self) -> String;
+
+    /// A buffer of `len` zeros.
+    fn zeros(&self, len: usize) -> Result<Self::Buffer>;
+
+    /// Copies `values` to `at ..` of the buffer.
+    fn import(&self, buffer: &mut Self::Buffer, at: usize, values: &[f32]) -> Result<()>;
+
+    /// Copies a range of the buffer to the host.
+    fn export(&self, buffer: &Self::Buffer, range: Range<usize>, into: &mut [f32]) -> Result<()>;
+
+    /// Runs the network over the rows of a batch.
+    ///
+    /// | argument | shape | in/out |
+    /// |---|---|---|
+    /// | `parameters` | `[P]` | in |
+    /// | `batch` | its rows lie in slots `first_slot ..` | in |
+    /// | `state_in` | `[B, state_size]` by slot, only the batch's slots are read | in; not changed, so that an aborted step can run again |
+    /// | `state_out` | as `state_in` | out: only the batch's slots are written |
+    ///
+    /// For [`Pass::Train`] the gradients' row sums are left inside the device for
+    /// [`finish_bucket`](Self::finish_bucket).
+    fn step(
+        &mut self,
+        pass: Pass,
+        parameters: &Self::Buffer,
+        batch: &Batch,
+        state_in: &Self::Buffer,
+        state_out: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// Completes one bucket (see [`StateLayout::buckets`](protocol::layout::StateLayout::buckets)) of the last
+    /// training step: `partials[i][range of the bucket]` becomes the gradient of the *sum* of the losses of the
+    /// batch's i-th shard. Buckets must be finished in order, so that one can travel while the next is computed.
+    fn finish_bucket(&mut self, bucket: usize, partials: &mut [Self::Buffer]) -> Result<()>;
+
+    /// The sums of each shard of the last step, in the batch's order.
+    fn read_sums(&mut self) -> Result<&[StepSums]>;
+
+    /// `destination[range] += source[range]`: one addition of the tree.
+    fn tree_add(
+        &self,
+        destination: &mut Self::Buffer,
+        source: &Self::Buffer,
+        range: Range<usize>,
+    ) -> Result<()>;
+
+    /// Clips one shard's summed gradient as a mean: `G ← n · clip(G / n, clip_norm)` with `n` its weight.
+    fn clip_shard(&self, partial: &mut Self::Buffer, weight: u64, clip_norm: f64) -> Result<()>;
+
+    /// Norm of the mean gradient `gradient / weight`; not finite if any of its numbers is not.
+    fn mean_norm(&self, gradient: &Self::Buffer, weight: u64) -> Result<f64>;
+
+    /// Divides the summed gradient by the weight, clips it by `norm` (from [`mean_norm`](Self::mean_norm)) and
+    /// updates parameters and both moments.
+    fn update(
+        &mut self,
+        update: &Update,
+        norm: f64,
+        gradient: &Self::Buffer,
+        parameters: &mut Self::Buffer,
+        first_moment: &mut Self::Buffer,
+        second_moment: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    /// A 64-bit digest of a buffer that lies at `at` of the state image, keyed by position: digests of the parts
+    /// add up (wrapping) to the digest of the whole.
+    fn digest(&self, buffer: &Self::Buffer, at: usize) -> Result<u64>;
+}
+
+impl fmt::Display for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Train { step } => write!(f, "training step {step}"),
+            Self::Evaluate => f.write_str("evaluation"),
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Control messages between the coordinator and its workers.
+//!
+//! Version ledger: 1 — first.
+
+use bincode::{Decode, Encode};
+use std::ops::Range;
+
+use crate::batch::DataShape;
+use crate::job::{JobSpec, RunSpec};
+use crate::sums::StepSums;
+
+/// Version of everything that travels. Both sides must have the same.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// One membership: which workers train together. Journaled, never reused.
+pub type Generation = u64;
+
+/// A worker for as long as it is known to the coordinator.
+pub type WorkerId = u32;
+
+/// From a worker to the coordinator.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum ToCoordinator {
+    /// The first message.
+    Hello(Hello),
+    /// The connections to all peers of the generation stand.
+    Connected {
+        /// The generation.
+        generation: Generation,
+    },
+    /// The worker has room for this many more batches.
+    Credit {
+        /// The generation.
+        generation: Generation,
+        /// Batches.
+        batches: u32,
+    },
+    /// A step is done.
+    Step(StepReport),
+    /// An evaluation is done; equal on every worker.
+    Evaluation {
+        /// The generation.
+        generation: Generation,
+        /// Steps done when it was made.
+        step: u64,
+        /// The sums over the validation data.
+        sums: StepSums,
+    },
+    /// The digest of the whole state after a step; must be equal on every worker.
+    Digest {
+        /// The generation.
+        generation: Generation,
+        /// Steps done.
+        step: u64,
+        /// The digest.
+        digest: u64,
+    },
+    /// The worker has stopped after a step and holds the state.
+    Stopped {
+        /// The generation.
+        generation: Generation,
+        /// Steps done.
+        step: u64,
+        /// Why.
+        why: Stop,
+    },
+    /// The worker cannot go on, and why, in words for the user.
+    Failed {
+        /// A sentence for the user.
+        sentence: String,
+    },
+}
+
+/// Why a worker stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Stop {
+    /// The schedule is at its end.
+    Finished,
+    /// All workers agreed to stop after this step because one was told to drain.
+    Drained,
+    /// The generation was aborted, or a peer was lost; the partial step is dropped.
+    Aborted,
+    /// The loss or the gradient of the next step is not finite; its update was not applied.
+    NonFinite,
+}
+
+/// Who a worker is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// A name for people: given with `--name`, else host and process id.
+    pub name: String,
+    /// Package version and git revision of the binary.
+    pub build: String,
+    /// What computes, e.g. `cpu (AVX-512)`.
+    pub device: String,
+    /// Everything a device's bits depend on; must be equal across a fleet.
+    pub bits: String,
+    /// Threads that compute.
+    pub threads: u32,
+    /// Port of the data plane.
+    pub data_port: u16,
+    /// Host of the data plane, if it is not the control connection's own address.
+    pub advertise: Option<String>,
+    /// `HOST:PORT` of the worker's own metrics.
+    pub metrics: Option<String>,
+}
+
+/// One finished step as one worker saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Encode, Decode)]
+pub struct StepReport {
+    /// The generation.
+    pub generation: Generation,
+    /// Steps done, this one included.
+    pub step: u64,
+    /// The sums of all shards.
+    pub sums: StepSums,
+    /// Norm of the mean gradient before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate of the update.
+    pub learning_rate: f64,
+    /// Where the time of the step went.
+    pub seconds: PhaseSeconds,
+}
+
+/// Wall-clock seconds of the phases of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Encode, Decode)]
+pub struct PhaseSeconds {
+    /// Waiting for the batch.
+    pub data: f64,
+    /// Forward, backward, adding own shards.
+    pub compute: f64,
+    /// Waiting for the collective.
+    pub reduce: f64,
+    /// Clipping and the optimizer.
+    pub update: f64,
+}
+
+/// From the coordinator to a worker.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum ToWorker {
+    /// The answer to [`Hello`].
+    Welcome(Box<Welcome>),
+    /// The worker belongs to a new generation.
+    Form(Form),
+    /// The worker is not needed now: there are more workers than shards.
+    StandBy,
+    /// Stop after a step, all together.
+    Drain,
+    /// Drop the partial step of this generation.
+    Abort {
+        /// The generation.
+        generation: Generation,
+    },
+    /// Stream the state after the first finished step that is at least this one.
+    SendState {
+        /// Steps done.
+        at_step: u64,
+    },
+    /// The run is over for this worker.
+    Goodbye {
+        /// Why, in words, when it is not the run's own end.
+        reason: Option<String>,
+    },
+}
+
+/// What the run is.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Welcome {
+    /// Name of the run, unique.
+    pub run_id: String,
+    /// Counts the starts of the coordinator.
+    pub coordinator_epoch: u64,
+    /// The worker's number from now on.
+    pub worker_id: WorkerId,
+    /// What is computed.
+    pub job: JobSpec,
+    /// How long.
+    pub run: RunSpec,
+    /// What the data looks like.
+    pub data: DataShape,
+}
+
+/// A worker's place in a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Form {
+    /// The generation.
+    pub generation: Generation,
+    /// This worker's position in `members`.
+    pub rank: u32,
+    /// All members by rank.
+    pub members: Vec<Member>,
+    /// Steps done in the state to start from.
+    pub step: u64,
+    /// Where that state comes from.
+    pub state: StateSource,
+}
+
+/// One member of a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Member {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Its name for people.
+    pub name: String,
+    /// `HOST:PORT` of its data plane.
+    pub address: String,
+    /// The shards it holds.
+    pub shards: Range<u32>,
+}
+
+/// Where a worker gets the state that a generation starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum StateSource {
+    /// Initialised from the job's seed.
+    Initial,
+    /// Streamed by the coordinator, from a checkpoint.
+    Coordinator,
+    /// The worker holds it already.
+    Kept,
+}
