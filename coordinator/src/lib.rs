@@ -1,1 +1,30 @@
-//! Lockstep coordinator.
+//! The coordinator: the only process with a disk. It cuts data sets into batches, decides who trains, and writes
+//! down what happened. It knows nothing of gradients.
+//!
+//! In reading order:
+//!
+//! - [`run`](mod@run): one run from its first worker to its end.
+//! - [`membership`]: who trains, as a pure state machine.
+//! - [`data`]: data sets and which rows each piece of work has.
+//! - [`feeder`](mod@feeder): batches to one worker.
+//! - [`server`](mod@server): the control port.
+//! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
+//! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown.
+#![forbid(unsafe_code)]
+
+pub mod data;
+mod digests;
+mod epoch_clock;
+mod feeder;
+mod http;
+pub mod membership;
+mod metrics;
+mod records;
+mod run;
+mod screen;
+mod server;
+mod start;
+mod state_stream;
+pub mod store;
+
+pub use start::{Config, run};

@@ -8,8 +8,9 @@
 use std::fmt;
 use std::ops::Range;
 
-use protocol::batch::Batch;
+use protocol::batch::{Batch, DataShape};
 use protocol::job::{Clip, JobSpec};
+use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
 
 /// What a device was asked to do and could not.
@@ -66,6 +67,28 @@ impl Update {
     }
 }
 
+/// A kind of device that can be opened once the job is known.
+pub trait Backend: Send {
+    /// What it opens.
+    type Device: Device;
+
+    /// What it is, for people: `cpu (AVX-512)`.
+    fn describe(&self) -> String;
+
+    /// Everything the device's bits depend on. Backends with equal words give equal bits; a fleet with different
+    /// words is refused. Every CPU path gives the same word.
+    fn bits(&self) -> String;
+
+    /// Threads that compute.
+    fn threads(&self) -> usize;
+
+    /// Opens the device for one job.
+    ///
+    /// # Errors
+    /// The device has no room or is not there.
+    fn open(&self, layout: &StateLayout, job: &JobSpec, data: &DataShape) -> Result<Self::Device>;
+}
+
 /// Something that trains: a CPU with some threads, or one GPU.
 ///
 /// Every method keeps the row rule (a number of one row does not depend on which rows share the call) and the sum
@@ -74,13 +97,6 @@ impl Update {
 pub trait Device: Send {
     /// A flat f32 buffer on the device.
     type Buffer: Send;
-
-    /// What it is, for people: `cpu (AVX-512, 2 threads)`.
-    fn describe(&self) -> String;
-
-    /// Everything the device's bits depend on. Devices with equal words give equal bits; a fleet with different
-    /// words is refused. Every CPU path gives the same word.
-    fn bits(&self) -> String;
 
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Result<Self::Buffer>;

@@ -1,1 +1,24 @@
-//! Lockstep worker.
+//! A worker: a stateless process that trains its shards and holds a replica of the training state.
+//!
+//! In reading order:
+//!
+//! - [`session`]: a worker's life, from the connection to the goodbye.
+//! - [`train`]: the step loop, on one screen.
+//! - [`replica`]: the replicated state.
+//! - [`collective`]: sums and gathers across workers; TCP.
+//! - [`feed`]: batches in; [`outbox`]: messages out.
+//! - [`metrics`]: the worker's own metrics.
+#![forbid(unsafe_code)]
+
+mod abort;
+pub mod collective;
+mod connection;
+pub mod feed;
+pub mod metrics;
+pub mod outbox;
+pub mod replica;
+pub mod session;
+mod sums_exchange;
+pub mod train;
+
+pub use session::{Config, run};

@@ -29,6 +29,7 @@ pub const K_BLOCK: usize = 256;
 ///
 /// # Panics
 /// If a slice is shorter than its shape.
+#[allow(clippy::too_many_arguments)] // the field's order of arguments, known to every reader of a GEMM
 pub fn gemm(
     simd: Simd,
     m: usize,

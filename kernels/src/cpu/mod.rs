@@ -1,7 +1,16 @@
 //! The CPU kernels: exact in their order of operations, vectorised, free of allocation.
 
+pub mod dropout;
 pub mod gemm;
+pub mod gru;
+pub mod input;
+pub mod lstm;
 pub mod math;
 mod micro;
+pub mod optimizer;
 pub mod pack;
+pub mod reduce;
+pub mod rnn;
+pub mod sequence;
 pub mod simd;
+pub mod softmax;

@@ -101,9 +101,15 @@ impl PackedMatrix {
     }
 
     fn set_row(&mut self, p: usize, row: &[f32]) {
-        for (panel, values) in row.chunks(PANEL_COLUMNS).enumerate() {
-            let (start, width) = self.panel_place(panel * PANEL_COLUMNS);
-            as_floats_mut(&mut self.lines)[start + p * width..][..values.len()].copy_from_slice(values);
+        let (panels, rest) = row.as_chunks::<PANEL_COLUMNS>();
+        let data = as_floats_mut(&mut self.lines);
+        for (panel, values) in panels.iter().enumerate() {
+            let start = (panel * self.k + p) * PANEL_COLUMNS;
+            data[start..start + PANEL_COLUMNS].copy_from_slice(values);
+        }
+        if !rest.is_empty() {
+            let (start, width) = self.panel_place(panels.len() * PANEL_COLUMNS);
+            as_floats_mut(&mut self.lines)[start + p * width..][..rest.len()].copy_from_slice(rest);
         }
     }
 
@@ -151,13 +157,20 @@ impl PackedLeft {
 
     /// Fills from `rows`, which yields k rows of m elements each, in the order of the sum.
     pub fn pack_row_iter<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) {
+        let stride = self.k * PANEL_ROWS;
         let mut count = 0;
         for row in rows {
             assert!(count < self.k, "pack_row_iter: more than k = {} rows", self.k);
             assert!(row.len() == self.m, "pack_row_iter: row has {} elements, needs {}", row.len(), self.m);
-            for (panel, values) in row.chunks(PANEL_ROWS).enumerate() {
-                let start = (panel * self.k + count) * PANEL_ROWS;
-                self.data[start..start + values.len()].copy_from_slice(values);
+            // Whole panels apart from the rest: a copy of a constant length is three moves, any other is a call.
+            let (panels, rest) = row.as_chunks::<PANEL_ROWS>();
+            let mut start = count * PANEL_ROWS;
+            for values in panels {
+                self.data[start..start + PANEL_ROWS].copy_from_slice(values);
+                start += stride;
+            }
+            if !rest.is_empty() {
+                self.data[start..start + rest.len()].copy_from_slice(rest);
             }
             count += 1;
         }

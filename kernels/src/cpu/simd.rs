@@ -1,6 +1,6 @@
 //! Which vector instructions a kernel runs with, and the macro that compiles one body for each of them.
 //!
-//! A kernel is written once, as plain Rust over slices. [`simd_kernel!`] compiles that text three times: for
+//! A kernel is written once, as plain Rust over slices. `simd_kernel!` compiles that text three times: for
 //! AVX-512, for AVX2 with FMA, and for the build target's baseline. The text uses only `+ - * /`, `sqrt`,
 //! `mul_add`, comparisons and bit casts, each of which is exactly rounded at every width, and the compiler never
 //! reassociates floats, so the three compilations return identical bits (the payload of a NaN excepted).
@@ -176,8 +176,8 @@ pub(crate) const LANES: usize = 16;
 /// Maps `unit` over rows of equal length, `LANES` units at a time: `inout[..][j] = unit(input[..][j], inout[..][j])`.
 ///
 /// The last block is padded with zeros and only its real units are stored, so that a width of 150 costs ten vector
-/// blocks and not nine plus six scalar units. `unit` is an `#[inline(always)]` function item, which (unlike a
-/// closure) is certain to be inlined, and thereby vectorised, at the caller's level.
+/// blocks and not nine plus six scalar units. `unit` must be `#[inline(always)]`, or it is not vectorised at the
+/// caller's level.
 #[inline(always)]
 pub(crate) fn map_units<const IN: usize, const OUT: usize>(
     input: [&[f32]; IN],
@@ -192,44 +192,46 @@ pub(crate) fn map_units<const IN: usize, const OUT: usize>(
         assert!(row.len() == len, "map_units: rows differ in length: {} and {len}", row.len());
     }
     let mut start = 0;
-    while start < len {
-        let count = LANES.min(len - start);
+    while start + LANES <= len {
         // Local copies: the compiler then knows that no store below aliases a load, and needs no run-time checks.
         let mut x = [[0.0f32; LANES]; IN];
         let mut y = [[0.0f32; LANES]; OUT];
-        if count == LANES {
-            for n in 0..IN {
-                x[n].copy_from_slice(&input[n][start..start + LANES]);
-            }
-            for n in 0..OUT {
-                y[n].copy_from_slice(&inout[n][start..start + LANES]);
-            }
-            unit_block(&x, &mut y, &unit);
-            for n in 0..OUT {
-                inout[n][start..start + LANES].copy_from_slice(&y[n]);
-            }
-        } else {
-            for n in 0..IN {
-                x[n][..count].copy_from_slice(&input[n][start..]);
-            }
-            for n in 0..OUT {
-                y[n][..count].copy_from_slice(&inout[n][start..]);
-            }
-            unit_block(&x, &mut y, &unit);
-            for n in 0..OUT {
-                inout[n][start..].copy_from_slice(&y[n][..count]);
-            }
+        for n in 0..IN {
+            x[n].copy_from_slice(&input[n][start..start + LANES]);
+        }
+        for n in 0..OUT {
+            y[n].copy_from_slice(&inout[n][start..start + LANES]);
+        }
+        let result = unit_block(&x, &y, &unit);
+        for n in 0..OUT {
+            inout[n][start..start + LANES].copy_from_slice(&result[n]);
         }
         start += LANES;
+    }
+    if start < len {
+        let count = len - start;
+        let mut x = [[0.0f32; LANES]; IN];
+        let mut y = [[0.0f32; LANES]; OUT];
+        for n in 0..IN {
+            x[n][..count].copy_from_slice(&input[n][start..]);
+        }
+        for n in 0..OUT {
+            y[n][..count].copy_from_slice(&inout[n][start..]);
+        }
+        let result = unit_block(&x, &y, &unit);
+        for n in 0..OUT {
+            inout[n][start..].copy_from_slice(&result[n][..count]);
+        }
     }
 }
 
 #[inline(always)]
 fn unit_block<const IN: usize, const OUT: usize>(
     x: &[[f32; LANES]; IN],
-    y: &mut [[f32; LANES]; OUT],
+    y: &[[f32; LANES]; OUT],
     unit: &impl Fn([f32; IN], [f32; OUT]) -> [f32; OUT],
-) {
+) -> [[f32; LANES]; OUT] {
+    let mut result = [[0.0; LANES]; OUT];
     for lane in 0..LANES {
         let mut input = [0.0; IN];
         for n in 0..IN {
@@ -239,11 +241,12 @@ fn unit_block<const IN: usize, const OUT: usize>(
         for n in 0..OUT {
             inout[n] = y[n][lane];
         }
-        let result = unit(input, inout);
+        let values = unit(input, inout);
         for n in 0..OUT {
-            y[n][lane] = result[n];
+            result[n][lane] = values[n];
         }
     }
+    result
 }
 
 #[cfg(test)]

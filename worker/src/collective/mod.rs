@@ -3,8 +3,19 @@
 //! One algorithm for all: each worker sends the values of the tree nodes that cover its shards, cut into one slice
 //! per rank; each rank adds the nodes of its slice in tree order; the finished slices are gathered by all. The
 //! order of additions is the tree's, so the result has the same bits for any number of workers.
+//!
+//! In reading order: [`reduce`] (the pure part), [`mesh`] (who is connected), `wire` (one frame), `links` (the
+//! threads), [`tcp`] (the trait over all of these).
 
+#[cfg(test)]
+mod host_device;
+mod links;
+pub mod mesh;
+pub mod reduce;
 pub mod tcp;
+#[cfg(test)]
+mod tests;
+mod wire;
 
 use std::fmt;
 use std::ops::Range;

@@ -1,0 +1,250 @@
+//! Data sets: where they lie, how they are read, and which rows they give to each piece of work.
+//!
+//! In reading order:
+//!
+//! - [`locate`]: from the name or path in `[run] data` to files, or to the data that is compiled in.
+//! - [`file`]: a file's bytes, unpacked and bounded, and their digest.
+//! - [`text`]: task `chars` over any UTF-8 text; the embedded text.
+//! - [`images`]: task `rows` over any labelled images.
+//! - [`idx`]: the file format of MNIST.
+//! - [`digits`]: the embedded digits, drawn when they are opened.
+
+mod digits;
+mod file;
+mod idx;
+mod images;
+pub mod locate;
+mod text;
+
+use std::ops::Range;
+use std::path::Path;
+
+use protocol::batch::{Batch, DataShape, ShardBatch};
+use protocol::job::{JobSpec, RunSpec};
+use protocol::problem::Problem;
+use protocol::schedule::{Schedule, Work};
+use protocol::slots;
+
+use images::RowsDataset;
+use locate::{Places, Source};
+use text::TextDataset;
+
+pub use text::EMBEDDED_TEXT_VERSION;
+
+/// A data set, cut for one job: a pure function from work and shards to rows.
+pub trait Dataset: Send {
+    /// What workers learn about it.
+    fn shape(&self) -> &DataShape;
+
+    /// The rows of `shards` in this piece of work, which must be one of the schedule's; `shards` is not empty.
+    ///
+    /// Costs a copy of the rows, whatever came before; only the first call of another epoch of the task `rows`
+    /// also shuffles the samples, once per [`handle`](Self::handle).
+    fn batch(&mut self, work: Work, shards: Range<u32>) -> Batch;
+
+    /// What people and resumed runs learn about it.
+    fn facts(&self) -> &DataFacts;
+
+    /// Another handle on the same data. The content is shared, not copied.
+    fn handle(&self) -> Box<dyn Dataset>;
+}
+
+/// What people and resumed runs learn about a data set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFacts {
+    /// For people: `embedded text v1, 412,345 characters, 87 distinct`.
+    pub name: String,
+    /// Hex sha256 of the content, training and validation: equal whether a file was gzipped or not.
+    pub digest: String,
+    /// Task `chars`: the character of each token, ascending.
+    pub vocabulary: Option<Vec<char>>,
+    /// What is counted below: `characters` or `images`.
+    pub sample_unit: &'static str,
+    /// Samples to learn from: training images, or characters of the training part that have one before them.
+    pub train_samples: u64,
+    /// Of these, how many an epoch leaves out because they do not fill a batch.
+    pub skipped_per_epoch: u64,
+    /// Samples that each evaluation predicts.
+    pub validation_samples: u64,
+}
+
+/// Opens the data that `run.data` names, for this job.
+///
+/// `data_dir` is the folder given on the command line, searched for named data before `LOCKSTEP_DATA_DIR` and
+/// the user's cache.
+///
+/// # Errors
+/// Data that is missing, of the other task, damaged, or too small for the job's batch.
+pub fn open(job: &JobSpec, run: &RunSpec, data_dir: Option<&Path>) -> Result<Box<dyn Dataset>, Problem> {
+    open_in(job, run, &Places::of_process(data_dir))
+}
+
+/// [`open`] with the places to look in as a parameter.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_in(job: &JobSpec, run: &RunSpec, places: &Places) -> Result<Box<dyn Dataset>, Problem> {
+    Ok(match locate::locate(job.task, &run.data, places)? {
+        Source::EmbeddedText => {
+            let name = format!("embedded text v{EMBEDDED_TEXT_VERSION}");
+            Box::new(TextDataset::new(&name, text::EMBEDDED_TEXT.as_bytes(), job, run)?)
+        }
+        Source::EmbeddedDigits => {
+            let name = format!("embedded digits v{}", digits::EMBEDDED_DIGITS_VERSION);
+            let (train, test) = (digits::train(), digits::test());
+            Box::new(RowsDataset::new(&name, train, test, job, run)?)
+        }
+        Source::Text { name, path, sha256 } => {
+            let bytes = file::read(&path, file::LIMIT_BYTES)?;
+            if let Some(expected) = sha256 {
+                file::verify(&path, &bytes, expected)?;
+            }
+            Box::new(TextDataset::new(&name, &bytes, job, run)?)
+        }
+        Source::Images { name, train, test } => {
+            let (train, test) = (idx::read(&train)?, idx::read(&test)?);
+            Box::new(RowsDataset::new(&name, train, test, job, run)?)
+        }
+    })
+}
+
+/// The lengths of a run over a data set whose epoch has `steps_per_epoch` steps.
+fn schedule(run: &RunSpec, steps_per_epoch: u64, evaluation_batches: u64) -> Schedule {
+    let of_epochs = (run.epochs > 0).then(|| run.epochs.saturating_mul(steps_per_epoch));
+    let of_steps = (run.steps > 0).then_some(run.steps);
+    let total_steps = of_epochs.into_iter().chain(of_steps).min();
+    Schedule {
+        steps_per_epoch,
+        evaluation_batches,
+        total_steps: total_steps.expect("a checked job has epochs or steps"),
+    }
+}
+
+/// The shards of a batch, in order, where the global batch has rows in the slots `0 .. filled` only.
+fn shard_batches(job: BatchCut, shards: Range<u32>, filled: u32) -> Vec<ShardBatch> {
+    let first_slot = job.slots_of(shards.clone()).start.min(filled);
+    shards
+        .map(|shard| {
+            let slots = slots::slots(job.batch_size, job.shards, shard);
+            let row = |slot: u32| (slot.min(filled) - first_slot) as usize;
+            ShardBatch { shard, rows: row(slots.start)..row(slots.end) }
+        })
+        .collect()
+}
+
+/// How a job cuts the global batch.
+#[derive(Debug, Clone, Copy)]
+struct BatchCut {
+    batch_size: u32,
+    shards: u32,
+}
+
+impl BatchCut {
+    fn new(job: &JobSpec) -> Self {
+        Self { batch_size: job.batch_size, shards: job.shards }
+    }
+
+    fn slots_of(self, shards: Range<u32>) -> Range<u32> {
+        assert!(!shards.is_empty() && shards.end <= self.shards, "shards {shards:?} of {}", self.shards);
+        slots::slots_of(self.batch_size, self.shards, shards)
+    }
+}
+
+/// A number with its digits in groups of three: `1,115,394`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_ends_at_the_nearer_of_its_two_limits() {
+        let run = |epochs, steps| {
+            let mut run = testing::run("embedded");
+            (run.epochs, run.steps) = (epochs, steps);
+            schedule(&run, 7, 2).total_steps
+        };
+        assert_eq!([run(3, 0), run(0, 5), run(3, 5), run(3, 50)], [21, 5, 5, 21]);
+        assert_eq!(run(u64::MAX, 9), 9);
+    }
+
+    #[test]
+    fn shards_past_the_last_filled_slot_have_no_rows() {
+        let cut = BatchCut { batch_size: 10, shards: 4 };
+        let rows = |shards, filled| -> Vec<Range<usize>> {
+            shard_batches(cut, shards, filled).into_iter().map(|shard| shard.rows).collect()
+        };
+        assert_eq!(rows(0..4, 10), [0..2, 2..5, 5..7, 7..10]);
+        assert_eq!(rows(1..4, 6), [0..3, 3..4, 4..4]);
+        assert_eq!(rows(3..4, 6), [0..0]);
+    }
+
+    #[test]
+    fn digits_are_grouped_by_three() {
+        assert_eq!([0, 999, 1000, 1_115_394].map(grouped), ["0", "999", "1,000", "1,115,394"]);
+    }
+
+    #[test]
+    fn both_embedded_data_sets_fit_their_presets() {
+        for (preset, unit) in [("char-lstm", "characters"), ("mnist-rnn", "images")] {
+            let job = testing::job(preset, &[]);
+            let mut data = open_in(&job, &testing::run("embedded"), &Places::default()).unwrap();
+            let facts = data.facts().clone();
+            assert_eq!(facts.sample_unit, unit);
+            assert!(facts.name.starts_with("embedded "), "{}", facts.name);
+            let schedule = data.shape().schedule;
+            assert!(schedule.steps_per_epoch >= 20 && schedule.evaluation_batches > 0, "{schedule:?}");
+            for work in [Work::Train { step: 0, epoch: 0, index: 0 }, Work::Evaluate { step: 9, index: 0 }] {
+                let batch = data.batch(work, 0..job.shards);
+                assert_eq!(batch.rows(), job.batch_size as usize);
+                assert_eq!(data.handle().batch(work, 0..job.shards), batch);
+                assert_eq!(Batch::from_bytes(&batch.to_bytes(), data.shape()).as_ref(), Some(&batch));
+            }
+        }
+    }
+}
+
+/// What the tests of all data sets share.
+#[cfg(test)]
+mod testing {
+    use super::*;
+    use protocol::job::JobFile;
+
+    /// A preset's job with a few keys changed.
+    pub(super) fn job(preset: &str, settings: &[(&str, u32)]) -> JobSpec {
+        let settings: Vec<_> =
+            settings.iter().map(|(key, value)| ((*key).to_owned(), value.to_string())).collect();
+        JobFile::resolve(preset, None, &settings).unwrap().job
+    }
+
+    /// One epoch over `data`.
+    pub(super) fn run(data: &str) -> RunSpec {
+        RunSpec { data: data.to_owned(), epochs: 1, ..JobFile::resolve("char-lstm", None, &[]).unwrap().run }
+    }
+
+    /// The problem of something that should not have worked: its sentence and its hint.
+    pub(super) fn refusal<T>(result: Result<T, Problem>) -> (String, String) {
+        let problem = result.err().expect("a problem");
+        (problem.sentence, problem.hint.unwrap_or_default())
+    }
+
+    /// The folder of real data, if this machine has one; else says so.
+    pub(super) fn real_data() -> Option<Places> {
+        let places = Places::of_process(None);
+        if places.lockstep_data_dir.is_none() {
+            println!("skipped: LOCKSTEP_DATA_DIR is not set");
+            return None;
+        }
+        Some(Places { cache_dir: None, ..places })
+    }
+}

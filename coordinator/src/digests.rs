@@ -1,0 +1,63 @@
+//! Comparison of the members' digests of one state.
+
+use std::collections::{BTreeMap, HashMap};
+
+use protocol::message::WorkerId;
+
+/// Digests by step, until all members have sent theirs.
+#[derive(Debug, Default)]
+pub(crate) struct Digests {
+    by_step: BTreeMap<u64, HashMap<WorkerId, u64>>,
+}
+
+impl Digests {
+    /// Takes in one digest. When it is the last of its step and they differ, gives the members that parted from
+    /// the rest: the minority, or all where there is no clear majority.
+    pub(crate) fn take(&mut self, id: WorkerId, step: u64, digest: u64, members: &[WorkerId]) -> Vec<WorkerId> {
+        let of_step = self.by_step.entry(step).or_default();
+        of_step.insert(id, digest);
+        if members.iter().any(|member| !of_step.contains_key(member)) {
+            return Vec::new();
+        }
+        let of_step = self.by_step.remove(&step).unwrap_or_default();
+        // Members are in step with each other: what is older will not be completed any more.
+        self.by_step = self.by_step.split_off(&step);
+        parted(&of_step)
+    }
+}
+
+fn parted(digests: &HashMap<WorkerId, u64>) -> Vec<WorkerId> {
+    let mut votes: HashMap<u64, usize> = HashMap::new();
+    for digest in digests.values() {
+        *votes.entry(*digest).or_default() += 1;
+    }
+    if votes.len() <= 1 {
+        return Vec::new();
+    }
+    let most = votes.values().copied().max().unwrap_or(0);
+    let is_clear = votes.values().filter(|&&count| count == most).count() == 1;
+    let mut parted: Vec<WorkerId> =
+        digests.iter().filter(|(_, digest)| !is_clear || votes[digest] < most).map(|(&id, _)| id).collect();
+    parted.sort_unstable();
+    parted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_minority_is_named_and_with_two_both() {
+        let mut digests = Digests::default();
+        let members = [1, 2, 3];
+        assert_eq!(digests.take(1, 50, 7, &members), []);
+        assert_eq!(digests.take(3, 50, 7, &members), []);
+        assert_eq!(digests.take(2, 50, 8, &members), [2]);
+        for id in members {
+            assert_eq!(digests.take(id, 100, 9, &members), []);
+        }
+        assert_eq!(digests.take(1, 50, 7, &[1, 2]), []);
+        assert_eq!(digests.take(2, 50, 8, &[1, 2]), [1, 2]);
+        assert!(digests.by_step.is_empty());
+    }
+}

@@ -1,0 +1,180 @@
+//! Everything a run writes: journal, metrics file, checkpoints.
+
+use std::sync::Arc;
+
+use protocol::job::JobFile;
+use protocol::layout::StateLayout;
+use protocol::message::StepReport;
+use protocol::problem::Problem;
+use protocol::sums::StepSums;
+
+use crate::data::DataFacts;
+use crate::store::checkpoint::Checkpoint;
+use crate::store::checkpoint_dir::{CheckpointDir, KEEP};
+use crate::store::journal::{Journal, Record, Replay};
+use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, StepLine};
+use crate::store::run_dir::{OpenMode, RunDir};
+use crate::store::state::StateImage;
+
+
+/// An open run directory.
+pub(crate) struct Records {
+    pub(crate) dir: RunDir,
+    pub(crate) run_id: String,
+    pub(crate) coordinator_epoch: u64,
+    pub(crate) last_generation: u64,
+    journal: Journal,
+    metrics: MetricsLog,
+    replay: Replay,
+    make_checkpoint: Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>,
+    pub(crate) checkpoint_step: Option<u64>,
+}
+
+/// The state that a run goes on from.
+pub(crate) struct Resumed {
+    pub(crate) image: StateImage,
+    /// What the user should know about it.
+    pub(crate) notices: Vec<String>,
+}
+
+impl Records {
+    /// Opens or creates the run directory, and finds the state to go on from.
+    ///
+    /// # Errors
+    /// Whatever makes the directory unusable for this job.
+    pub(crate) fn open(
+        path: &std::path::Path,
+        fresh: bool,
+        file: &JobFile,
+        facts: &DataFacts,
+        layout: &StateLayout,
+        build: &str,
+    ) -> Result<(Self, Option<Resumed>), Problem> {
+        let mode = if fresh { OpenMode::Fresh } else { OpenMode::Resume };
+        let dir = RunDir::open(path, mode, file, &facts.digest)?;
+        let (mut journal, replay) = Journal::open(&dir.journal_path())?;
+        let mut metrics = MetricsLog::open(&dir.metrics_path())?;
+        let newest = dir.checkpoints().newest_verified()?;
+        let step = newest.as_ref().map_or(0, |newest| newest.checkpoint.image.progress().step);
+        let run_id = match &replay.run_id {
+            Some(id) => id.clone(),
+            None => new_run_id()?,
+        };
+        let coordinator_epoch = replay.coordinator_epoch + 1;
+        journal.append(&Record::Start {
+            coordinator_epoch,
+            run_id: run_id.clone(),
+            build: build.to_owned(),
+        })?;
+        for change in dir.changed_settings() {
+            journal.append(&Record::Event { text: change.clone() })?;
+        }
+        if replay.last_step() > step {
+            journal.append(&Record::Rewind { to_step: step })?;
+        }
+        metrics.truncate_after(step)?;
+        let resumed = newest.map(|newest| {
+            let mut notices = newest.skipped;
+            notices.push(format!("going on from {} ({step} steps done)", newest.file));
+            Resumed { image: newest.checkpoint.image, notices }
+        });
+        let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
+        let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
+        let make_checkpoint = Arc::new(move |bytes: Vec<u8>| {
+            Ok(Checkpoint {
+                image: StateImage::new(&layout, bytes)?,
+                job: job.clone(),
+                data_digest: digest.clone(),
+                vocabulary: vocabulary.clone(),
+            })
+        });
+        let records = Self {
+            dir,
+            run_id,
+            coordinator_epoch,
+            last_generation: replay.last_generation,
+            journal,
+            metrics,
+            replay,
+            make_checkpoint,
+            checkpoint_step: resumed.as_ref().map(|_| step),
+        };
+        Ok((records, resumed))
+    }
+
+    /// The last evaluation recorded before this start, for a state after `step` steps.
+    pub(crate) fn evaluation_at(&self, step: u64) -> Option<StepSums> {
+        let sums = self.replay.evaluation_at(step)?;
+        Some(StepSums { loss: sums.loss, weight: sums.weight, correct: sums.correct, ..StepSums::default() })
+    }
+
+    /// Appends to the journal.
+    pub(crate) fn journal(&mut self, record: &Record) -> Result<(), Problem> {
+        self.journal.append(record)
+    }
+
+    /// Records a finished step.
+    pub(crate) fn step(&mut self, report: &StepReport, epoch: u64, workers: u32) -> Result<(), Problem> {
+        // The metrics first: after a crash they may have a line that the journal lacks, which a resume drops, but
+        // no gap.
+        let seconds = report.seconds;
+        let duration = seconds.data + seconds.compute + seconds.reduce + seconds.update;
+        self.metrics.append(&MetricLine::Step(StepLine {
+            step: report.step,
+            epoch,
+            train_loss: report.sums.mean_loss(),
+            grad_norm: report.gradient_norm,
+            learning_rate: report.learning_rate,
+            samples_per_second: report.sums.rows as f64 / duration,
+            workers,
+            seconds: seconds.into(),
+        }))?;
+        self.journal.append(&Record::step(report.step, &report.sums))
+    }
+
+    /// Records an evaluation, and the epoch that it ends, if it does.
+    pub(crate) fn evaluation(
+        &mut self,
+        step: u64,
+        sums: &StepSums,
+        epoch: Option<EpochLine>,
+    ) -> Result<(), Problem> {
+        self.journal.append(&Record::evaluation(step, sums))?;
+        if let Some(line) = epoch {
+            self.metrics.append(&MetricLine::Epoch(line))?;
+        }
+        Ok(())
+    }
+
+    /// What writes a state image as a checkpoint, on another thread.
+    pub(crate) fn checkpoint_writer(&self) -> CheckpointWriter {
+        CheckpointWriter { dir: self.dir.checkpoints(), make: self.make_checkpoint.clone() }
+    }
+
+    /// Records that a checkpoint was written.
+    pub(crate) fn checkpoint_written(&mut self, step: u64, file: &str) -> Result<(), Problem> {
+        self.checkpoint_step = Some(step);
+        self.journal.append(&Record::Checkpoint { step, file: file.to_owned() })
+    }
+}
+
+/// Writes one checkpoint.
+pub(crate) struct CheckpointWriter {
+    dir: CheckpointDir,
+    make: Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>,
+}
+
+impl CheckpointWriter {
+    /// Writes the image; gives its step and the file's name.
+    pub(crate) fn write(&self, image: Vec<u8>) -> Result<(u64, String), Problem> {
+        let entry = self.dir.write(&(self.make)(image)?, KEEP)?;
+        Ok((entry.step, entry.file))
+    }
+}
+
+/// A name that no other run has: 12 random hexadecimal digits.
+fn new_run_id() -> Result<String, Problem> {
+    let token = protocol::handshake::Token::generate()
+        .map_err(|e| Problem::failed(format!("the system has no randomness to name the run: {e}")))?;
+    Ok(token[..12].to_owned())
+}

@@ -1,0 +1,572 @@
+//! A run from its first worker to its end: events in, decisions of [`membership`] out, records on the way.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use protocol::job::JobFile;
+use protocol::layout::StateLayout;
+use protocol::message::{
+    Form, Hello, Member, StateSource, StepReport, Stop, ToCoordinator, ToWorker, Welcome, WorkerId,
+};
+use protocol::problem::{Exit, Problem};
+use protocol::schedule::Schedule;
+use protocol::sums::StepSums;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::data::Dataset;
+use crate::digests::Digests;
+use crate::epoch_clock::EpochClock;
+use crate::feeder::Feeder;
+use crate::http::{Status, WorkerStatus};
+use crate::membership::{Action, Candidate, Event, Membership, membership};
+use crate::metrics::Metrics;
+use crate::records::Records;
+use crate::screen::{EpochEnd, Screen};
+use crate::server::{Arrival, Link};
+use crate::state_stream::{Arriving, send_image};
+use crate::store::journal::{MemberLine, Record};
+use crate::store::metrics_log::EpochLine;
+
+/// Once the run is ending, what is still to come must come within this time.
+const ENDING_LIMIT: Duration = Duration::from_secs(20);
+
+/// After the goodbye, workers have this long to close their connections.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
+
+/// What the run is made of.
+pub(crate) struct Parts {
+    pub(crate) file: JobFile,
+    pub(crate) data: Box<dyn Dataset>,
+    pub(crate) layout: StateLayout,
+    pub(crate) records: Records,
+    /// The state to go on from, and how many steps are done in it.
+    pub(crate) resumed: Option<(u64, Vec<u8>)>,
+    pub(crate) metrics: Metrics,
+    pub(crate) status: Arc<Mutex<Status>>,
+    pub(crate) screen: Screen,
+}
+
+/// How the run ended.
+pub(crate) struct Outcome {
+    pub(crate) parts: Parts,
+    /// Steps done.
+    pub(crate) step: u64,
+    /// Mean training loss of the running epoch's steps that this process saw.
+    pub(crate) train_loss: Option<f64>,
+    /// The last evaluation.
+    pub(crate) validation: Option<StepSums>,
+    pub(crate) result: Result<Exit, Problem>,
+}
+
+type WrittenCheckpoint = Result<(u64, String), Problem>;
+
+/// A run under way.
+pub(crate) struct Run {
+    parts: Parts,
+    schedule: Schedule,
+    started: Instant,
+    membership: Membership,
+    workers: HashMap<WorkerId, (Link, Hello)>,
+    feeders: HashMap<WorkerId, Feeder>,
+    generation: u64,
+    /// Members of the generation, by rank.
+    members: Vec<WorkerId>,
+    /// Steps done, as far as reported.
+    step: u64,
+    last_report: Option<StepReport>,
+    validation: Option<StepSums>,
+    /// Steps done at the last evaluation that this process recorded.
+    evaluated_at: Option<u64>,
+    epoch: EpochClock,
+    digests: Digests,
+    arriving: Arriving,
+    checkpoint_asked: Instant,
+    /// A checkpoint is being written.
+    writing: bool,
+    written: UnboundedSender<WrittenCheckpoint>,
+    /// Members that have stopped, and after which step.
+    stopped: HashMap<WorkerId, u64>,
+    drain_asked: bool,
+    ending: Option<Ending>,
+}
+
+/// The run's end under way.
+struct Ending {
+    result: Result<Exit, Problem>,
+    deadline: Instant,
+    /// The replicas' states may be written.
+    trusted: bool,
+    /// The member that was asked for the last state.
+    state_from: Option<WorkerId>,
+}
+
+impl Run {
+    /// Runs to the end. `signals` brings one value for each signal that asks to stop.
+    pub(crate) async fn run(
+        parts: Parts,
+        mut arrivals: UnboundedReceiver<Arrival>,
+        signals: &mut Receiver<()>,
+    ) -> Outcome {
+        let (written, mut checkpoints) = unbounded_channel();
+        let mut run = Self::new(parts, written);
+        let mut ticks = tokio::time::interval(Duration::from_millis(200));
+        while !run.is_over() {
+            let handled = tokio::select! {
+                Some(arrival) = arrivals.recv() => run.arrive(arrival),
+                Some(result) = checkpoints.recv() => run.checkpoint_written(result),
+                Some(()) = signals.recv() => { run.stop_asked(); Ok(()) }
+                _ = ticks.tick() => run.decide(Event::Tick),
+            };
+            if let Err(problem) = handled {
+                run.fail(problem, true);
+            }
+            run.settle();
+        }
+        run.say_goodbye(&mut arrivals).await
+    }
+
+    fn new(parts: Parts, written: UnboundedSender<WrittenCheckpoint>) -> Self {
+        let step = parts.resumed.as_ref().map_or(0, |(step, _)| *step);
+        let (fleet, last_generation) = (&parts.file.fleet, parts.records.last_generation);
+        Self {
+            schedule: parts.data.shape().schedule,
+            started: Instant::now(),
+            membership: Membership::new(fleet.workers, parts.file.job.shards, last_generation),
+            workers: HashMap::new(),
+            feeders: HashMap::new(),
+            generation: last_generation,
+            members: Vec::new(),
+            step,
+            last_report: None,
+            validation: parts.records.evaluation_at(step),
+            evaluated_at: None,
+            epoch: EpochClock::new(),
+            digests: Digests::default(),
+            arriving: Arriving::default(),
+            checkpoint_asked: Instant::now(),
+            writing: false,
+            written,
+            stopped: HashMap::new(),
+            drain_asked: false,
+            ending: None,
+            parts,
+        }
+    }
+
+    fn arrive(&mut self, arrival: Arrival) -> Result<(), Problem> {
+        match arrival {
+            Arrival::Joined(id, hello, link) => self.joined(id, *hello, link),
+            Arrival::Message(id, message) => self.message(id, message),
+            Arrival::Bulk(id, header, part) => {
+                let size = self.parts.layout.image_bytes();
+                match self.arriving.take(id, &header, &part, size)? {
+                    Some(image) => self.write_checkpoint(id, header.step, image),
+                    None => Ok(()),
+                }
+            }
+            Arrival::Left(id, cause) => self.left(id, cause),
+        }
+    }
+
+    fn joined(&mut self, id: WorkerId, hello: Hello, link: Link) -> Result<(), Problem> {
+        let host = hello.advertise.clone().unwrap_or_else(|| link.peer.ip().to_string());
+        let bracketed = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
+        let address = format!("{bracketed}:{}", hello.data_port);
+        link.send(&ToWorker::Welcome(Box::new(Welcome {
+            run_id: self.parts.records.run_id.clone(),
+            coordinator_epoch: self.parts.records.coordinator_epoch,
+            worker_id: id,
+            job: self.parts.file.job.clone(),
+            run: self.parts.file.run.clone(),
+            data: self.parts.data.shape().clone(),
+        })));
+        let candidate =
+            Candidate { name: hello.name.clone(), address: address.clone(), bits: hello.bits.clone() };
+        let worker = WorkerStatus {
+            name: hello.name.clone(),
+            device: hello.device.clone(),
+            threads: hello.threads,
+            address,
+            metrics: hello.metrics.clone(),
+            shards: None,
+        };
+        self.with_status(|status| status.workers.insert(id, worker));
+        self.workers.insert(id, (link, hello));
+        self.decide(Event::Joined(id, candidate))
+    }
+
+    fn left(&mut self, id: WorkerId, cause: String) -> Result<(), Problem> {
+        self.workers.remove(&id);
+        self.feeders.remove(&id);
+        self.stopped.remove(&id);
+        self.arriving.forget(id);
+        if let Some(ending) = &mut self.ending
+            && ending.state_from == Some(id)
+        {
+            ending.state_from = None;
+        }
+        self.with_status(|status| status.workers.remove(&id));
+        self.decide(Event::Left(id, cause))
+    }
+
+    fn message(&mut self, id: WorkerId, message: ToCoordinator) -> Result<(), Problem> {
+        match message {
+            ToCoordinator::Connected { generation } => self.decide(Event::Connected(id, generation))?,
+            ToCoordinator::Credit { generation, batches } if generation == self.generation => {
+                if let Some(feeder) = self.feeders.get(&id) {
+                    feeder.grant(batches);
+                }
+            }
+            ToCoordinator::Step(report) => self.step_done(report)?,
+            ToCoordinator::Evaluation { generation, step, sums } if generation == self.generation => {
+                self.evaluated(step, &sums)?;
+            }
+            ToCoordinator::Digest { generation, step, digest } if generation == self.generation => {
+                let parted = self.digests.take(id, step, digest, &self.members);
+                if !parted.is_empty() {
+                    self.replicas_differ(step, &parted);
+                }
+            }
+            ToCoordinator::Stopped { generation, step, why } if generation == self.generation => {
+                self.feeders.remove(&id);
+                self.stopped.insert(id, step);
+                match why {
+                    Stop::Finished => self.end(Ok(Exit::Done)),
+                    Stop::Drained => self.end(Ok(Exit::Requeue)),
+                    // Somebody else says why.
+                    Stop::Aborted | Stop::NonFinite => {}
+                }
+            }
+            ToCoordinator::Failed { sentence } => {
+                let problem = Problem::failed(format!("worker {}: {sentence}", self.name(id)));
+                self.parts.records.journal(&Record::Event { text: problem.sentence.clone() })?;
+                self.fail(problem, true);
+            }
+            // A late word of an older generation, or a second hello.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Asks the membership what follows, and does it.
+    fn decide(&mut self, event: Event) -> Result<(), Problem> {
+        let (next, actions, reason) = membership(self.started.elapsed(), &self.membership, event);
+        self.membership = next;
+        tracing::debug!("{reason}");
+        for action in actions {
+            match action {
+                Action::Refuse(id, sentence) => {
+                    self.parts.screen.notice(&format!("refused: {sentence}"));
+                    self.send(id, &ToWorker::Goodbye { reason: Some(sentence) });
+                }
+                Action::StandBy(id) => self.send(id, &ToWorker::StandBy),
+                Action::Form(generation, members) => self.form(generation, &members, &reason)?,
+                Action::Abort(generation, ids) => {
+                    for id in ids {
+                        self.send(id, &ToWorker::Abort { generation });
+                    }
+                }
+                Action::Fail(sentence) => {
+                    self.parts.records.journal(&Record::Event { text: sentence.clone() })?;
+                    let hint = "start the same command again to go on from the newest checkpoint";
+                    self.fail(Problem::failed(sentence).hint(hint), true);
+                }
+                Action::Notice(sentence) => self.parts.screen.notice(&sentence),
+            }
+        }
+        let members = self.membership.members().len();
+        self.parts.metrics.set_workers(members, self.membership.connected().saturating_sub(members));
+        Ok(())
+    }
+
+    fn form(&mut self, generation: u64, members: &[Member], reason: &str) -> Result<(), Problem> {
+        (self.generation, self.members) = (generation, members.iter().map(|m| m.worker_id).collect());
+        self.parts.records.journal(&Record::Generation {
+            generation,
+            members: members.iter().map(MemberLine::from).collect(),
+            reason: reason.to_owned(),
+        })?;
+        self.parts.metrics.generation();
+        let resumed = self.parts.resumed.as_ref();
+        let state = if resumed.is_some() { StateSource::Coordinator } else { StateSource::Initial };
+        for (member, rank) in members.iter().zip(0..) {
+            let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
+            let form = Form { generation, rank, members: members.to_vec(), step: self.step, state };
+            link.send(&ToWorker::Form(form));
+            if let Some((step, image)) = resumed {
+                send_image(link, generation, *step, image);
+            }
+            let (data, shards) = (self.parts.data.handle(), member.shards.clone());
+            let feeder = Feeder::start(data, self.schedule, self.step, generation, shards, link.clone());
+            self.feeders.insert(member.worker_id, feeder);
+        }
+        self.with_status(|status| {
+            (status.phase, status.generation) = ("training", generation);
+            for member in members {
+                if let Some(worker) = status.workers.get_mut(&member.worker_id) {
+                    worker.shards = Some((member.shards.start, member.shards.end));
+                }
+            }
+        });
+        self.parts.screen.notice(reason);
+        self.epoch = EpochClock::new();
+        self.announce_checkpoint();
+        if self.drain_asked {
+            self.send_all(&ToWorker::Drain);
+        }
+        Ok(())
+    }
+
+    /// Takes in a step the first time it is reported; the reports of the other members say the same.
+    fn step_done(&mut self, report: StepReport) -> Result<(), Problem> {
+        if report.generation != self.generation || report.step != self.step + 1 {
+            return Ok(());
+        }
+        let per_epoch = self.schedule.steps_per_epoch;
+        let epoch = self.step / per_epoch;
+        if self.step.is_multiple_of(per_epoch) {
+            self.epoch = EpochClock::new();
+        }
+        self.step = report.step;
+        self.epoch.step(&report);
+        self.last_report = Some(report);
+        self.parts.records.step(&report, epoch, self.members.len() as u32)?;
+        self.parts.metrics.step(&report);
+        self.parts.screen.step(&report);
+        let speed = self.parts.screen.samples_per_second();
+        self.with_status(|status| {
+            (status.step, status.epoch) = (report.step, epoch);
+            status.train_loss = Some(report.sums.mean_loss()).filter(|loss| loss.is_finite());
+            status.samples_per_second = speed;
+        });
+        let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds.max(1));
+        if self.checkpoint_asked.elapsed() >= interval && !self.writing && !self.arriving.is_under_way() {
+            self.checkpoint_asked = Instant::now();
+            self.ask_state(self.step + 1);
+        }
+        Ok(())
+    }
+
+    /// Takes in an evaluation the first time it is reported.
+    fn evaluated(&mut self, step: u64, sums: &StepSums) -> Result<(), Problem> {
+        if step != self.step || self.evaluated_at == Some(step) {
+            return Ok(());
+        }
+        (self.evaluated_at, self.validation) = (Some(step), Some(*sums));
+        let validation = (sums.weight > 0).then_some(sums);
+        let (loss, accuracy) = (validation.map(StepSums::mean_loss), validation.map(StepSums::accuracy));
+        let (seconds, communication) = (self.epoch.seconds(), self.epoch.communication());
+        let workers = self.members.len();
+        let (learning_rate, gradient_norm) = self
+            .last_report
+            .map_or((f64::NAN, f64::NAN), |report| (report.learning_rate, report.gradient_norm));
+        let line = self.schedule.ends_epoch(step).then(|| EpochLine {
+            step,
+            epoch: step / self.schedule.steps_per_epoch - 1,
+            train_loss: self.epoch.sums().mean_loss(),
+            train_accuracy: self.epoch.sums().accuracy(),
+            val_loss: loss,
+            val_accuracy: accuracy,
+            learning_rate,
+            samples_per_second: self.epoch.sums().rows as f64 / seconds,
+            seconds,
+            communication_share: communication,
+            workers: workers as u32,
+        });
+        self.parts.records.evaluation(step, sums, line)?;
+        self.parts.metrics.evaluation(sums);
+        self.parts.screen.epoch(&EpochEnd {
+            step,
+            train_loss: self.epoch.mean_loss(),
+            validation,
+            gradient_norm,
+            learning_rate,
+            workers,
+            communication,
+            seconds,
+        });
+        self.with_status(|status| (status.val_loss, status.val_accuracy) = (loss, accuracy));
+        Ok(())
+    }
+
+    /// Stops the run because its replicas are no longer replicas. None of their states is written.
+    fn replicas_differ(&mut self, step: u64, parted: &[WorkerId]) {
+        let names: Vec<String> = parted.iter().map(|&id| self.name(id)).collect();
+        let problem = Problem::failed(format!(
+            "the replicas differ after step {step}: {} computed another state than the rest",
+            names.join(" and ")
+        ));
+        let hint = "check the memory of these machines; the same command goes on from the newest checkpoint";
+        self.fail(problem.hint(hint), false);
+    }
+
+    /// Asks the first member for its state at the next epoch's end, or at the run's.
+    fn announce_checkpoint(&mut self) {
+        let per_epoch = self.schedule.steps_per_epoch;
+        self.ask_state(((self.step / per_epoch + 1) * per_epoch).min(self.schedule.total_steps));
+    }
+
+    fn ask_state(&mut self, at_step: u64) {
+        if let Some(&first) = self.members.first() {
+            self.send(first, &ToWorker::SendState { at_step });
+        }
+    }
+
+    /// A whole state has arrived.
+    fn write_checkpoint(&mut self, from: WorkerId, step: u64, image: Vec<u8>) -> Result<(), Problem> {
+        let (writer, written) = (self.parts.records.checkpoint_writer(), self.written.clone());
+        (self.writing, self.checkpoint_asked) = (true, Instant::now());
+        tokio::task::spawn_blocking(move || written.send(writer.write(image)));
+        match &mut self.ending {
+            Some(ending) if ending.state_from == Some(from) => ending.state_from = None,
+            Some(_) => {}
+            None if self.schedule.ends_epoch(step) => self.announce_checkpoint(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn checkpoint_written(&mut self, result: WrittenCheckpoint) -> Result<(), Problem> {
+        self.writing = false;
+        match result {
+            Ok((step, file)) => {
+                self.parts.metrics.checkpoint(Some(step));
+                self.with_status(|status| status.checkpoint_step = Some(step));
+                self.parts.records.checkpoint_written(step, &file)
+            }
+            Err(problem) => {
+                self.parts.metrics.checkpoint(None);
+                let sentence = format!("the checkpoint was not written: {problem}");
+                self.parts.screen.notice(&sentence);
+                if self.ending.is_some() {
+                    // Asking again would most likely meet the same obstacle.
+                    self.distrust();
+                }
+                self.parts.records.journal(&Record::Event { text: sentence })
+            }
+        }
+    }
+
+    /// A signal asks the run to stop: after the step under way, or at once if it has asked before.
+    fn stop_asked(&mut self) {
+        if self.drain_asked || self.members.is_empty() {
+            self.end(Ok(Exit::Requeue));
+            self.distrust();
+            if let Some(ending) = &mut self.ending {
+                ending.deadline = Instant::now();
+            }
+            return;
+        }
+        self.drain_asked = true;
+        self.parts.screen.notice("stopping after this step (once more: stop at once)");
+        self.send_all(&ToWorker::Drain);
+    }
+
+    fn fail(&mut self, problem: Problem, trusted: bool) {
+        let generation = self.generation;
+        self.send_all(&ToWorker::Abort { generation });
+        self.end(Err(problem));
+        if !trusted {
+            self.distrust();
+        }
+    }
+
+    /// No state is written any more.
+    fn distrust(&mut self) {
+        if let Some(ending) = &mut self.ending {
+            (ending.trusted, ending.state_from) = (false, None);
+        }
+    }
+
+    /// Begins the run's end; the first result stands.
+    fn end(&mut self, result: Result<Exit, Problem>) {
+        if self.ending.is_none() {
+            let deadline = Instant::now() + ENDING_LIMIT;
+            self.ending = Some(Ending { result, deadline, trusted: true, state_from: None });
+            self.with_status(|status| status.phase = "ending");
+            // Whoever leaves from now on may.
+            let _ = self.decide(Event::Ending);
+        }
+    }
+
+    /// Members that are connected and still train.
+    fn training(&self) -> usize {
+        let at_work = |id: &&WorkerId| self.workers.contains_key(*id) && !self.stopped.contains_key(*id);
+        self.members.iter().filter(at_work).count()
+    }
+
+    /// Once all members rest, asks the most advanced for the last state, if it is not written yet.
+    fn settle(&mut self) {
+        let resting = self.training() == 0 && !self.writing && !self.arriving.is_under_way();
+        let (Some(ending), Some((&id, &step))) = (&mut self.ending, self.stopped.iter().max_by_key(|s| s.1))
+        else {
+            return;
+        };
+        let is_written = self.parts.records.checkpoint_step.is_some_and(|written| written >= step);
+        if resting && ending.trusted && ending.state_from.is_none() && !is_written && step > 0 {
+            ending.state_from = Some(id);
+            self.send(id, &ToWorker::SendState { at_step: step });
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(ending) = &self.ending else { return false };
+        let rests = self.training() == 0
+            && !self.writing
+            && !self.arriving.is_under_way()
+            && ending.state_from.is_none();
+        rests || Instant::now() >= ending.deadline
+    }
+
+    /// Sends everybody home.
+    async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
+        let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result);
+        let outcome = match &result {
+            Ok(Exit::Done) => "done".to_owned(),
+            Ok(_) => "stopped on request".to_owned(),
+            Err(problem) => format!("failed: {problem}"),
+        };
+        let journaled = self.parts.records.journal(&Record::Finish { step: self.step, outcome });
+        let reason = result.as_ref().err().map(|problem| format!("the run ended: {problem}"));
+        self.feeders.clear();
+        self.send_all(&ToWorker::Goodbye { reason });
+        let all_left = async {
+            while !self.workers.is_empty() {
+                match arrivals.recv().await {
+                    Some(Arrival::Left(id, _)) => drop(self.workers.remove(&id)),
+                    Some(_) => {}
+                    None => break,
+                }
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE_LIMIT, all_left).await;
+        Outcome {
+            step: self.step,
+            train_loss: self.epoch.mean_loss(),
+            validation: self.validation,
+            result: result.and_then(|exit| journaled.map(|()| exit)),
+            parts: self.parts,
+        }
+    }
+
+    fn name(&self, id: WorkerId) -> String {
+        self.workers.get(&id).map_or_else(|| format!("number {id}"), |(_, hello)| hello.name.clone())
+    }
+
+    fn send(&self, id: WorkerId, message: &ToWorker) {
+        if let Some((link, _)) = self.workers.get(&id) {
+            link.send(message);
+        }
+    }
+
+    fn send_all(&self, message: &ToWorker) {
+        for (link, _) in self.workers.values() {
+            link.send(message);
+        }
+    }
+
+    fn with_status<T>(&self, change: impl FnOnce(&mut Status) -> T) {
+        change(&mut self.parts.status.lock().expect("no holder of this lock can panic"));
+    }
+}

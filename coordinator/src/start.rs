@@ -1,0 +1,226 @@
+//! From a configuration to a run under way: open the data, listen, open the run directory, show the job.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use protocol::handshake::Token;
+use protocol::job::{Clip, JobFile, Task};
+use protocol::layout::{Head, StateLayout};
+use protocol::problem::{Exit, Problem};
+use protocol::schedule::Schedule;
+use protocol::sums::StepSums;
+use tokio::sync::mpsc::{Receiver, unbounded_channel};
+
+use crate::data::{self, Dataset};
+use crate::http::{self, Pages, Status};
+use crate::metrics::Metrics;
+use crate::records::{Records, Resumed};
+use crate::run::{Outcome, Parts, Run};
+use crate::screen::{Screen, duration};
+use crate::server;
+use crate::store::files::write_atomic;
+
+/// What a coordinator is told at its start.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of the preset, for people.
+    pub preset: String,
+    /// The resolved job file.
+    pub file: JobFile,
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// Delete what is in the run directory and start over.
+    pub fresh: bool,
+    /// Where named data sets lie.
+    pub data_dir: Option<PathBuf>,
+    /// Where workers connect.
+    pub listen: SocketAddr,
+    /// Where status and metrics are served.
+    pub http: SocketAddr,
+    /// The run's secret.
+    pub token: Token,
+    /// Written, atomically, when both ports are bound: `control=HOST:PORT` and `http=HOST:PORT`, a line each.
+    pub ready_file: Option<PathBuf>,
+    /// How long status and metrics are served after the run's end, for a last scrape.
+    pub linger: Duration,
+    /// Show JSON lines.
+    pub json: bool,
+    /// What this binary is.
+    pub build: String,
+}
+
+/// Coordinates one run. `signals` brings one value for each signal that asks to stop.
+///
+/// # Errors
+/// Whatever kept the run from starting, or ended it, as a sentence for the user.
+pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
+    if !config.listen.ip().is_loopback() && config.token.is_empty() {
+        return Err(Problem::usage(format!(
+            "{} can be reached from other machines and there is no run token: anybody could join the run",
+            config.listen
+        ))
+        .hint("make a token with `openssl rand -hex 16` and give it to every process in LOCKSTEP_TOKEN"));
+    }
+    let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
+    let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
+    let control = http::bind(config.listen, "workers", "--listen").await?;
+    let pages = http::bind(config.http, "status and metrics", "--http").await?;
+    let address = |listener: &tokio::net::TcpListener| {
+        listener.local_addr().map_err(|e| Problem::failed(format!("a bound port has no address: {e}")))
+    };
+    let (control_address, http_address) = (address(&control)?, address(&pages)?);
+    let (records, resumed) =
+        Records::open(&config.run_dir, config.fresh, &config.file, data.facts(), &layout, &config.build)?;
+    let schedule = data.shape().schedule;
+    let mut screen = Screen::new(config.json, config.file.job.task, &schedule);
+    let rows = job_rows(&config, &*data, &layout, control_address, http_address);
+    screen.job(&config.preset, &config.file, &rows);
+    let resumed = resumed.map(|Resumed { image, notices }| {
+        notices.iter().for_each(|notice| screen.notice(notice));
+        (image.progress().step, image.into_bytes())
+    });
+    if let Some(path) = &config.ready_file {
+        write_atomic(path, format!("control={control_address}\nhttp={http_address}\n").as_bytes())?;
+    }
+    let metrics = Metrics::new(&config.build);
+    let status = Arc::new(Mutex::new(first_status(&config, &records, &schedule, &resumed)));
+    tokio::spawn(http::serve(pages, Pages { metrics: metrics.clone(), status: status.clone() }));
+
+    let parts =
+        Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen };
+    let started = Instant::now();
+    let outcome = if parts.resumed.as_ref().is_some_and(|(step, _)| *step >= schedule.total_steps) {
+        already_done(parts)
+    } else {
+        let (arrivals, arrived) = unbounded_channel();
+        let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
+        let outcome = Run::run(parts, arrived, &mut signals).await;
+        accepting.abort();
+        outcome
+    };
+    let result = conclude(&config, outcome, started.elapsed());
+    if !config.linger.is_zero() {
+        tokio::select! {
+            () = tokio::time::sleep(config.linger) => {}
+            _ = signals.recv() => {}
+        }
+    }
+    result
+}
+
+/// What stands in the box above a run.
+fn job_rows(
+    config: &Config,
+    data: &dyn Dataset,
+    layout: &StateLayout,
+    control: SocketAddr,
+    http: SocketAddr,
+) -> Vec<(&'static str, String)> {
+    let (job, facts, shape) = (&config.file.job, data.facts(), data.shape());
+    let schedule = shape.schedule;
+    let reads = match shape.model.head {
+        Head::EveryStep => format!("one-hot {} → head at every step", shape.model.input.size()),
+        Head::Final => format!("{} bytes a row → head on the final state", shape.model.input.size()),
+    };
+    let clip = match job.clip {
+        Clip::Global => format!("clip global norm {}", job.clip_norm),
+        Clip::Shard => format!("clip each shard's norm {}", job.clip_norm),
+        Clip::None => "no clipping".to_owned(),
+    };
+    let dropout = if job.keep_prob < 1.0 { format!(", keep {}", job.keep_prob) } else { String::new() };
+    let cell = format!("{:?}", job.cell).to_lowercase();
+    vec![
+        ("data", facts.name.clone()),
+        (
+            "samples",
+            format!(
+                "{} {} to train on, {} to validate, {} skipped per epoch",
+                facts.train_samples, facts.sample_unit, facts.validation_samples, facts.skipped_per_epoch
+            ),
+        ),
+        ("network", format!("{} × {cell} {}, {reads}", job.num_layers, job.hidden_size)),
+        ("parameters", layout.parameters().to_string()),
+        (
+            "batch",
+            format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards),
+        ),
+        ("training", format!("Adam {}, {clip}{dropout}, seed {}", job.learning_rate, job.seed)),
+        (
+            "length",
+            format!("{} steps, {} per epoch", schedule.total_steps, schedule.steps_per_epoch),
+        ),
+        ("precision", "f32, exact reduction".to_owned()),
+        ("workers", config.file.fleet.workers.to_string()),
+        ("control", control.to_string()),
+        ("status", format!("http://{http}/")),
+        ("run directory", config.run_dir.display().to_string()),
+    ]
+}
+
+fn first_status(
+    config: &Config,
+    records: &Records,
+    schedule: &Schedule,
+    resumed: &Option<(u64, Vec<u8>)>,
+) -> Status {
+    let step = resumed.as_ref().map_or(0, |(step, _)| *step);
+    Status {
+        run_id: records.run_id.clone(),
+        preset: config.preset.clone(),
+        phase: "gathering",
+        step,
+        total_steps: schedule.total_steps,
+        epoch: step / schedule.steps_per_epoch,
+        steps_per_epoch: schedule.steps_per_epoch,
+        checkpoint_step: records.checkpoint_step,
+        shards: config.file.job.shards,
+        ..Status::default()
+    }
+}
+
+/// The outcome of a run that was at its end before it began.
+fn already_done(mut parts: Parts) -> Outcome {
+    let step = parts.resumed.as_ref().map_or(0, |(step, _)| *step);
+    parts.screen.notice(&format!(
+        "nothing to do: {step} steps are done (more: --epochs or --steps; again from the start: --fresh)"
+    ));
+    let validation = parts.records.evaluation_at(step);
+    Outcome { step, train_loss: None, validation, result: Ok(Exit::Done), parts }
+}
+
+/// Shows how the run ended and what it wrote.
+fn conclude(config: &Config, outcome: Outcome, elapsed: Duration) -> Result<Exit, Problem> {
+    let Outcome { mut parts, step, train_loss, validation, result } = outcome;
+    let total_steps = parts.data.shape().schedule.total_steps;
+    let sentence = match &result {
+        Ok(Exit::Done) => format!("done: {step} steps in {}", duration(elapsed.as_secs_f64())),
+        Ok(_) => format!("stopped after step {step} of {total_steps}; the same command goes on from there"),
+        Err(_) => format!("failed after step {step} of {total_steps}"),
+    };
+    let mut rows = Vec::new();
+    if let Some(loss) = train_loss {
+        rows.push(("train loss", format!("{loss:.4}")));
+    }
+    if let Some(sums) = validation.filter(|sums| sums.weight > 0) {
+        rows.push(("validation", validation_text(config.file.job.task, &sums)));
+    }
+    if parts.records.checkpoint_step.is_some() {
+        rows.push(("checkpoint", config.run_dir.join("latest").display().to_string()));
+    }
+    rows.push(("metrics", parts.records.dir.metrics_path().display().to_string()));
+    parts.screen.summary(&sentence, &rows);
+    result
+}
+
+fn validation_text(task: Task, sums: &StepSums) -> String {
+    match task {
+        Task::Chars => format!(
+            "{:.4} nats, {:.3} bits per character",
+            sums.mean_loss(),
+            sums.mean_loss() / std::f64::consts::LN_2
+        ),
+        Task::Rows => format!("{:.4} nats, accuracy {:.2} %", sums.mean_loss(), 100.0 * sums.accuracy()),
+    }
+}

@@ -1,0 +1,420 @@
+//! The checkpoints of a run: `checkpoints/step-00000200.safetensors`, their manifest, and the link `latest`.
+//!
+//! A new file is complete and on the disk before the manifest names it, and the manifest before an older file is
+//! deleted. The manifest holds the digest of each whole file; one that a crash kept out of the manifest, or whose
+//! manifest is lost, is still verified by the digest inside it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use protocol::problem::Problem;
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint::Checkpoint;
+use super::files::{
+    create_dir, io_problem, link_atomic, names_in, read_if_there, remove_if_there, write_atomic,
+};
+use super::state::sha256_hex;
+
+/// How many checkpoints a run keeps unless told otherwise.
+pub const KEEP: usize = 3;
+
+/// Name of the folder inside the run directory.
+pub(super) const FOLDER: &str = "checkpoints";
+/// Name of the link inside the run directory.
+pub(super) const LATEST: &str = "latest";
+/// Name of the manifest inside the folder.
+pub(super) const MANIFEST: &str = "manifest.json";
+
+/// One checkpoint in the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Name of the file, without its folder.
+    pub file: String,
+    /// Steps done in its state.
+    pub step: u64,
+    /// SHA-256 of the file, 64 lower-case hexadecimal digits.
+    pub file_digest: String,
+    /// Length of the file.
+    pub bytes: u64,
+}
+
+/// The newest checkpoint that passed every check.
+#[derive(Debug)]
+pub struct Newest {
+    /// What is in it.
+    pub checkpoint: Checkpoint,
+    /// Its path relative to the run directory.
+    pub file: String,
+    /// A sentence for each newer one that was passed over, and for a damaged manifest.
+    pub skipped: Vec<String>,
+}
+
+/// The checkpoints of one run directory. Writing needs the directory's lock, reading does not.
+#[derive(Debug, Clone)]
+pub struct CheckpointDir {
+    run_dir: PathBuf,
+}
+
+impl CheckpointDir {
+    /// The checkpoints of the run in this directory. Nothing is touched yet.
+    pub fn new(run_dir: &Path) -> Self {
+        Self { run_dir: run_dir.to_owned() }
+    }
+
+    /// Writes a checkpoint, points `latest` to it, and deletes older ones but the newest `keep`, this one included.
+    ///
+    /// Checkpoints of later steps go too: after a resume from an earlier one they can only be those that were found
+    /// damaged.
+    ///
+    /// # Errors
+    /// Any failed file operation. The checkpoints before it are then still there and no part of the new one is.
+    pub fn write(&self, checkpoint: &Checkpoint, keep: usize) -> Result<Entry, Problem> {
+        let content = checkpoint.to_bytes();
+        let step = checkpoint.image.progress().step;
+        let entry = Entry {
+            file: file_name(step),
+            step,
+            file_digest: sha256_hex(&[&content]),
+            bytes: content.len() as u64,
+        };
+        create_dir(&self.folder())?;
+        write_atomic(&self.folder().join(&entry.file), &content)?;
+
+        let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(|&other| other <= step).collect();
+        kept.sort_unstable_by(|a, b| b.cmp(a));
+        kept.truncate(keep.max(1));
+        let listed = self.manifest().unwrap_or_default();
+        let mut entries: Vec<Entry> =
+            listed.into_iter().filter(|old| old.step != step && kept.contains(&old.step)).collect();
+        entries.push(entry.clone());
+        let json = serde_json::to_string_pretty(&entries).expect("plain values can be written as JSON");
+        write_atomic(&self.folder().join(MANIFEST), format!("{json}\n").as_bytes())?;
+        link_atomic(&self.run_dir.join(LATEST), &format!("{FOLDER}/{}", entry.file))?;
+
+        for other in self.steps_on_disk()? {
+            if !kept.contains(&other) {
+                remove_if_there(&self.folder().join(file_name(other)))?;
+            }
+        }
+        Ok(entry)
+    }
+
+    /// Reads the newest checkpoint that passes every check; `None` if the run has none at all.
+    ///
+    /// # Errors
+    /// There are checkpoints and none of them is usable; the sentence names each with the reason.
+    pub fn newest_verified(&self) -> Result<Option<Newest>, Problem> {
+        let mut skipped = Vec::new();
+        let manifest = self.manifest().unwrap_or_else(|reason| {
+            skipped.push(reason);
+            Vec::new()
+        });
+        let mut steps = self.steps_on_disk()?;
+        steps.extend(manifest.iter().map(|entry| entry.step));
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        steps.dedup();
+        for &step in &steps {
+            match self.read(step, manifest.iter().find(|entry| entry.step == step)) {
+                Ok(checkpoint) => {
+                    let file = format!("{FOLDER}/{}", file_name(step));
+                    return Ok(Some(Newest { checkpoint, file, skipped }));
+                }
+                Err(problem) => skipped.push(format!("{FOLDER}/{}: {problem}", file_name(step))),
+            }
+        }
+        if steps.is_empty() && skipped.is_empty() {
+            return Ok(None);
+        }
+        Err(Problem::failed(format!(
+            "no checkpoint in {} is usable: {}",
+            self.folder().display(),
+            skipped.join("; ")
+        ))
+        .hint("restore one of these files from a copy, or give --fresh to start over"))
+    }
+
+    /// Reads the checkpoint of a step and checks it against its line of the manifest, if it has one.
+    fn read(&self, step: u64, listed: Option<&Entry>) -> Result<Checkpoint, Problem> {
+        let path = self.folder().join(file_name(step));
+        let content = fs::read(&path).map_err(|error| io_problem("read", &path, &error))?;
+        if let Some(entry) = listed {
+            let digest = sha256_hex(&[&content]);
+            if content.len() as u64 != entry.bytes {
+                return Err(Problem::failed(format!(
+                    "it has {} bytes, the manifest says {}",
+                    content.len(),
+                    entry.bytes
+                )));
+            }
+            if digest != entry.file_digest {
+                return Err(Problem::failed(format!(
+                    "its digest is {}, the manifest says {}",
+                    short(&digest),
+                    short(&entry.file_digest)
+                )));
+            }
+        }
+        let checkpoint = Checkpoint::from_bytes(&content)?;
+        let inside = checkpoint.image.progress().step;
+        if inside != step {
+            return Err(Problem::failed(format!("it holds the state after step {inside}")));
+        }
+        Ok(checkpoint)
+    }
+
+    /// The lines of the manifest, none if there is no manifest; a sentence if it cannot be read.
+    fn manifest(&self) -> Result<Vec<Entry>, String> {
+        let content = read_if_there(&self.folder().join(MANIFEST))
+            .map_err(|problem| problem.sentence)?
+            .unwrap_or_default();
+        if content.is_empty() {
+            return Ok(Vec::new());
+        }
+        serde_json::from_slice(&content).map_err(|error| format!("{FOLDER}/{MANIFEST} is damaged: {error}"))
+    }
+
+    fn steps_on_disk(&self) -> Result<Vec<u64>, Problem> {
+        Ok(names_in(&self.folder())?.iter().filter_map(|name| step_of(name)).collect())
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.run_dir.join(FOLDER)
+    }
+}
+
+fn file_name(step: u64) -> String {
+    format!("step-{step:08}.safetensors")
+}
+
+/// The step of a checkpoint's file name, `None` for any other name.
+pub(super) fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.strip_suffix(".safetensors")?.parse().ok()?;
+    (file_name(step) == name).then_some(step)
+}
+
+/// The start of a digest, enough to tell two apart; whatever text a damaged manifest has in its place.
+fn short(digest: &str) -> String {
+    digest.chars().take(12).collect::<String>() + "…"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::testing;
+    use proptest::prelude::*;
+
+    /// A run directory with checkpoints of these steps.
+    fn with_steps(steps: &[u64]) -> (tempfile::TempDir, CheckpointDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = CheckpointDir::new(dir.path());
+        for &step in steps {
+            checkpoints.write(&testing::checkpoint(step, step), KEEP).unwrap();
+        }
+        (dir, checkpoints)
+    }
+
+    fn damage(dir: &Path, name: &str, change: impl Fn(&mut Vec<u8>)) {
+        let path = dir.join(FOLDER).join(name);
+        let mut bytes = fs::read(&path).unwrap();
+        change(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+    }
+
+    fn newest_step(checkpoints: &CheckpointDir) -> (u64, Vec<String>) {
+        let newest = checkpoints.newest_verified().unwrap().unwrap();
+        let step = newest.checkpoint.image.progress().step;
+        assert_eq!(newest.checkpoint, testing::checkpoint(step, step));
+        assert_eq!(newest.file, format!("checkpoints/{}", file_name(step)));
+        (step, newest.skipped)
+    }
+
+    #[test]
+    fn the_newest_three_stay_and_latest_points_to_the_newest() {
+        let (dir, checkpoints) = with_steps(&[5, 10, 200, 300]);
+        assert_eq!(newest_step(&checkpoints), (300, vec![]));
+        let names = names_in(&dir.path().join(FOLDER)).unwrap();
+        assert_eq!(
+            names,
+            [
+                "manifest.json",
+                "step-00000010.safetensors",
+                "step-00000200.safetensors",
+                "step-00000300.safetensors"
+            ]
+        );
+        let link = fs::read_link(dir.path().join(LATEST)).unwrap();
+        assert_eq!(link, Path::new("checkpoints/step-00000300.safetensors"));
+        assert!(dir.path().join(LATEST).is_file(), "the link must lead to the file");
+        assert_eq!(names_in(dir.path()).unwrap(), [FOLDER, LATEST]);
+
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&fs::read(dir.path().join(FOLDER).join(MANIFEST)).unwrap()).unwrap();
+        let content = fs::read(dir.path().join(LATEST)).unwrap();
+        assert_eq!(manifest.as_array().unwrap().len(), 3);
+        assert_eq!(
+            manifest[2],
+            serde_json::json!({
+                "file": "step-00000300.safetensors",
+                "step": 300,
+                "file_digest": sha256_hex(&[&content]),
+                "bytes": content.len(),
+            })
+        );
+    }
+
+    #[test]
+    fn a_run_without_checkpoints_is_no_problem() {
+        let (_dir, checkpoints) = with_steps(&[]);
+        assert!(checkpoints.newest_verified().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_damaged_newest_checkpoint_is_named_and_the_previous_one_used() {
+        type Change = fn(&mut Vec<u8>);
+        let cases: [(Change, &str); 4] = [
+            (|bytes| *bytes.last_mut().unwrap() ^= 1, "its digest is "),
+            (|bytes| bytes.truncate(100), "it has 100 bytes, the manifest says "),
+            (|bytes| bytes.clear(), "it has 0 bytes, the manifest says "),
+            (|bytes| bytes[0] ^= 1, "its digest is "),
+        ];
+        for (change, reason) in cases {
+            let (dir, checkpoints) = with_steps(&[10, 20, 30]);
+            damage(dir.path(), &file_name(30), change);
+            let (step, skipped) = newest_step(&checkpoints);
+            assert_eq!(step, 20);
+            let start = format!("checkpoints/step-00000030.safetensors: {reason}");
+            assert!(skipped.len() == 1 && skipped[0].starts_with(&start), "{skipped:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named_and_the_previous_one_used() {
+        let (dir, checkpoints) = with_steps(&[10, 20]);
+        fs::remove_file(dir.path().join(LATEST)).unwrap();
+        fs::remove_file(dir.path().join(FOLDER).join(file_name(20))).unwrap();
+        let (step, skipped) = newest_step(&checkpoints);
+        assert_eq!(step, 10);
+        assert!(skipped[0].contains("cannot read") && skipped[0].contains("No such file"), "{skipped:?}");
+    }
+
+    #[test]
+    fn when_all_are_damaged_each_is_named() {
+        let (dir, checkpoints) = with_steps(&[10, 20]);
+        for step in [10, 20] {
+            damage(dir.path(), &file_name(step), |bytes| bytes[50] ^= 1);
+        }
+        let problem = checkpoints.newest_verified().unwrap_err();
+        assert!(problem.sentence.contains("step-00000010.safetensors: its digest"), "{problem}");
+        assert!(problem.sentence.contains("step-00000020.safetensors: its digest"), "{problem}");
+        assert!(problem.hint.unwrap().contains("--fresh"));
+    }
+
+    #[test]
+    fn without_a_usable_manifest_files_verify_themselves() {
+        for manifest in ["", "[{]", "{\"file\": 3}", "\0\0\0"] {
+            let (dir, checkpoints) = with_steps(&[10, 20]);
+            fs::write(dir.path().join(FOLDER).join(MANIFEST), manifest).unwrap();
+            damage(dir.path(), &file_name(20), |bytes| *bytes.last_mut().unwrap() ^= 1);
+            let (step, skipped) = newest_step(&checkpoints);
+            assert_eq!(step, 10);
+            assert!(
+                skipped.last().unwrap().contains("does not have the digest that it records"),
+                "{skipped:?}"
+            );
+            assert_eq!(skipped.len(), if manifest.is_empty() { 1 } else { 2 });
+
+            // The next checkpoint writes a whole manifest again.
+            checkpoints.write(&testing::checkpoint(20, 20), KEEP).unwrap();
+            assert_eq!(newest_step(&checkpoints), (20, vec![]));
+        }
+    }
+
+    #[test]
+    fn a_file_that_a_crash_kept_out_of_the_manifest_is_used() {
+        let (dir, checkpoints) = with_steps(&[10]);
+        let path = dir.path().join(FOLDER).join(file_name(20));
+        fs::write(&path, testing::checkpoint(20, 20).to_bytes()).unwrap();
+        assert_eq!(newest_step(&checkpoints), (20, vec![]));
+    }
+
+    #[test]
+    fn a_file_under_another_steps_name_is_not_used() {
+        let (dir, checkpoints) = with_steps(&[10, 20]);
+        let folder = dir.path().join(FOLDER);
+        fs::copy(folder.join(file_name(10)), folder.join(file_name(30))).unwrap();
+        let (step, skipped) = newest_step(&checkpoints);
+        assert_eq!(step, 20);
+        assert!(skipped[0].ends_with("it holds the state after step 10"), "{skipped:?}");
+    }
+
+    #[test]
+    fn a_checkpoint_after_a_rewind_replaces_the_damaged_later_ones() {
+        let (dir, checkpoints) = with_steps(&[10, 20, 30]);
+        damage(dir.path(), &file_name(30), |bytes| bytes.truncate(9));
+        damage(dir.path(), &file_name(20), |bytes| bytes.truncate(9));
+        checkpoints.write(&testing::checkpoint(15, 15), KEEP).unwrap();
+        assert_eq!(newest_step(&checkpoints), (15, vec![]));
+        let names = names_in(&dir.path().join(FOLDER)).unwrap();
+        assert_eq!(names, ["manifest.json", "step-00000010.safetensors", "step-00000015.safetensors"]);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_others_and_no_temporary_file() {
+        let (dir, checkpoints) = with_steps(&[10]);
+        // A directory with something in it cannot be replaced.
+        fs::create_dir_all(dir.path().join(FOLDER).join(file_name(20)).join("inside")).unwrap();
+        let problem = checkpoints.write(&testing::checkpoint(20, 20), KEEP).unwrap_err();
+        assert!(problem.sentence.starts_with("cannot write "), "{problem}");
+        let names = names_in(&dir.path().join(FOLDER)).unwrap();
+        assert!(names.iter().all(|name| !name.ends_with(".tmp")), "{names:?}");
+        assert_eq!(newest_step(&checkpoints).0, 10);
+    }
+
+    #[test]
+    fn only_our_names_are_checkpoints() {
+        assert_eq!(step_of("step-00000200.safetensors"), Some(200));
+        assert_eq!(step_of(&file_name(u64::MAX)), Some(u64::MAX));
+        for other in
+            ["step-200.safetensors", ".step-00000200.safetensors.tmp", "step-+0000200.safetensors", "x"]
+        {
+            assert_eq!(step_of(other), None, "{other}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_damage_to_a_listed_file_is_accepted(
+            at in 0.0..1.0f64, removed in 0usize..50, inserted in prop::collection::vec(any::<u8>(), 0..50),
+        ) {
+            let (dir, checkpoints) = with_steps(&[10, 20]);
+            let path = dir.path().join(FOLDER).join(file_name(20));
+            let before = fs::read(&path).unwrap();
+            damage(dir.path(), &file_name(20), |bytes| {
+                let start = (at * bytes.len() as f64) as usize;
+                let end = (start + removed).min(bytes.len());
+                bytes.splice(start..end, inserted.iter().copied());
+            });
+            let unchanged = fs::read(&path).unwrap() == before;
+            prop_assert_eq!(newest_step(&checkpoints).0, if unchanged { 20 } else { 10 });
+        }
+
+        #[test]
+        fn no_damage_to_the_manifest_makes_the_reader_panic(
+            at in 0.0..1.0f64, removed in 0usize..50, inserted in prop::collection::vec(any::<u8>(), 0..50),
+        ) {
+            let (dir, checkpoints) = with_steps(&[10, 20]);
+            damage(dir.path(), MANIFEST, |bytes| {
+                let start = (at * bytes.len() as f64) as usize;
+                let end = (start + removed).min(bytes.len());
+                bytes.splice(start..end, inserted.iter().copied());
+            });
+            match checkpoints.newest_verified() {
+                Ok(newest) => prop_assert!(newest.is_some()),
+                Err(problem) => prop_assert!(problem.sentence.starts_with("no checkpoint in "), "{}", problem),
+            }
+        }
+    }
+}

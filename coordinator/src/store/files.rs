@@ -1,0 +1,274 @@
+//! Writing so that a crash at any moment leaves the old content or the new one, and saying what went wrong in words.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use protocol::problem::Problem;
+
+/// A failed file operation as a sentence: `cannot write runs/a/job.toml: Permission denied (os error 13)`.
+pub fn io_problem(verb: &str, path: &Path, error: &io::Error) -> Problem {
+    let problem = Problem::failed(format!("cannot {verb} {}: {error}", path.display()));
+    match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            problem.hint("choose a place that can be written with --run-dir")
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            problem.hint("free some space and start the same command again; nothing that was written is lost")
+        }
+        _ => problem,
+    }
+}
+
+/// Replaces the content of `path` as a whole: temporary file beside it, fsync, rename, fsync of the directory.
+///
+/// The temporary name is fixed, not random, so that one left by a crash is found again; only the holder of the run
+/// directory's lock writes.
+///
+/// # Errors
+/// Any failed operation; the old content is then still there, and no temporary file.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
+    let temporary = temporary_path(path);
+    let written = (|| {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    written.map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        io_problem("write", path, &error)
+    })?;
+    sync_parent(path)
+}
+
+/// Makes `path` point to `target`, replacing what was there in one moment. Where the file system has no symbolic
+/// links, `path` becomes a text file with the target as its only line.
+///
+/// # Errors
+/// Any failed operation; the old link is then still there.
+pub fn link_atomic(path: &Path, target: &str) -> Result<(), Problem> {
+    let temporary = temporary_path(path);
+    remove_if_there(&temporary)?;
+    if rustix::fs::symlink(target, &temporary).is_err() {
+        return write_atomic(path, format!("{target}\n").as_bytes());
+    }
+    fs::rename(&temporary, path).map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        io_problem("write", path, &error)
+    })?;
+    sync_parent(path)
+}
+
+/// Creates a directory and those above it.
+///
+/// # Errors
+/// Any failed operation.
+pub fn create_dir(path: &Path) -> Result<(), Problem> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path).map_err(|error| io_problem("create", path, &error))?;
+    sync_parent(path)
+}
+
+/// Deletes a file or link; that there is none is as good.
+///
+/// # Errors
+/// Any other failed operation.
+pub fn remove_if_there(path: &Path) -> Result<(), Problem> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(io_problem("delete", path, &error)),
+        _ => Ok(()),
+    }
+}
+
+/// The content of a file, `None` if there is none.
+///
+/// # Errors
+/// Any other failed operation.
+pub fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Problem> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_problem("read", path, &error)),
+    }
+}
+
+/// Names of the entries of a directory in order, none if it does not exist. Names that are not Unicode are given
+/// with replacement characters: none of ours are such.
+///
+/// # Errors
+/// Any other failed operation.
+pub fn names_in(dir: &Path) -> Result<Vec<String>, Problem> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_problem("read", dir, &error)),
+    };
+    let mut names = entries
+        .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(|error| io_problem("read", dir, &error))?;
+    names.sort();
+    Ok(names)
+}
+
+/// Where [`write_atomic`] and [`link_atomic`] prepare the new content of `path`: `.NAME.tmp` beside it.
+pub fn temporary_path(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().expect("the path of a file ends in its name"));
+    name.push(".tmp");
+    path.with_file_name(name)
+}
+
+/// The name that an entry is the temporary file of.
+pub fn temporary_of(name: &str) -> Option<&str> {
+    name.strip_prefix('.')?.strip_suffix(".tmp")
+}
+
+/// A rename or a new name is durable only when the directory is.
+fn sync_parent(path: &Path) -> Result<(), Problem> {
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent).and_then(|dir| dir.sync_all()).map_err(|error| io_problem("sync", parent, &error))
+}
+
+/// A file that grows line by line. What reaches it is whole lines: the rest of a line whose write failed is cut
+/// off before the next one, so only a crash of the machine can leave a torn one, and only at the end.
+#[derive(Debug)]
+pub(super) struct LineFile {
+    path: PathBuf,
+    file: File,
+    /// Bytes of whole lines.
+    length: u64,
+    /// Whether a failed write may have left something after them.
+    torn: bool,
+}
+
+impl LineFile {
+    /// Opens a file for appending, creating it if need be, and cuts off what lies after its first `length` bytes.
+    pub(super) fn open(path: &Path, length: u64) -> Result<Self, Problem> {
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        let file = file.map_err(|error| io_problem("open", path, &error))?;
+        let mut lines = Self { path: path.to_owned(), file, length, torn: true };
+        lines.cut()?;
+        sync_parent(path)?;
+        Ok(lines)
+    }
+
+    /// Appends one line in one write.
+    pub(super) fn append(&mut self, mut line: String) -> Result<(), Problem> {
+        assert!(!line.contains('\n'), "a record is one line");
+        line.push('\n');
+        self.cut()?;
+        self.torn = true;
+        self.file.write_all(line.as_bytes()).map_err(|error| io_problem("write", &self.path, &error))?;
+        self.torn = false;
+        self.length += line.len() as u64;
+        Ok(())
+    }
+
+    /// Waits until all lines are on the disk.
+    pub(super) fn sync(&mut self) -> Result<(), Problem> {
+        self.file.sync_data().map_err(|error| io_problem("sync", &self.path, &error))
+    }
+
+    fn cut(&mut self) -> Result<(), Problem> {
+        if self.torn {
+            self.file.set_len(self.length).map_err(|error| io_problem("write", &self.path, &error))?;
+            self.torn = false;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_replacement_keeps_the_old_content_and_leaves_no_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        // A directory that is not empty cannot be replaced by a file.
+        let path = dir.path().join("target");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("inside"), "old").unwrap();
+        let problem = write_atomic(&path, b"new").unwrap_err();
+        assert!(problem.sentence.starts_with(&format!("cannot write {}: ", path.display())), "{problem}");
+        let problem = link_atomic(&path, "elsewhere").unwrap_err();
+        assert!(problem.sentence.starts_with("cannot write "), "{problem}");
+        assert_eq!(names_in(dir.path()).unwrap(), ["target"]);
+        assert_eq!(fs::read(path.join("inside")).unwrap(), b"old");
+    }
+
+    #[test]
+    fn content_and_links_are_replaced_even_over_what_a_crash_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        for round in ["one", "two"] {
+            fs::write(temporary_path(&file), "half").unwrap();
+            fs::write(temporary_path(&link), "half").unwrap();
+            write_atomic(&file, round.as_bytes()).unwrap();
+            link_atomic(&link, round).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), round);
+            assert_eq!(fs::read_link(&link).unwrap(), Path::new(round));
+        }
+        assert_eq!(names_in(dir.path()).unwrap(), ["file", "link"]);
+    }
+
+    #[test]
+    fn a_full_disk_is_said_with_a_hint() {
+        // Every write to this device fails as on a full disk; it cannot be cut, so it is not opened through `open`.
+        let path = Path::new("/dev/full");
+        let Ok(file) = OpenOptions::new().append(true).open(path) else {
+            return;
+        };
+        let mut lines = LineFile { path: path.to_owned(), file, length: 0, torn: false };
+        let problem = lines.append("record".to_owned()).unwrap_err();
+        assert!(problem.sentence.starts_with("cannot write /dev/full: No space left"), "{problem}");
+        assert!(problem.hint.unwrap().contains("free some space"));
+        assert!(lines.torn && lines.length == 0, "the failed line must be cut off before the next");
+    }
+
+    #[test]
+    fn what_the_user_can_mend_has_a_hint() {
+        let cases = [
+            (ErrorKind::PermissionDenied, Some("--run-dir")),
+            (ErrorKind::ReadOnlyFilesystem, Some("--run-dir")),
+            (ErrorKind::StorageFull, Some("free some space")),
+            (ErrorKind::NotADirectory, None),
+        ];
+        for (kind, hint) in cases {
+            let problem = io_problem("write", Path::new("runs/a/job.toml"), &kind.into());
+            assert_eq!(problem.sentence, format!("cannot write runs/a/job.toml: {kind}"));
+            match hint {
+                Some(part) => assert!(problem.hint.unwrap().contains(part)),
+                None => assert_eq!(problem.hint, None),
+            }
+        }
+    }
+
+    #[test]
+    fn a_torn_line_is_cut_before_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        let mut lines = LineFile::open(&path, 0).unwrap();
+        lines.append("one".to_owned()).unwrap();
+        fs::write(&path, "one\ntw").unwrap();
+        lines.torn = true;
+        lines.append("three".to_owned()).unwrap();
+        lines.sync().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "one\nthree\n");
+    }
+
+    #[test]
+    fn a_temporary_name_tells_whose_it_is() {
+        assert_eq!(temporary_path(Path::new("a/job.toml")), Path::new("a/.job.toml.tmp"));
+        assert_eq!(temporary_of(".job.toml.tmp"), Some("job.toml"));
+        assert_eq!(temporary_of("job.toml.tmp"), None);
+    }
+}

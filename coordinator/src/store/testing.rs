@@ -1,0 +1,57 @@
+//! Small states and jobs for the tests of this folder.
+
+use protocol::control::{ControlState, EpochSums};
+use protocol::job::JobFile;
+use protocol::layout::{Progress, StateLayout};
+use protocol::random::mix64;
+
+use super::checkpoint::{Checkpoint, layout_of};
+use super::state::StateImage;
+
+/// A job with few parameters, and `KEY=VALUE` settings over it.
+pub(super) fn job_file(preset: &str, settings: &[(&str, &str)]) -> JobFile {
+    let small = [("hidden_size", "2"), ("num_layers", "1"), ("batch_size", "3"), ("shards", "2")];
+    let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    let settings: Vec<_> = small.iter().chain(settings).map(owned).collect();
+    JobFile::resolve(preset, None, &settings).unwrap()
+}
+
+/// Control state with an infinite loss and one that no short decimal number equals.
+pub(super) fn control(salt: u64) -> ControlState {
+    ControlState {
+        epoch: EpochSums { loss: 10.0 + salt as f64 / 3.0, weight: 10, correct: 4 },
+        first_epoch_loss: 0.1 + 0.2,
+        best_validation_loss: f64::INFINITY,
+        epochs_without_improvement: 1,
+        learning_rate_scale: 0.5,
+        skipped_updates: 2,
+    }
+}
+
+/// The state of a small GRU over five characters after `step` steps of epochs of five.
+pub(super) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
+    let job = job_file("char-gru", &[("learning_rate", "0.0012345678901234567")]).job;
+    let layout = layout_of(&job, 5, 5);
+    Checkpoint {
+        image: image(&layout, step, salt),
+        job,
+        data_digest: "d1".to_owned(),
+        vocabulary: Some("ab\n\"é".to_owned()),
+    }
+}
+
+/// The same for a small network that reads rows and carries no recurrent state.
+pub(super) fn rows_checkpoint(step: u64) -> Checkpoint {
+    let job = job_file("mnist-rnn", &[]).job;
+    let layout = layout_of(&job, 28, 10);
+    Checkpoint { image: image(&layout, step, 0), job, data_digest: "d2".to_owned(), vocabulary: None }
+}
+
+fn image(layout: &StateLayout, step: u64, salt: u64) -> StateImage {
+    let floats = 3 * layout.parameters() + layout.recurrent();
+    let mut bytes: Vec<u8> =
+        (0..floats as u64).flat_map(|i| (mix64(i ^ salt << 32) as u32).to_le_bytes()).collect();
+    bytes.extend(Progress::after(step, 5).to_bytes());
+    bytes.extend(control(salt).to_bytes());
+    StateImage::new(layout, bytes).unwrap()
+}

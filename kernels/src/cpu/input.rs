@@ -1,0 +1,146 @@
+//! The input projection `W_ih x_t + b` of all steps: what stands beside the GEMM.
+//!
+//! A dense input is one GEMM over T·rows rows, accumulated onto rows that hold the bias ([`broadcast_rows`]). A token
+//! is a one-hot vector, for which the product is a column of `W_ih`: [`token_table`] writes those columns out as rows,
+//! biases included, once per step, and [`gather_rows`] copies them.
+
+use super::reduce::tree_add;
+use super::simd::Simd;
+
+/// `out[row] = bias` for every row: the start of an accumulating GEMM.
+///
+/// `bias` is `[n]`, `out` `[rows][n]`.
+pub fn broadcast_rows(bias: &[f32], out: &mut [f32]) {
+    assert!(
+        out.len().is_multiple_of(bias.len()),
+        "broadcast_rows: out has {} elements, expected rows of {}",
+        out.len(),
+        bias.len()
+    );
+    for row in out.chunks_exact_mut(bias.len()) {
+        row.copy_from_slice(bias);
+    }
+}
+
+/// `table[v] = W[.., v] + bias`: the projection of every token.
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `weight` | `[G·H, V]` | in | `weight_ih` as PyTorch stores it |
+/// | `bias` | `[G·H]` | in | `b_ih`, or `b_ih + b_hh` where the cell adds both at once |
+/// | `table` | `[V][G·H]` | out | |
+///
+/// Cost: one sweep over W. Numerics: one addition per element.
+pub fn token_table(weight: &[f32], bias: &[f32], table: &mut [f32]) {
+    let gates = bias.len();
+    let vocabulary = check_transpose("token_table", gates, weight.len(), table.len());
+    for (v, row) in table.chunks_exact_mut(gates).enumerate() {
+        for (j, value) in row.iter_mut().enumerate() {
+            *value = weight[j * vocabulary + v] + bias[j];
+        }
+    }
+}
+
+/// `out[row] = table[tokens[row]]`.
+///
+/// `table` is `[V][n]`, `tokens` `[rows]` below V, `out` `[rows][n]`. Cost: a copy.
+///
+/// # Panics
+/// If a token is not below V.
+pub fn gather_rows(table: &[f32], tokens: &[u32], out: &mut [f32]) {
+    let width = out.len().checked_div(tokens.len()).unwrap_or(0);
+    assert!(
+        out.len() == width * tokens.len(),
+        "gather_rows: out has {} elements, rows {}",
+        out.len(),
+        tokens.len()
+    );
+    for (row, token) in out.chunks_exact_mut(width.max(1)).zip(tokens) {
+        row.copy_from_slice(&table[*token as usize * width..][..width]);
+    }
+}
+
+/// The gradient of `weight_ih` under one-hot inputs: `d_w[j, v] = Σ d[row][j]` over the rows whose token is v.
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `rows` | (token, `[G·H]`) | in | in the order of the sum: the (step, row) pairs of one shard |
+/// | `d_table` | `[V][G·H]` | scratch | holds the transpose afterwards |
+/// | `d_weight` | `[G·H, V]` | out | |
+///
+/// Cost: one sweep over the rows and one transposition. Numerics: the sum rule; from 0, one row after the other.
+pub fn scatter_add_rows<'a>(
+    simd: Simd,
+    rows: impl Iterator<Item = (u32, &'a [f32])>,
+    gates: usize,
+    d_table: &mut [f32],
+    d_weight: &mut [f32],
+) {
+    let vocabulary = check_transpose("scatter_add_rows", gates, d_weight.len(), d_table.len());
+    d_table.fill(0.0);
+    for (token, row) in rows {
+        tree_add(simd, &mut d_table[token as usize * gates..][..gates], row);
+    }
+    for (v, row) in d_table.chunks_exact(gates).enumerate() {
+        for (j, value) in row.iter().enumerate() {
+            d_weight[j * vocabulary + v] = *value;
+        }
+    }
+}
+
+fn check_transpose(kernel: &str, gates: usize, weight: usize, table: usize) -> usize {
+    assert!(
+        weight == table && gates > 0 && weight.is_multiple_of(gates),
+        "{kernel}: weight has {weight} and table {table} elements, expected the same multiple of {gates}"
+    );
+    weight / gates
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::gemm;
+    use super::super::pack::PackedMatrix;
+    use super::super::sequence::tests::{bits, distance, numbers, widen};
+    use super::*;
+
+    #[test]
+    fn a_gathered_row_equals_the_product_with_the_one_hot_row() {
+        let (vocabulary, gates, tokens) = (13, 20, [3u32, 0, 12, 3, 7]);
+        let (weight, bias) = (numbers(gates * vocabulary, 1.0, 1), numbers(gates, 1.0, 2));
+        let mut table = vec![f32::NAN; weight.len()];
+        token_table(&weight, &bias, &mut table);
+        let mut gathered = vec![f32::NAN; tokens.len() * gates];
+        gather_rows(&table, &tokens, &mut gathered);
+
+        let mut one_hot = vec![0.0; tokens.len() * vocabulary];
+        for (row, token) in tokens.iter().enumerate() {
+            one_hot[row * vocabulary + *token as usize] = 1.0;
+        }
+        let mut packed = PackedMatrix::new(vocabulary, gates);
+        packed.pack_columns(&weight, vocabulary);
+        let mut product = vec![f32::NAN; gathered.len()];
+        broadcast_rows(&bias, &mut product);
+        gemm(Simd::detect(), tokens.len(), &one_hot, vocabulary, &packed, &mut product, gates, true);
+        assert_eq!(bits(&gathered), bits(&product));
+    }
+
+    #[test]
+    fn scattered_gradients_add_up_per_token_in_row_order() {
+        let (vocabulary, gates, tokens) = (5, 33, [3u32, 0, 4, 3, 3, 0]);
+        let d = numbers(tokens.len() * gates, 1.0, 3);
+        let mut want = vec![0.0f64; gates * vocabulary];
+        for (token, row) in tokens.iter().zip(d.chunks(gates)) {
+            for j in 0..gates {
+                want[j * vocabulary + *token as usize] += f64::from(row[j]);
+            }
+        }
+        for simd in Simd::available() {
+            let (mut d_table, mut d_weight) = (vec![f32::NAN; want.len()], vec![f32::NAN; want.len()]);
+            let rows = tokens.iter().copied().zip(d.chunks(gates));
+            scatter_add_rows(simd, rows, gates, &mut d_table, &mut d_weight);
+            assert!(distance(&widen(&d_weight), &want) < 1e-6);
+            let three = d[..gates][0] + d[3 * gates..][0] + d[4 * gates..][0];
+            assert_eq!(d_weight[3].to_bits(), three.to_bits());
+        }
+    }
+}

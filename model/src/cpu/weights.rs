@@ -1,0 +1,126 @@
+//! Weights in the forms that the kernels read, derived from the flat parameters once per step.
+
+use kernels::PackedMatrix;
+use protocol::layout::{Cell, Input, ModelShape, StateLayout};
+use rayon::prelude::*;
+
+/// All weights, packed.
+pub(super) struct Weights {
+    pub(super) layers: Vec<LayerWeights>,
+    /// `[H, V]` (k, n)
+    pub(super) head: PackedMatrix,
+    /// `[V, H]` (k, n)
+    pub(super) head_backward: PackedMatrix,
+    /// `[V]`
+    pub(super) head_bias: Vec<f32>,
+}
+
+/// The weights of one layer.
+pub(super) struct LayerWeights {
+    pub(super) input: InputWeights,
+    /// `[H, G·H]` (k, n)
+    pub(super) hidden: PackedMatrix,
+    /// `[G·H, H]` (k, n)
+    pub(super) hidden_backward: PackedMatrix,
+    /// `[G·H]`: what is added to the input's part: both biases, but only `bias_ih` for the GRU, whose `bias_hh`
+    /// stays inside the reset.
+    pub(super) bias: Vec<f32>,
+    /// `[G·H]`
+    pub(super) bias_hh: Vec<f32>,
+}
+
+/// How a layer reads its input.
+pub(super) enum InputWeights {
+    /// One-hot input: row v is `weight_ih[:, v] + bias`, `[V][G·H]`.
+    Table(Vec<f32>),
+    /// Dense input.
+    Dense {
+        /// `[I, G·H]` (k, n)
+        forward: PackedMatrix,
+        /// `[G·H, I]` (k, n); not used by the first layer, whose input needs no gradient.
+        backward: PackedMatrix,
+    },
+}
+
+impl Weights {
+    /// Room for the weights of a network.
+    pub(super) fn new(shape: &ModelShape) -> Self {
+        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let layer = |layer: usize| {
+            let width = shape.layer_input_size(layer);
+            let input = match shape.input {
+                Input::OneHot(_) if layer == 0 => InputWeights::Table(vec![0.0; width * gates]),
+                _ => InputWeights::Dense {
+                    forward: PackedMatrix::new(width, gates),
+                    backward: PackedMatrix::new(gates, width),
+                },
+            };
+            LayerWeights {
+                input,
+                hidden: PackedMatrix::new(hidden, gates),
+                hidden_backward: PackedMatrix::new(gates, hidden),
+                bias: vec![0.0; gates],
+                bias_hh: vec![0.0; gates],
+            }
+        };
+        Self {
+            layers: (0..shape.num_layers).map(layer).collect(),
+            head: PackedMatrix::new(hidden, shape.classes),
+            head_backward: PackedMatrix::new(shape.classes, hidden),
+            head_bias: vec![0.0; shape.classes],
+        }
+    }
+
+    /// Packs the parameters; the forms that only the backward pass reads, if it will run.
+    pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
+        let (shape, hidden) = (&layout.shape, layout.shape.hidden_size);
+        self.head_bias.copy_from_slice(&parameters[layout.head().1]);
+        let (head, head_backward) = (&mut self.head, &mut self.head_backward);
+        let layers = &mut self.layers;
+        rayon::join(
+            || {
+                let weight = &parameters[layout.head().0];
+                head.pack_columns(weight, hidden);
+                if backward {
+                    head_backward.pack_rows(weight, hidden);
+                }
+            },
+            || {
+                layers.par_iter_mut().enumerate().for_each(|(index, layer)| {
+                    let ranges = layout.layer(index);
+                    let (bias_ih, bias_hh) = (&parameters[ranges.bias_ih], &parameters[ranges.bias_hh]);
+                    layer.bias_hh.copy_from_slice(bias_hh);
+                    layer.bias.copy_from_slice(bias_ih);
+                    if shape.cell != Cell::Gru {
+                        layer.bias.iter_mut().zip(bias_hh).for_each(|(sum, b)| *sum += b);
+                    }
+                    let weight_ih = &parameters[ranges.weight_ih];
+                    let weight_hh = &parameters[ranges.weight_hh];
+                    let width = shape.layer_input_size(index);
+                    match &mut layer.input {
+                        InputWeights::Table(table) => gather_table(weight_ih, &layer.bias, width, table),
+                        InputWeights::Dense { forward, backward: into } => {
+                            forward.pack_columns(weight_ih, width);
+                            if backward && index > 0 {
+                                into.pack_rows(weight_ih, width);
+                            }
+                        }
+                    }
+                    layer.hidden.pack_columns(weight_hh, hidden);
+                    if backward {
+                        layer.hidden_backward.pack_rows(weight_hh, hidden);
+                    }
+                });
+            },
+        );
+    }
+}
+
+/// `table[v] = weight[:, v] + bias`: a one-hot input's whole part of the gates is one row of it.
+fn gather_table(weight: &[f32], bias: &[f32], width: usize, table: &mut [f32]) {
+    for (token, row) in table.chunks_exact_mut(bias.len()).enumerate() {
+        for (gate, place) in row.iter_mut().enumerate() {
+            *place = weight[gate * width + token] + bias[gate];
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Jobs, random batches and the state a run starts with.
+
+use std::ops::Range;
+
+use model::init::initial_parameters;
+use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
+use protocol::job::{JobFile, JobSpec, Task};
+use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::random::{Purpose, Stream};
+use protocol::schedule::{Schedule, Work};
+use protocol::slots::{shards_of_rank, slots_of};
+
+pub(crate) const CELLS: [Cell; 3] = [Cell::Rnn, Cell::Lstm, Cell::Gru];
+pub(crate) const TASKS: [Task; 2] = [Task::Chars, Task::Rows];
+
+/// Width of the random data: tokens of text, bytes of an image row.
+pub(crate) const INPUT_WIDTH: usize = 13;
+/// Classes of the random images; those of a text are its tokens.
+const IMAGE_CLASSES: usize = 5;
+
+/// The sizes of a test network and its batch. The rest of the job is the default's, changed by `settings`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) cell: Cell,
+    pub(crate) task: Task,
+    pub(crate) num_layers: usize,
+    pub(crate) hidden_size: usize,
+    pub(crate) seq_len: usize,
+    pub(crate) batch_size: usize,
+    pub(crate) shards: u32,
+}
+
+/// A job with all that follows from it.
+#[derive(Debug, Clone)]
+pub(crate) struct Setup {
+    pub(crate) job: JobSpec,
+    pub(crate) data: DataShape,
+    pub(crate) layout: StateLayout,
+}
+
+impl Setup {
+    /// A job on the random data of [`Setup::batch`].
+    pub(crate) fn new(sizes: Sizes, settings: &[(&str, &str)]) -> Self {
+        let classes = if sizes.task == Task::Chars { INPUT_WIDTH } else { IMAGE_CLASSES };
+        Self::with_data(sizes, INPUT_WIDTH, classes, settings)
+    }
+
+    /// A job on data of these widths.
+    pub(crate) fn with_data(sizes: Sizes, width: usize, classes: usize, settings: &[(&str, &str)]) -> Self {
+        let (input, head) = match sizes.task {
+            Task::Chars => (Input::OneHot(width), Head::EveryStep),
+            Task::Rows => (Input::Bytes(width), Head::Final),
+        };
+        let Sizes { cell, num_layers, hidden_size, seq_len, batch_size, shards, .. } = sizes;
+        let words = [
+            ("task", format!("{:?}", sizes.task).to_lowercase()),
+            ("cell", format!("{cell:?}").to_lowercase()),
+            ("num_layers", num_layers.to_string()),
+            ("hidden_size", hidden_size.to_string()),
+            ("seq_len", seq_len.to_string()),
+            ("batch_size", batch_size.to_string()),
+            ("shards", shards.to_string()),
+        ];
+        let settings: Vec<(String, String)> = words
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .chain(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())))
+            .collect();
+        let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
+        let model = ModelShape { cell, num_layers, hidden_size, input, classes, head };
+        let schedule = Schedule { steps_per_epoch: 100, evaluation_batches: 1, total_steps: 100 };
+        let layout = StateLayout::new(model, batch_size);
+        Self { job, data: DataShape { model, seq_len, schedule }, layout }
+    }
+
+    /// The random batch of all shards for a training step.
+    pub(crate) fn batch(&self, step: u64) -> Batch {
+        let work = Work::Train { step, epoch: 0, index: step };
+        self.random_batch(work, step, self.job.batch_size as usize)
+    }
+
+    /// An evaluation batch in which only the first `filled` slots have a row.
+    pub(crate) fn evaluation_batch(&self, filled: usize) -> Batch {
+        self.random_batch(Work::Evaluate { step: 0, index: 0 }, 1000, filled)
+    }
+
+    fn random_batch(&self, work: Work, name: u64, filled: usize) -> Batch {
+        let (seq_len, model) = (self.data.seq_len, &self.data.model);
+        let mut random = Stream::new(77, Purpose::Digits, [name as u32, 0]);
+        let mut draw = |count: usize, below: usize| -> Vec<u16> {
+            (0..count).map(|_| random.below(below as u32) as u16).collect()
+        };
+        let inputs = match model.input {
+            Input::OneHot(tokens) => Inputs::Tokens(draw(filled * (seq_len + 1), tokens)),
+            Input::Bytes(width) => Inputs::Bytes {
+                bytes: draw(filled * seq_len * width, 256).into_iter().map(|byte| byte as u8).collect(),
+                labels: draw(filled, model.classes),
+            },
+        };
+        let sample_ids = (0..filled as u64).map(|row| 1000 * name + row).collect();
+        self.batch_of(work, sample_ids, inputs)
+    }
+
+    /// The batch of all shards whose rows fill the first slots with these inputs.
+    pub(crate) fn batch_of(&self, work: Work, sample_ids: Vec<u64>, inputs: Inputs) -> Batch {
+        let filled = sample_ids.len();
+        let shards = (0..self.job.shards)
+            .map(|shard| {
+                let slots = slots_of(self.job.batch_size, self.job.shards, shard..shard + 1);
+                ShardBatch { shard, rows: filled.min(slots.start as usize)..filled.min(slots.end as usize) }
+            })
+            .collect();
+        Batch { work, first_slot: 0, shards, sample_ids, inputs }
+    }
+
+    /// The part of a batch of all shards that a worker with `shards` reads.
+    pub(crate) fn part(&self, batch: &Batch, shards: Range<u32>) -> Batch {
+        let of = &batch.shards[shards.start as usize..shards.end as usize];
+        let rows = of[0].rows.start..of[of.len() - 1].rows.end;
+        let seq_len = self.data.seq_len;
+        let inputs = match &batch.inputs {
+            Inputs::Tokens(tokens) => {
+                Inputs::Tokens(tokens[rows.start * (seq_len + 1)..rows.end * (seq_len + 1)].to_vec())
+            }
+            Inputs::Bytes { bytes, labels } => {
+                let row = seq_len * self.data.model.input.size();
+                Inputs::Bytes {
+                    bytes: bytes[rows.start * row..rows.end * row].to_vec(),
+                    labels: labels[rows.clone()].to_vec(),
+                }
+            }
+        };
+        let counted = |shard: &ShardBatch| ShardBatch {
+            shard: shard.shard,
+            rows: shard.rows.start - rows.start..shard.rows.end - rows.start,
+        };
+        Batch {
+            work: batch.work,
+            first_slot: slots_of(self.job.batch_size, self.job.shards, shards).start,
+            shards: of.iter().map(counted).collect(),
+            sample_ids: batch.sample_ids[rows.clone()].to_vec(),
+            inputs,
+        }
+    }
+
+    /// The training state before the first step; the recurrent state is random if `carried`, else zero.
+    pub(crate) fn start(&self, carried: bool) -> State {
+        let parameters = initial_parameters(&self.layout, self.job.init, self.job.seed);
+        let zeros = vec![0.0; parameters.len()];
+        let mut recurrent = vec![0.0; self.layout.recurrent()];
+        if carried {
+            let mut random = Stream::new(78, Purpose::Digits, [0, 0]);
+            recurrent.fill_with(|| 1.6 * random.unit_f32() - 0.8);
+        }
+        State { parameters, first_moment: zeros.clone(), second_moment: zeros, recurrent }
+    }
+
+    /// The shards cut for `workers` workers.
+    pub(crate) fn split(&self, workers: u32) -> Vec<Range<u32>> {
+        (0..workers).map(|rank| shards_of_rank(self.job.shards, workers, rank)).collect()
+    }
+}
+
+/// The floats of a training state, on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct State {
+    pub(crate) parameters: Vec<f32>,
+    pub(crate) first_moment: Vec<f32>,
+    pub(crate) second_moment: Vec<f32>,
+    pub(crate) recurrent: Vec<f32>,
+}

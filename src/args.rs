@@ -1,0 +1,344 @@
+//! The command line's words, and what they mean for the libraries.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use kernels::Simd;
+use model::cpu::CpuBackend;
+use protocol::handshake::Token;
+use protocol::job::{JobFile, presets};
+use protocol::problem::Problem;
+
+const BUILD: &str = env!("CARGO_PKG_VERSION");
+
+/// Trains recurrent networks, data-parallel over worker processes: any fleet, the same bits.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep", version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 not usable, nothing was started; \
+75 stopped on request after a checkpoint, the same command goes on. \
+Environment: LOCKSTEP_TOKEN (run token), LOCKSTEP_DATA_DIR (real data), LOCKSTEP_LOG (log filter).";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train on this machine: a coordinator and some workers
+    Train(TrainArgs),
+    /// Coordinate a run whose workers are started elsewhere
+    Coordinator(CoordinatorArgs),
+    /// Work for a coordinator; needs no data, no configuration and no disk
+    Worker(WorkerArgs),
+    /// Show the newest checkpoint of a run, with its hashes
+    Inspect(InspectArgs),
+}
+
+/// What is to be computed, and where it is written.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct JobArgs {
+    /// char-lstm, char-gru, char-lstm-512, mnist-rnn, mnist-lstm or mnist-gru
+    #[arg(default_value = "char-lstm")]
+    preset: String,
+    /// Data: embedded, tinyshakespeare, mnist, or the path of a text file or of a folder with the MNIST files
+    #[arg(long, value_name = "DATA")]
+    data: Option<String>,
+    /// Folder in which tinyshakespeare and mnist are looked for
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where the run is written; an existing run of the same job goes on [default: runs/PRESET]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Stop after this many steps
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// Stop after this many passes over the data
+    #[arg(long, value_name = "N")]
+    epochs: Option<u64>,
+    /// Seed of initial parameters, sample order and dropout
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Parts of every batch: the largest fleet that can share the work
+    #[arg(long, value_name = "N")]
+    shards: Option<u32>,
+    /// Number of workers
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// Change any key of the job, e.g. hidden_size=256 (may be repeated)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    settings: Vec<String>,
+    /// A job file in TOML, laid over the preset
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Delete what the run directory holds and start over
+    #[arg(long)]
+    fresh: bool,
+    /// Show JSON lines
+    #[arg(long)]
+    json: bool,
+    /// Serve status and metrics for this many seconds after the end, for a last scrape
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    linger: u64,
+}
+
+impl JobArgs {
+    /// The job file that these options mean.
+    pub(crate) fn resolve(&self) -> Result<JobFile, Problem> {
+        let text = self.config.as_deref().map(read_job_file).transpose()?;
+        let mut settings = Vec::new();
+        for setting in &self.settings {
+            let (key, value) = setting.split_once('=').ok_or_else(|| {
+                Problem::usage(format!("--set {setting} has no '='")).hint("write --set KEY=VALUE")
+            })?;
+            settings.push((key.trim().to_owned(), value.trim().to_owned()));
+        }
+        // Whoever asks for a number of steps means that number, whatever number of epochs the preset has.
+        let epochs = self.epochs.or(self.steps.map(|_| 0));
+        let options = [
+            ("run.data", self.data.as_ref().map(|data| toml::Value::String(data.clone()).to_string())),
+            ("run.epochs", epochs.map(|n| n.to_string())),
+            ("run.steps", self.steps.map(|n| n.to_string())),
+            ("job.seed", self.seed.map(|n| n.to_string())),
+            ("job.shards", self.shards.map(|n| n.to_string())),
+            ("fleet.workers", self.workers.map(|n| n.to_string())),
+        ];
+        settings.extend(options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+        JobFile::resolve(&self.preset, text.as_deref(), &settings)
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&self.preset))
+    }
+
+    /// The same options as words of a command line.
+    pub(crate) fn to_words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec![self.preset.clone().into()];
+        let mut push = |name: &str, value: Option<OsString>| {
+            if let Some(value) = value {
+                words.extend([name.into(), value]);
+            }
+        };
+        push("--data", self.data.clone().map(Into::into));
+        push("--data-dir", self.data_dir.clone().map(Into::into));
+        push("--run-dir", self.run_dir.clone().map(Into::into));
+        push("--config", self.config.clone().map(Into::into));
+        for (name, number) in
+            [("--steps", self.steps), ("--epochs", self.epochs), ("--seed", self.seed), ("--linger", Some(self.linger))]
+        {
+            push(name, number.map(|n| n.to_string().into()));
+        }
+        push("--shards", self.shards.map(|n| n.to_string().into()));
+        push("--workers", self.workers.map(|n| n.to_string().into()));
+        for setting in &self.settings {
+            push("--set", Some(setting.into()));
+        }
+        words.extend(self.fresh.then(|| "--fresh".into()));
+        words.extend(self.json.then(|| "--json".into()));
+        words
+    }
+}
+
+fn read_job_file(path: &Path) -> Result<String, Problem> {
+    std::fs::read_to_string(path).map_err(|error| {
+        let presets: Vec<String> = presets().into_iter().map(|(name, _)| name).collect();
+        Problem::usage(format!("cannot read the job file {}: {error}", path.display()))
+            .hint(format!("--config takes a TOML file; presets are named without it: {}", presets.join(", ")))
+    })
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArgs {
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// Threads per worker [default: an equal part of the cores]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Where status and metrics are served
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) http: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Where workers connect
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7171")]
+    listen: SocketAddr,
+    /// Where status and metrics are served
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7172")]
+    http: SocketAddr,
+    /// File with the run token, instead of LOCKSTEP_TOKEN
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Written when both ports are bound, with their addresses
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
+    /// Stop when standard input ends
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+impl CoordinatorArgs {
+    pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
+        Ok(coordinator::Config {
+            preset: self.job.preset.clone(),
+            file: self.job.resolve()?,
+            run_dir: self.job.run_dir(),
+            fresh: self.job.fresh,
+            data_dir: self.job.data_dir.clone(),
+            listen: self.listen,
+            http: self.http,
+            token: token(self.token_file.as_deref())?,
+            ready_file: self.ready_file.clone(),
+            linger: Duration::from_secs(self.job.linger),
+            json: self.job.json,
+            build: BUILD.to_owned(),
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// The coordinator's control port
+    #[arg(long, value_name = "HOST:PORT", env = "LOCKSTEP_COORDINATOR")]
+    coordinator: String,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
+    #[arg(long, value_name = "LEVEL")]
+    simd: Option<String>,
+    /// Name for people
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Host at which other workers reach this one [default: the address of the control connection]
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// Serve this worker's own metrics here
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics: Option<SocketAddr>,
+    /// File with the run token, instead of LOCKSTEP_TOKEN
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Leave it to the coordinator to say what went wrong
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+impl WorkerArgs {
+    pub(crate) fn config(&self) -> Result<worker::Config, Problem> {
+        Ok(worker::Config {
+            coordinator: self.coordinator.clone(),
+            name: self.name.clone(),
+            token: token(self.token_file.as_deref())?,
+            advertise: self.advertise.clone(),
+            metrics: self.metrics,
+            build: BUILD.to_owned(),
+        })
+    }
+
+    pub(crate) fn backend(&self) -> Result<CpuBackend, Problem> {
+        let simd = match &self.simd {
+            Some(level) => level.parse().map_err(|e: kernels::cpu::simd::SimdError| Problem::usage(format!("--simd: {e}")))?,
+            None => Simd::detect(),
+        };
+        Ok(CpuBackend::new(simd, self.threads.unwrap_or_else(cores)))
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// The run directory [default: the newest below runs/]
+    run_dir: Option<PathBuf>,
+    /// As one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl InspectArgs {
+    /// The directory to inspect.
+    pub(crate) fn run_dir(&self) -> Result<PathBuf, Problem> {
+        if let Some(dir) = &self.run_dir {
+            return Ok(dir.clone());
+        }
+        let newest = std::fs::read_dir("runs").ok().and_then(|entries| {
+            entries
+                .flatten()
+                .filter_map(|entry| Some((entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?, entry.path())))
+                .max()
+        });
+        newest.map(|(_, path)| path).ok_or_else(|| {
+            Problem::usage("there is no run with a checkpoint below runs/").hint("lockstep inspect RUN_DIR")
+        })
+    }
+}
+
+/// Cores of this machine.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The run token: from a file, else from the environment, else none.
+fn token(file: Option<&Path>) -> Result<Token, Problem> {
+    let text = match file {
+        Some(path) => std::fs::read_to_string(path).map_err(|error| {
+            Problem::usage(format!("cannot read the token file {}: {error}", path.display()))
+        })?,
+        None => std::env::var("LOCKSTEP_TOKEN").unwrap_or_default(),
+    };
+    if file.is_some() && text.trim().is_empty() {
+        return Err(Problem::usage("the token file is empty").hint("make one with `openssl rand -hex 16`"));
+    }
+    Ok(Token::new(&text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train(words: &str) -> TrainArgs {
+        let cli = Cli::try_parse_from(["lockstep", "train"].into_iter().chain(words.split_whitespace()));
+        match cli.unwrap().command {
+            Command::Train(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn no_argument_means_the_default_preset() {
+        let args = train("");
+        assert_eq!(args.job.run_dir(), Path::new("runs/char-lstm"));
+        assert_eq!(args.job.resolve().unwrap(), JobFile::resolve("char-lstm", None, &[]).unwrap());
+    }
+
+    #[test]
+    fn a_number_of_steps_is_not_cut_by_the_presets_epochs() {
+        let run = train("mnist-gru --steps 200").job.resolve().unwrap().run;
+        assert_eq!((run.steps, run.epochs), (200, 0));
+        let run = train("mnist-gru --steps 200 --epochs 3").job.resolve().unwrap().run;
+        assert_eq!((run.steps, run.epochs), (200, 3));
+    }
+
+    #[test]
+    fn options_survive_the_way_to_the_coordinator() {
+        let words = "mnist-rnn --data x=y.txt --data-dir d --run-dir r --steps 3 --epochs 4 --seed 5 --shards 6 \
+                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2";
+        let args = train(words).job;
+        let again: Vec<OsString> =
+            ["lockstep".into(), "coordinator".into()].into_iter().chain(args.to_words()).collect();
+        let Command::Coordinator(copy) = Cli::try_parse_from(again).unwrap().command else { panic!() };
+        assert_eq!(format!("{:?}", copy.job), format!("{args:?}"));
+        assert_eq!(copy.job.resolve().unwrap().run.data, "x=y.txt");
+    }
+
+    #[test]
+    fn a_setting_without_a_value_is_refused() {
+        let problem = train("--set hidden_size").job.resolve().unwrap_err();
+        assert_eq!(problem.sentence, "--set hidden_size has no '='");
+    }
+}

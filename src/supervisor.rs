@@ -1,0 +1,155 @@
+//! `lockstep train`: a coordinator and some workers as children of this process.
+
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use protocol::handshake::Token;
+use protocol::problem::{Exit, Problem};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+
+use crate::args::{TrainArgs, cores};
+use crate::signals;
+
+/// After the coordinator's end, workers have this long to end too.
+const WORKERS_LIMIT: Duration = Duration::from_secs(5);
+
+/// When a worker has died, the coordinator has this long to notice and to end the run.
+const NOTICE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Trains on this machine.
+pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
+    let file = args.job.resolve()?;
+    let workers = file.fleet.workers as usize;
+    let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
+    let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
+    let mut requests = signals::stop_requests(false)?;
+    let token = Token::generate()
+        .map_err(|error| Problem::failed(format!("the system has no randomness for a token: {error}")))?;
+    let program = std::env::current_exe()
+        .map_err(|error| Problem::failed(format!("cannot find this program's own file: {error}")))?;
+    let child = |name: &str| {
+        let mut command = Command::new(&program);
+        // A group of its own: Ctrl-C reaches this process, which passes it on once.
+        command.arg(name).env("LOCKSTEP_TOKEN", &token).process_group(0).kill_on_drop(true);
+        command
+    };
+
+    let ready = ReadyFile::new(&token);
+    let mut command = child("coordinator");
+    command.args(args.job.to_words()).arg("--supervised").stdin(Stdio::piped());
+    command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
+    let mut coordinator = spawn(command.arg("--ready-file").arg(&ready.path), "the coordinator")?;
+    let control = loop {
+        if let Some(address) = ready.control() {
+            break address;
+        }
+        tokio::select! {
+            status = coordinator.wait() => return Ok(exit_of(status)),
+            Some(()) = requests.recv() => signal(&coordinator, Signal::TERM),
+            () = tokio::time::sleep(Duration::from_millis(10)) => {}
+        }
+    };
+    let mut fleet = Vec::new();
+    for number in 1..=workers {
+        let mut command = child("worker");
+        command.args(["--supervised", "--coordinator", &control, "--name", &format!("worker-{number}")]);
+        command.args(["--threads", &threads.to_string()]).stdin(Stdio::null());
+        fleet.push(spawn(&mut command, &format!("worker {number}"))?);
+    }
+
+    let status = loop {
+        tokio::select! {
+            status = coordinator.wait() => break status,
+            Some(()) = requests.recv() => signal(&coordinator, Signal::TERM),
+            died = first_death(&mut fleet) => {
+                // Usually the coordinator has noticed already, and says more.
+                match tokio::time::timeout(NOTICE_LIMIT, coordinator.wait()).await {
+                    Ok(status) => break status,
+                    Err(_) => {
+                        signal(&coordinator, Signal::TERM);
+                        let _ = coordinator.wait().await;
+                        return Err(Problem::failed(format!("worker {died} before the run began")));
+                    }
+                }
+            }
+        }
+    };
+    for worker in &mut fleet {
+        if tokio::time::timeout(WORKERS_LIMIT, worker.wait()).await.is_err() {
+            let _ = worker.kill().await;
+        }
+    }
+    Ok(exit_of(status))
+}
+
+fn spawn(command: &mut Command, what: &str) -> Result<Child, Problem> {
+    command.spawn().map_err(|error| Problem::failed(format!("cannot start {what}: {error}")))
+}
+
+fn signal(child: &Child, signal: Signal) {
+    if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id as i32)) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// The exit of a child that has told the user everything itself.
+fn exit_of(status: std::io::Result<ExitStatus>) -> Exit {
+    match status.ok().and_then(|status| status.code()) {
+        Some(0) => Exit::Done,
+        Some(2) => Exit::Usage,
+        Some(75) => Exit::Requeue,
+        _ => Exit::Failed,
+    }
+}
+
+/// Waits until a worker ends with a failure; gives its number and how it ended.
+async fn first_death(fleet: &mut [Child]) -> String {
+    loop {
+        for (worker, number) in fleet.iter_mut().zip(1..) {
+            if let Ok(Some(status)) = worker.try_wait()
+                && !status.success()
+            {
+                return format!("{number} ended ({status})");
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// The file in which the coordinator says where it listens; deleted in the end.
+struct ReadyFile {
+    path: PathBuf,
+}
+
+impl ReadyFile {
+    /// A path that nobody can guess: it is named after a hash of the token.
+    fn new(token: &str) -> Self {
+        let name = format!("lockstep-{}-{:08x}.ready", std::process::id(), short_hash(token));
+        Self { path: std::env::temp_dir().join(name) }
+    }
+
+    /// The control address, once it is known.
+    fn control(&self) -> Option<String> {
+        control_address(&self.path)
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn control_address(path: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("control=")).map(str::to_owned)
+}
+
+fn short_hash(text: &str) -> u32 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish() as u32
+}

@@ -1,0 +1,406 @@
+//! What the threads of a [`TcpCollective`](super::tcp::TcpCollective) share, and the threads: one reader and one
+//! writer per peer.
+//!
+//! Whoever delivers the last piece of a block adds the block up and hands the sum to the writers: usually a reader,
+//! while the training thread computes the next bucket; the training thread itself if its own piece came last. So
+//! there is no engine thread and no hand-over to one. Readers never wait for writers (their queues have no bound; a
+//! step's operations are the bound), so two workers cannot block each other.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind};
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use protocol::frame::BulkKind;
+
+use super::mesh::{Mesh, Place};
+use super::reduce::{Plan, Refused, Sums};
+use super::wire::{Address, DataPlaneBytes, FrameReader, FrameWriter, Incoming, Payload, decode_floats};
+use super::{CollectiveError, Result};
+
+/// A peer may be this many operations ahead; the trainer waits for all of a step, so it is a few at most.
+const TICKETS_AHEAD_LIMIT: u32 = 4096;
+
+/// How long a collective that ends in peace waits for its last frames to leave.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// Finished values of one block that wait for the training thread to take them.
+#[derive(Debug)]
+pub(super) struct Piece {
+    /// Whose slice or part it is.
+    pub(super) rank: u32,
+    pub(super) block: u32,
+    pub(super) payload: Payload,
+}
+
+enum Outgoing {
+    Frame(Address, Payload),
+    Stop,
+}
+
+struct Peer {
+    stream: TcpStream,
+    outbox: Sender<Outgoing>,
+}
+
+struct State {
+    sums: Sums,
+    /// By ticket, also of operations that only others have begun.
+    finished: HashMap<u32, Vec<Piece>>,
+    next_ticket: u32,
+    is_aborted: bool,
+    /// Set when this worker itself ends: what sockets say afterwards means nothing.
+    is_closing: bool,
+    lost: Option<(u32, String)>,
+    /// By rank: who has said goodbye.
+    has_left: Vec<bool>,
+    /// By rank: when the last frame came.
+    last_heard: Vec<Instant>,
+    writers_running: usize,
+}
+
+/// The shared part of a collective.
+pub(super) struct Links {
+    pub(super) place: Place,
+    pub(super) plan: Plan,
+    timeout: Duration,
+    bytes: Arc<DataPlaneBytes>,
+    /// By rank; `None` for this worker.
+    peers: Vec<Option<Peer>>,
+    state: Mutex<State>,
+    /// Notified when anything in `state` changes that the training thread may wait for.
+    changed: Condvar,
+    /// Buffers of blocks that nobody needs at the moment.
+    spare: Mutex<Vec<Vec<f32>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts the threads over the streams of a mesh.
+pub(super) fn start(
+    mesh: Mesh,
+    timeout: Duration,
+    bytes: Arc<DataPlaneBytes>,
+) -> io::Result<(Arc<Links>, Vec<JoinHandle<()>>)> {
+    let Mesh { place, streams } = mesh;
+    let world_size = place.members.len();
+    let ranges: Vec<_> = place.members.iter().map(|member| member.shards.clone()).collect();
+    let (mut peers, mut inboxes) = (Vec::with_capacity(world_size), Vec::new());
+    for (rank, stream) in (0..).zip(streams) {
+        peers.push(stream.map(|stream| {
+            let (outbox, inbox) = mpsc::channel();
+            inboxes.push((rank, inbox));
+            Peer { stream, outbox }
+        }));
+    }
+    let state = State {
+        sums: Sums::default(),
+        finished: HashMap::new(),
+        next_ticket: 0,
+        is_aborted: false,
+        is_closing: false,
+        lost: None,
+        has_left: vec![false; world_size],
+        last_heard: vec![Instant::now(); world_size],
+        writers_running: inboxes.len(),
+    };
+    let links = Arc::new(Links {
+        place,
+        plan: Plan::new(&ranges),
+        timeout,
+        bytes,
+        peers,
+        state: Mutex::new(state),
+        changed: Condvar::new(),
+        spare: Mutex::default(),
+    });
+    let mut threads = Vec::with_capacity(2 * inboxes.len());
+    for (rank, inbox) in inboxes {
+        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank, &inbox))
+            .and_then(|writer| {
+                threads.push(writer);
+                spawn(&links, format!("from-rank-{rank}"), move |links| links.read_from(rank))
+            });
+        match started {
+            Ok(reader) => threads.push(reader),
+            Err(error) => {
+                links.abort();
+                return Err(error);
+            }
+        }
+    }
+    Ok((links, threads))
+}
+
+fn spawn(
+    links: &Arc<Links>,
+    name: String,
+    run: impl FnOnce(&Links) + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let links = links.clone();
+    std::thread::Builder::new().name(name).spawn(move || run(&links))
+}
+
+/// What the training thread calls.
+impl Links {
+    /// The number of the next operation, unless no operation can succeed any more.
+    pub(super) fn next_ticket(&self) -> Result<u32> {
+        let mut state = lock(&self.state);
+        self.failure(&state).map_or(Ok(()), Err)?;
+        let ticket = state.next_ticket;
+        state.next_ticket = ticket.wrapping_add(1);
+        Ok(ticket)
+    }
+
+    /// Queues a frame for one peer. A frame to a peer that is gone vanishes; waiting finds that out.
+    pub(super) fn send(&self, rank: u32, address: Address, payload: Payload) {
+        let peer = self.peers[rank as usize].as_ref().expect("no frames to oneself");
+        let _ = peer.outbox.send(Outgoing::Frame(address, payload));
+    }
+
+    /// Queues finished values of this worker's part for all peers.
+    pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
+        for peer in self.peers() {
+            let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+            self.send(peer, address, payload.clone());
+        }
+    }
+
+    /// The ranks of all others, the next one first: so not all workers send to rank 0 at the same time.
+    pub(super) fn peers(&self) -> impl Iterator<Item = u32> + use<> {
+        let (rank, world_size) = (self.place.rank, self.place.members.len() as u32);
+        (1..world_size).map(move |distance| (rank + distance) % world_size)
+    }
+
+    /// Blocks until there are finished pieces of the ticket and moves them to `taken`. `missing` counts by rank the
+    /// pieces that are still to come; at least one is.
+    pub(super) fn take_finished(
+        &self,
+        ticket: u32,
+        missing: &[u32],
+        since: Instant,
+        taken: &mut Vec<Piece>,
+    ) -> Result<()> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.is_aborted {
+                return Err(CollectiveError::Aborted);
+            }
+            if let Some(pieces) = state.finished.get_mut(&ticket)
+                && !pieces.is_empty()
+            {
+                taken.append(pieces);
+                return Ok(());
+            }
+            let patience = self.patience(&state, ticket, missing, since)?;
+            state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// How much longer to wait for what is missing, or why not at all.
+    ///
+    /// First asked for are pieces of this worker's own slice: their senders have not entered the operation. Only a
+    /// worker without a slice (the bucket is tiny) may name the owner of a slice that itself waits for another.
+    fn patience(&self, state: &State, ticket: u32, missing: &[u32], since: Instant) -> Result<Duration> {
+        if let Some(failure) = self.failure(state) {
+            return Err(failure);
+        }
+        let own = self.place.rank;
+        let unfinished =
+            (0..).zip(missing).filter(|(rank, count)| *rank != own && **count > 0).map(|(rank, _)| rank);
+        let mut culprits = state.sums.missing(&self.plan, ticket).chain(unfinished).peekable();
+        let Some(&first) = culprits.peek() else {
+            return Ok(self.timeout); // A reader is adding the last block at this moment.
+        };
+        if let Some(rank) = culprits.find(|rank| state.has_left[*rank as usize]) {
+            return Err(self.peer_lost(rank, "it ended its part of the generation"));
+        }
+        let silence = since.max(state.last_heard[first as usize]).elapsed();
+        if silence >= self.timeout {
+            return Err(CollectiveError::Timeout { rank: first, seconds: self.timeout.as_secs() });
+        }
+        Ok(self.timeout - silence)
+    }
+
+    /// Forgets an operation whose pieces were all taken.
+    pub(super) fn forget(&self, ticket: u32) {
+        lock(&self.state).finished.remove(&ticket);
+    }
+
+    /// Makes all waiting end with [`CollectiveError::Aborted`] and closes the connections.
+    pub(super) fn abort(&self) {
+        lock(&self.state).is_aborted = true;
+        self.changed.notify_all();
+        self.close();
+    }
+
+    /// Ends this worker's part: in peace if nothing failed, so that peers get the frames that are still queued.
+    pub(super) fn end(&self) {
+        let mut state = lock(&self.state);
+        let in_peace = self.failure(&state).is_none();
+        state.is_closing = true;
+        if in_peace {
+            for peer in self.peers.iter().flatten() {
+                let _ = peer.outbox.send(Outgoing::Frame(Address::GOODBYE, Payload::Bytes(Arc::default())));
+                let _ = peer.outbox.send(Outgoing::Stop);
+            }
+            let drained =
+                self.changed.wait_timeout_while(state, DRAIN_LIMIT, |state| state.writers_running > 0);
+            drop(drained);
+        } else {
+            drop(state);
+        }
+        self.close();
+    }
+
+    fn close(&self) {
+        for peer in self.peers.iter().flatten() {
+            let _ = peer.outbox.send(Outgoing::Stop);
+            // Fails only if the connection is closed already.
+            let _ = peer.stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn failure(&self, state: &State) -> Option<CollectiveError> {
+        if state.is_aborted {
+            return Some(CollectiveError::Aborted);
+        }
+        state.lost.as_ref().map(|(rank, cause)| self.peer_lost(*rank, cause))
+    }
+
+    /// The error that names a peer.
+    pub(super) fn peer_lost(&self, rank: u32, cause: &str) -> CollectiveError {
+        let name = self.place.members[rank as usize].name.clone();
+        CollectiveError::PeerLost { rank, name, cause: cause.into() }
+    }
+}
+
+/// What all threads call.
+impl Links {
+    /// A buffer for a block; its length and values are those of its last use.
+    pub(super) fn spare(&self) -> Vec<f32> {
+        lock(&self.spare).pop().unwrap_or_default()
+    }
+
+    fn recycle(&self, values: Vec<f32>) {
+        lock(&self.spare).push(values);
+    }
+
+    /// Keeps a payload's buffer for later use if this was its last holder.
+    pub(super) fn recycle_payload(&self, payload: Payload) {
+        if let Payload::Floats(values) = payload
+            && let Some(values) = Arc::into_inner(values)
+        {
+            self.recycle(values);
+        }
+    }
+
+    /// Takes one node's values of one block of this worker's slice. The last piece of a block finishes it: it is
+    /// added up here and sent to all.
+    pub(super) fn deliver(
+        &self,
+        ticket: u32,
+        block: u32,
+        sender: (u32, u32),
+        values: Vec<f32>,
+    ) -> std::result::Result<(), Refused> {
+        let complete = lock(&self.state).sums.deliver(&self.plan, (ticket, block), sender, values)?;
+        let Some(pieces) = complete else { return Ok(()) };
+        let sum = self.plan.sum(pieces, |values| self.recycle(values));
+        let payload = Payload::Floats(Arc::new(sum));
+        self.send_to_all(ticket, block, &payload);
+        self.finish(ticket, Piece { rank: self.place.rank, block, payload });
+        Ok(())
+    }
+
+    fn finish(&self, ticket: u32, piece: Piece) {
+        lock(&self.state).finished.entry(ticket).or_default().push(piece);
+        self.changed.notify_all();
+    }
+
+    fn lose(&self, rank: u32, cause: String) {
+        let mut state = lock(&self.state);
+        if !state.is_closing && state.lost.is_none() {
+            state.lost = Some((rank, cause));
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn write_to(&self, rank: u32, inbox: &Receiver<Outgoing>) {
+        let stream = &self.peers[rank as usize].as_ref().expect("a writer has a peer").stream;
+        let generation = self.place.generation;
+        let mut writer = FrameWriter { stream, generation, bytes: &self.bytes, buffer: Vec::new() };
+        while let Ok(Outgoing::Frame(address, payload)) = inbox.recv() {
+            if let Err(error) = writer.write(address, &payload) {
+                self.lose(rank, describe(&error));
+                break;
+            }
+            self.recycle_payload(payload);
+        }
+        lock(&self.state).writers_running -= 1;
+        self.changed.notify_all();
+    }
+
+    fn read_from(&self, rank: u32) {
+        let stream = &self.peers[rank as usize].as_ref().expect("a reader has a peer").stream;
+        let mut reader = FrameReader { stream, bytes: &self.bytes, buffer: Vec::new() };
+        let cause = loop {
+            match reader.read() {
+                Ok(frame) if frame.generation != self.place.generation => {}
+                Ok(frame) if frame.address == Address::GOODBYE => {
+                    lock(&self.state).has_left[rank as usize] = true;
+                    return self.changed.notify_all();
+                }
+                Ok(frame) => {
+                    if let Err(cause) = self.take(rank, &frame) {
+                        break cause;
+                    }
+                }
+                Err(error) => break describe(&error),
+            }
+        };
+        self.lose(rank, cause);
+    }
+
+    /// Takes one frame of a peer.
+    fn take(&self, rank: u32, frame: &Incoming<'_>) -> std::result::Result<(), String> {
+        let Address { kind, ticket, place, block } = frame.address;
+        {
+            let mut state = lock(&self.state);
+            state.last_heard[rank as usize] = Instant::now();
+            let ahead = ticket.wrapping_sub(state.next_ticket) as i32;
+            if ahead > TICKETS_AHEAD_LIMIT as i32 {
+                return Err(format!("it is {ahead} operations ahead"));
+            }
+        }
+        let payload = if frame.is_bytes {
+            Payload::Bytes(Arc::new(frame.payload.to_vec()))
+        } else {
+            let mut values = self.spare();
+            decode_floats(frame.payload, &mut values)?;
+            if kind == BulkKind::Reduce {
+                let delivered = self.deliver(ticket, block, (rank, place), values);
+                return delivered.map_err(|refused| refused.to_string());
+            }
+            Payload::Floats(Arc::new(values))
+        };
+        if kind != BulkKind::Gather || place != rank {
+            return Err(format!("it sent a {kind:?} frame for place {place}"));
+        }
+        self.finish(ticket, Piece { rank, block, payload });
+        Ok(())
+    }
+}
+
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        ErrorKind::UnexpectedEof => "it closed the connection".into(),
+        _ => error.to_string(),
+    }
+}

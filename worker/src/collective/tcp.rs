@@ -1,0 +1,231 @@
+//! All-reduce and all-gather over TCP between the workers of one generation, staged through host memory.
+//!
+//! | what travels | from | to | frames |
+//! |---|---|---|---|
+//! | values of a cover's nodes, one slice | each rank | the slice's owner | `Reduce` |
+//! | the finished slice | its owner | all | `Gather` |
+//!
+//! The training thread only copies values out ([`Collective::begin_reduce`]) and in ([`Collective::wait`]); sending,
+//! receiving and adding go on beside it ([`links`](super::links)). With one worker there is no thread and no
+//! socket, but the same additions.
+//!
+//! **Allocation**: the values of blocks live in buffers that are used again, frames in one buffer per thread. What
+//! is still allocated is small: per operation the ranges of its parts and its list of pieces, per block the list of
+//! its nodes, a reference count, and now and then a node of a queue or a map. `exchange` allocates what it returns.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use model::device::Device;
+use protocol::frame::{BULK_CHUNK_BYTES, BulkKind};
+use protocol::tree::TreeNode;
+
+use super::links::{self, Links, Piece};
+use super::mesh::Mesh;
+use super::reduce::{BLOCK_FLOATS, Refused, block_count, blocks, slice};
+use super::wire::{Address, Payload};
+use super::{AbortHandle, Collective, Result, Ticket};
+
+pub use super::wire::DataPlaneBytes;
+
+/// How long nothing may come from a worker that others wait for, unless told otherwise.
+pub const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The collective of one generation over the streams of a [`Mesh`].
+pub struct TcpCollective {
+    links: Arc<Links>,
+    threads: Vec<JoinHandle<()>>,
+    begun: HashMap<u32, Begun>,
+    /// Pieces on their way in; kept for its capacity.
+    taken: Vec<Piece>,
+}
+
+/// An operation that was begun and not yet waited for.
+struct Begun {
+    /// By rank: which part of the buffer comes from it.
+    parts: Vec<Range<usize>>,
+    /// By rank: how many blocks are still to come.
+    missing: Vec<u32>,
+}
+
+impl TcpCollective {
+    /// Starts two threads per peer. `timeout` is how long [`Collective::wait`] tolerates silence of a peer it needs.
+    ///
+    /// # Errors
+    /// The operating system gives no threads.
+    pub fn new(mesh: Mesh, timeout: Duration, bytes: Arc<DataPlaneBytes>) -> io::Result<Self> {
+        let (links, threads) = links::start(mesh, timeout, bytes)?;
+        Ok(Self { links, threads, begun: HashMap::new(), taken: Vec::new() })
+    }
+
+    fn rank(&self) -> u32 {
+        self.links.place.rank
+    }
+
+    fn ranks(&self) -> u32 {
+        self.links.place.members.len() as u32
+    }
+
+    /// Copies one block from the device.
+    fn export<D: Device>(&self, device: &D, buffer: &D::Buffer, range: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = self.links.spare();
+        // Nearly all blocks have the same length: there is nothing to fill in.
+        values.resize(range.len(), 0.0);
+        device.export(buffer, range, &mut values)?;
+        Ok(values)
+    }
+
+    fn deliver_own(&self, ticket: u32, block: u32, leaf: u32, values: Vec<f32>) -> Result<()> {
+        self.links.deliver(ticket, block, (self.rank(), leaf), values).map_err(|refused| match refused {
+            Refused::Length { other, .. } => self.links.peer_lost(other, "it cut the bucket differently"),
+            bug => panic!("begin_reduce: {bug}"),
+        })
+    }
+
+    /// Waits for all pieces of an operation and gives each to `take`, in the order in which they come.
+    fn wait_for(
+        &mut self,
+        ticket: u32,
+        missing: &mut [u32],
+        mut take: impl FnMut(&Piece) -> Result<()>,
+    ) -> Result<()> {
+        let since = Instant::now();
+        while missing.iter().any(|count| *count > 0) {
+            self.links.take_finished(ticket, missing, since, &mut self.taken)?;
+            for piece in self.taken.drain(..) {
+                let count = &mut missing[piece.rank as usize];
+                *count = count.checked_sub(1).ok_or_else(|| {
+                    self.links.peer_lost(piece.rank, "it sent more blocks than its part has")
+                })?;
+                take(&piece)?;
+                self.links.recycle_payload(piece.payload);
+            }
+        }
+        self.links.forget(ticket);
+        Ok(())
+    }
+}
+
+impl<D: Device> Collective<D> for TcpCollective {
+    fn world_size(&self) -> u32 {
+        self.ranks()
+    }
+
+    fn begin_reduce(
+        &mut self,
+        device: &D,
+        bucket: Range<usize>,
+        nodes: &[(TreeNode, &D::Buffer)],
+    ) -> Result<Ticket> {
+        let ticket = self.links.next_ticket()?;
+        let cover = self.links.plan.nodes_of(self.rank()).map(|(node, _)| node);
+        assert!(cover.eq(nodes.iter().map(|(node, _)| *node)), "begin_reduce: nodes are not the cover");
+
+        // Peers' slices first: they travel while this worker's own is copied. Block by block, so that the first
+        // frame leaves at once, and all nodes of a block together, so that its sum can be made early.
+        let (len, ranks) = (bucket.len(), self.ranks());
+        for owner in self.links.peers().chain([self.rank()]) {
+            for (block, range) in (0..).zip(blocks(slice(len, ranks, owner))) {
+                let range = bucket.start + range.start..bucket.start + range.end;
+                for ((_, leaf), (_, buffer)) in self.links.plan.nodes_of(self.rank()).zip(nodes) {
+                    let values = self.export(device, buffer, range.clone())?;
+                    if owner == self.rank() {
+                        self.deliver_own(ticket, block, leaf, values)?;
+                    } else {
+                        let address = Address { kind: BulkKind::Reduce, ticket, place: leaf, block };
+                        self.links.send(owner, address, Payload::Floats(Arc::new(values)));
+                    }
+                }
+            }
+        }
+
+        let part = |rank| {
+            let slice = slice(len, ranks, rank);
+            bucket.start + slice.start..bucket.start + slice.end
+        };
+        let parts: Vec<_> = (0..ranks).map(part).collect();
+        let missing = parts.iter().map(|part| block_count(part.len())).collect();
+        self.begun.insert(ticket, Begun { parts, missing });
+        Ok(Ticket(ticket))
+    }
+
+    fn begin_gather(&mut self, device: &D, buffer: &D::Buffer, parts: Vec<Range<usize>>) -> Result<Ticket> {
+        assert_eq!(parts.len(), self.ranks() as usize, "begin_gather: one part per rank");
+        let ticket = self.links.next_ticket()?;
+        let own = self.rank() as usize;
+        if self.ranks() > 1 {
+            for (block, range) in (0..).zip(blocks(parts[own].clone())) {
+                let values = Arc::new(self.export(device, buffer, range)?);
+                self.links.send_to_all(ticket, block, &Payload::Floats(values));
+            }
+        }
+        let mut missing: Vec<_> = parts.iter().map(|part| block_count(part.len())).collect();
+        missing[own] = 0;
+        self.begun.insert(ticket, Begun { parts, missing });
+        Ok(Ticket(ticket))
+    }
+
+    fn wait(&mut self, device: &D, ticket: Ticket, into: &mut D::Buffer) -> Result<()> {
+        let Begun { parts, mut missing } =
+            self.begun.remove(&ticket.0).expect("a ticket is waited for once, by whoever began it");
+        let links = self.links.clone();
+        self.wait_for(ticket.0, &mut missing, |piece| {
+            let part = &parts[piece.rank as usize];
+            let start = part.start + piece.block as usize * BLOCK_FLOATS;
+            match &piece.payload {
+                Payload::Floats(values)
+                    if values.len() == BLOCK_FLOATS.min(part.end.saturating_sub(start)) =>
+                {
+                    Ok(device.import(into, start, values)?)
+                }
+                _ => Err(links.peer_lost(piece.rank, "a block does not fit its part of the buffer")),
+            }
+        })
+    }
+
+    fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        assert!(own.len() <= BULK_CHUNK_BYTES, "exchange: {} bytes, at most {BULK_CHUNK_BYTES}", own.len());
+        let ticket = self.links.next_ticket()?;
+        let (rank, ranks) = (self.rank(), self.ranks() as usize);
+        let payload = Payload::Bytes(Arc::new(own.to_vec()));
+        self.links.send_to_all(ticket, 0, &payload);
+        let mut missing = vec![1; ranks];
+        missing[rank as usize] = 0;
+        let mut everybodys = vec![Vec::new(); ranks];
+        everybodys[rank as usize] = own.to_vec();
+        let links = self.links.clone();
+        self.wait_for(ticket, &mut missing, |piece| match &piece.payload {
+            Payload::Bytes(bytes) => {
+                everybodys[piece.rank as usize] = bytes.to_vec();
+                Ok(())
+            }
+            Payload::Floats(..) => {
+                Err(links.peer_lost(piece.rank, "it sent floats where bytes are exchanged"))
+            }
+        })?;
+        Ok(everybodys)
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        let links = Arc::downgrade(&self.links);
+        AbortHandle::new(move || {
+            if let Some(links) = links.upgrade() {
+                links.abort();
+            }
+        })
+    }
+}
+
+impl Drop for TcpCollective {
+    fn drop(&mut self) {
+        self.links.end();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so on stderr.
+            let _ = thread.join();
+        }
+    }
+}

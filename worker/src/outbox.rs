@@ -1,0 +1,139 @@
+//! What the step loop tells the coordinator, and what it is asked meanwhile.
+//!
+//! The loop never waits for the network: messages go to a queue that the session empties, requests are left in a
+//! place that the loop looks at after each step.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use model::device::{Device, Result};
+use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk, encode_message};
+use protocol::message::{Generation, ToCoordinator};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::metrics::WorkerMetrics;
+use crate::replica::Replica;
+
+/// What the coordinator asked for.
+#[derive(Debug, Default)]
+struct Requests {
+    drain: bool,
+    /// Steps after which the state is to be streamed.
+    states: Vec<u64>,
+}
+
+/// The sending end; clones share queue and requests.
+#[derive(Clone)]
+pub struct Outbox {
+    frames: UnboundedSender<Bytes>,
+    requests: Arc<Mutex<Requests>>,
+    metrics: WorkerMetrics,
+    digest_steps: u64,
+}
+
+impl Outbox {
+    /// An outbox whose frames go to `frames`; digests are sent after each multiple of `digest_steps`.
+    pub fn new(frames: UnboundedSender<Bytes>, metrics: WorkerMetrics, digest_steps: u64) -> Self {
+        Self { frames, requests: Arc::default(), metrics, digest_steps }
+    }
+
+    /// Queues a message. When the session has ended there is nobody left to tell, which the loop learns elsewhere.
+    pub fn send(&self, message: ToCoordinator) {
+        if let ToCoordinator::Step(report) = &message {
+            self.metrics.step(report);
+        }
+        let _ = self.frames.send(encode_message(&message));
+    }
+
+    /// Says that a step was left out because its numbers are not finite.
+    pub fn non_finite(&self, step: u64, loss: f64, norm: f64) {
+        let sentence = format!(
+            "step {step} is not finite (loss {loss}, gradient norm {norm}); its update was not applied"
+        );
+        self.send(ToCoordinator::Failed { sentence });
+    }
+
+    /// Asks the loop to stop after the next step.
+    pub fn request_drain(&self) {
+        self.lock().drain = true;
+    }
+
+    /// Whether [`request_drain`](Self::request_drain) was called.
+    pub fn drain_requested(&self) -> bool {
+        self.lock().drain
+    }
+
+    /// Asks the loop for the state after the first step that is at least this one.
+    pub fn request_state(&self, at_step: u64) {
+        self.lock().states.push(at_step);
+    }
+
+    /// Does what is due after a whole step: digests and requested states.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn after_step<D: Device>(
+        &self,
+        device: &D,
+        replica: &Replica<D>,
+        generation: Generation,
+    ) -> Result<()> {
+        let step = replica.progress.step;
+        if self.digest_steps > 0 && step.is_multiple_of(self.digest_steps) {
+            self.send_digest(device, replica, generation)?;
+        }
+        let due = {
+            let mut requests = self.lock();
+            let before = requests.states.len();
+            requests.states.retain(|&at_step| at_step > step);
+            requests.states.len() < before
+        };
+        if due {
+            self.send_state(device, replica, generation)?;
+        }
+        Ok(())
+    }
+
+    /// Queues the digest of the state.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn send_digest<D: Device>(
+        &self,
+        device: &D,
+        replica: &Replica<D>,
+        generation: Generation,
+    ) -> Result<()> {
+        let digest = replica.digest(device)?;
+        self.send(ToCoordinator::Digest { generation, step: replica.progress.step, digest });
+        Ok(())
+    }
+
+    /// Queues the whole state, in bulk frames.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn send_state<D: Device>(
+        &self,
+        device: &D,
+        replica: &Replica<D>,
+        generation: Generation,
+    ) -> Result<()> {
+        let image = replica.image(device)?;
+        for (sequence, chunk) in image.chunks(BULK_CHUNK_BYTES).enumerate() {
+            let header = BulkHeader {
+                kind: BulkKind::State,
+                generation,
+                step: replica.progress.step,
+                sequence: sequence as u32,
+                tag: (sequence * BULK_CHUNK_BYTES) as u64,
+            };
+            let _ = self.frames.send(encode_bulk(&header, chunk));
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Requests> {
+        self.requests.lock().expect("no holder of this lock can panic")
+    }
+}

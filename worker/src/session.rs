@@ -1,0 +1,326 @@
+//! A worker's life: connect, say hello, train in one generation after another, until the coordinator says goodbye.
+//!
+//! One task owns the connection; one blocking thread owns device and state while it trains. They meet in a
+//! [`Feed`] (batches in), an [`Outbox`] (frames out) and an abort handle.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use bytes::Bytes;
+use model::device::Backend;
+use protocol::batch::Batch;
+use protocol::frame::{BulkHeader, BulkKind, Frame};
+use protocol::handshake::Token;
+use protocol::layout::StateLayout;
+use protocol::message::{Form, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome};
+use protocol::problem::{Exit, Problem};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::task::JoinHandle;
+
+use crate::abort::Abort;
+use crate::collective::Collective;
+use crate::collective::mesh::{FORM_LIMIT, Mesh, Place};
+use crate::collective::tcp::{SILENCE_LIMIT, TcpCollective};
+use crate::connection::{Connection, lost};
+use crate::feed::{BATCHES_AHEAD, Feed};
+use crate::metrics::{self, WorkerMetrics};
+use crate::outbox::Outbox;
+use crate::replica::Replica;
+use crate::train::{Generation, StepError};
+
+/// What a worker is told at its start; everything else comes from the coordinator.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `HOST:PORT` of the coordinator's control port.
+    pub coordinator: String,
+    /// Name for people; host name and process id if not given.
+    pub name: Option<String>,
+    /// The run's secret.
+    pub token: Token,
+    /// Host that other workers reach this one at, if not the control connection's own address.
+    pub advertise: Option<String>,
+    /// Where to serve the worker's own metrics; nowhere if not given.
+    pub metrics: Option<SocketAddr>,
+    /// What this binary is.
+    pub build: String,
+}
+
+/// Runs a worker to the end of the run, or until `shutdown` has fired and the fleet has stopped after a step.
+///
+/// # Errors
+/// Whatever ended the run for this worker, as a sentence for the user.
+pub async fn run<B>(
+    config: Config,
+    backend: B,
+    mut shutdown: tokio::sync::mpsc::Receiver<()>,
+) -> Result<Exit, Problem>
+where
+    B: Backend,
+    B::Device: 'static,
+{
+    let mut connection = tokio::select! {
+        connection = Connection::open(&config.coordinator, &config.token) => connection?,
+        _ = shutdown.recv() => return Ok(Exit::Requeue),
+    };
+    let host = connection.local();
+    let data_listener = TcpListener::bind((host, 0))
+        .map_err(|e| Problem::failed(format!("cannot listen for other workers on {host}: {e}")))?;
+    let data_port = data_listener.local_addr().map_err(|e| lost(&e.to_string()))?.port();
+    let metrics = WorkerMetrics::new();
+    let metrics_address = match config.metrics {
+        Some(address) => Some(metrics::serve(address, metrics.clone()).await?.to_string()),
+        None => None,
+    };
+    let hello = Hello {
+        name: config.name.clone().unwrap_or_else(|| format!("pid-{}", std::process::id())),
+        build: config.build.clone(),
+        device: backend.describe(),
+        bits: backend.bits(),
+        threads: backend.threads() as u32,
+        data_port,
+        advertise: config.advertise.clone(),
+        metrics: metrics_address,
+    };
+    connection.send(&ToCoordinator::Hello(hello)).await?;
+    let welcome = loop {
+        tokio::select! {
+            frame = connection.receive() => match frame {
+                Some(Ok(Frame::Message(ToWorker::Welcome(welcome)))) => break *welcome,
+                Some(Ok(Frame::Message(ToWorker::Goodbye { reason }))) => return goodbye(reason),
+                Some(Ok(_)) => return Err(lost("it began with something else than a welcome")),
+                Some(Err(problem)) => return Err(problem),
+                None => return Err(lost("it closed the connection")),
+            },
+            _ = shutdown.recv() => return Ok(Exit::Requeue),
+        }
+    };
+    let layout = StateLayout::new(welcome.data.model, welcome.job.batch_size as usize);
+    let device = backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
+    let (frames, outgoing) = unbounded_channel();
+    let outbox = Outbox::new(frames, metrics.clone(), welcome.run.digest_steps);
+    let session = Session {
+        connection,
+        outgoing,
+        outbox,
+        layout,
+        welcome: Arc::new(welcome),
+        token: config.token,
+        data_listener: Arc::new(data_listener),
+        metrics,
+        stage: Stage::Idle(Trainer { device, replica: None, generation: 0 }),
+        waiting_for_state: None,
+    };
+    session.serve(shutdown).await
+}
+
+fn goodbye(reason: Option<String>) -> Result<Exit, Problem> {
+    reason.map_or(Ok(Exit::Done), |sentence| Err(Problem::failed(sentence)))
+}
+
+/// Device and state, owned by whoever works with them.
+struct Trainer<D: model::device::Device> {
+    device: D,
+    replica: Option<Replica<D>>,
+    /// The last generation it belonged to.
+    generation: u64,
+}
+
+/// Whether the training thread runs.
+enum Stage<D: model::device::Device> {
+    Idle(Trainer<D>),
+    Training(Running<D>),
+    /// Only while changing from one to the other.
+    Between,
+}
+
+struct Running<D: model::device::Device> {
+    generation: u64,
+    batches: SyncSender<Batch>,
+    abort: Abort,
+    thread: JoinHandle<(Trainer<D>, Result<Stop, String>)>,
+}
+
+struct Session<D: model::device::Device> {
+    connection: Connection,
+    outgoing: UnboundedReceiver<Bytes>,
+    outbox: Outbox,
+    layout: StateLayout,
+    welcome: Arc<Welcome>,
+    token: Token,
+    data_listener: Arc<TcpListener>,
+    metrics: WorkerMetrics,
+    stage: Stage<D>,
+    /// A generation that starts when the rest of its state has arrived.
+    waiting_for_state: Option<(Form, Vec<u8>)>,
+}
+
+impl<D: model::device::Device + 'static> Session<D> {
+    async fn serve(mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
+        let ended = loop {
+            tokio::select! {
+                frame = self.connection.receive() => match frame {
+                    Some(Ok(Frame::Message(ToWorker::Goodbye { reason }))) => break goodbye(reason),
+                    Some(Ok(Frame::Message(message))) => self.obey(message)?,
+                    Some(Ok(Frame::Bulk(header, payload))) => self.take_in(&header, &payload)?,
+                    Some(Err(problem)) => break Err(problem),
+                    None => break Err(lost("it closed the connection")),
+                },
+                Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
+                finished = finished(&mut self.stage) => self.rest(finished)?,
+                Some(()) = shutdown.recv() => self.outbox.request_drain(),
+            }
+        };
+        if let Stage::Training(running) = &self.stage {
+            running.abort.abort();
+        }
+        ended
+    }
+
+    fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {
+        match message {
+            ToWorker::Form(form) if form.state == StateSource::Coordinator => {
+                let image = Vec::with_capacity(self.layout.image_bytes());
+                self.waiting_for_state = Some((form, image));
+            }
+            ToWorker::Form(form) => self.start(form, None)?,
+            ToWorker::Drain => self.outbox.request_drain(),
+            ToWorker::Abort { generation } => {
+                if let Stage::Training(running) = &self.stage
+                    && running.generation == generation
+                {
+                    running.abort.abort();
+                }
+            }
+            ToWorker::SendState { at_step } => match &self.stage {
+                Stage::Idle(trainer) => self.send_state(trainer)?,
+                _ => self.outbox.request_state(at_step),
+            },
+            ToWorker::StandBy => tracing::info!("standing by: there are more workers than shards"),
+            ToWorker::Welcome(_) | ToWorker::Goodbye { .. } => {
+                return Err(lost("it sent a message out of place"));
+            }
+        }
+        Ok(())
+    }
+
+    fn take_in(&mut self, header: &BulkHeader, payload: &Bytes) -> Result<(), Problem> {
+        match header.kind {
+            BulkKind::State => {
+                let Some((form, mut image)) = self.waiting_for_state.take() else { return Ok(()) };
+                if header.generation != form.generation || header.tag != image.len() as u64 {
+                    return Err(lost("it sent a state in the wrong order"));
+                }
+                image.extend_from_slice(payload);
+                if image.len() < self.layout.image_bytes() {
+                    self.waiting_for_state = Some((form, image));
+                    return Ok(());
+                }
+                self.start(form, Some(image))
+            }
+            BulkKind::Batch => {
+                let Stage::Training(running) = &self.stage else { return Ok(()) };
+                if header.generation != running.generation {
+                    return Ok(());
+                }
+                let batch = Batch::from_bytes(payload, &self.welcome.data)
+                    .ok_or_else(|| lost("it sent a batch that does not fit the job"))?;
+                // The window bounds what is under way, so there is always room; a thread that has ended reads
+                // no more, which its own result explains.
+                let _ = running.batches.try_send(batch);
+                Ok(())
+            }
+            BulkKind::Reduce | BulkKind::Gather => Err(lost("it sent data of the workers' own plane")),
+        }
+    }
+
+    /// Starts the training thread of a generation.
+    fn start(&mut self, form: Form, image: Option<Vec<u8>>) -> Result<(), Problem> {
+        let Stage::Idle(mut trainer) = std::mem::replace(&mut self.stage, Stage::Between) else {
+            return Err(lost("it formed a generation while another one runs"));
+        };
+        let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
+        let abort = Abort::default();
+        let generation = form.generation;
+        let (welcome, layout, outbox) = (self.welcome.clone(), self.layout.clone(), self.outbox.clone());
+        let token = self.token.clone();
+        let (listener, thread_abort, metrics) =
+            (self.data_listener.clone(), abort.clone(), self.metrics.clone());
+        let thread = tokio::task::spawn_blocking(move || {
+            let outcome = (|| -> Result<Stop, String> {
+                trainer.generation = generation;
+                let (device, job) = (&mut trainer.device, &welcome.job);
+                let prepared = match (form.state, image) {
+                    (StateSource::Initial, _) => Replica::initial(device, layout, job).map(Some),
+                    (_, Some(image)) => Replica::from_image(device, layout, &image).map(Some),
+                    (_, None) => Ok(None),
+                };
+                if let Some(replica) = prepared.map_err(|e| e.to_string())? {
+                    trainer.replica = Some(replica);
+                }
+                let replica = trainer.replica.as_mut().ok_or("no state to start the generation from")?;
+                metrics.shards(form.members[form.rank as usize].shards.len());
+                let place = Place { generation, rank: form.rank, members: form.members.clone() };
+                let mesh = Mesh::connect(&listener, &token, place, FORM_LIMIT, thread_abort.flag())
+                    .map_err(|e| e.to_string())?;
+                let collective: Box<dyn Collective<D>> = Box::new(
+                    TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane()).map_err(|e| e.to_string())?,
+                );
+                thread_abort.attach(collective.abort_handle());
+                outbox.send(ToCoordinator::Connected { generation });
+                let feed = Feed::new(received, generation, outbox.clone());
+                let links = (collective, feed, outbox.clone());
+                let mut run =
+                    Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
+                        .map_err(|e| e.to_string())?;
+                match run.train(device, replica) {
+                    Ok(stop) => Ok(stop),
+                    Err(StepError::Collective(cause)) => {
+                        tracing::debug!("generation {generation} ended: {cause}");
+                        Ok(Stop::Aborted)
+                    }
+                    Err(StepError::Feed(crate::feed::FeedClosed::Ended)) => Ok(Stop::Aborted),
+                    Err(other) => Err(other.to_string()),
+                }
+            })();
+            (trainer, outcome)
+        });
+        self.stage = Stage::Training(Running { generation, batches, abort, thread });
+        Ok(())
+    }
+
+    /// The training thread has ended: says so, and waits for what comes next.
+    fn rest(&mut self, (trainer, outcome): (Trainer<D>, Result<Stop, String>)) -> Result<(), Problem> {
+        match outcome {
+            Ok(why) => {
+                if let Some(replica) = &trainer.replica {
+                    let failed = |e: model::device::DeviceError| Problem::failed(e.to_string());
+                    self.outbox.send_digest(&trainer.device, replica, trainer.generation).map_err(failed)?;
+                    self.outbox.send(ToCoordinator::Stopped {
+                        generation: trainer.generation,
+                        step: replica.progress.step,
+                        why,
+                    });
+                }
+            }
+            Err(sentence) => self.outbox.send(ToCoordinator::Failed { sentence }),
+        }
+        self.stage = Stage::Idle(trainer);
+        Ok(())
+    }
+
+    fn send_state(&self, trainer: &Trainer<D>) -> Result<(), Problem> {
+        let Some(replica) = &trainer.replica else { return Ok(()) };
+        self.outbox
+            .send_state(&trainer.device, replica, trainer.generation)
+            .map_err(|e| Problem::failed(e.to_string()))
+    }
+}
+
+/// Waits for the end of the training thread, for ever if none runs. Safe to cancel.
+async fn finished<D: model::device::Device>(stage: &mut Stage<D>) -> (Trainer<D>, Result<Stop, String>) {
+    match stage {
+        Stage::Training(running) => (&mut running.thread).await.expect("the training thread does not panic"),
+        _ => std::future::pending().await,
+    }
+}

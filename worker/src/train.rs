@@ -1,0 +1,219 @@
+//! The step loop: shard slices → forward → backward → own shards along the tree → all-reduce → clip → optimizer →
+//! report. One worker or many run the same lines.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use model::device::{Device, DeviceError, Pass, Update};
+use protocol::batch::{Batch, DataShape};
+use protocol::job::{Clip, JobSpec};
+use protocol::message::{Form, PhaseSeconds, StepReport, Stop, ToCoordinator};
+use protocol::schedule::Work;
+use protocol::slots::slots_of;
+use protocol::sums::StepSums;
+use protocol::tree::{self, Addition, TreeNode};
+
+use crate::collective::{Collective, CollectiveError};
+use crate::feed::{Feed, FeedClosed};
+use crate::outbox::Outbox;
+use crate::replica::Replica;
+use crate::sums_exchange::{ShardSums, exchange_sums};
+
+/// Why a generation's loop ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// A peer was lost or the step was aborted.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// No more batches come.
+    #[error(transparent)]
+    Feed(#[from] FeedClosed),
+}
+
+/// One worker's part in one generation.
+pub struct Generation<D: Device> {
+    form: Form,
+    job: JobSpec,
+    data: DataShape,
+    collective: Box<dyn Collective<D>>,
+    feed: Feed,
+    outbox: Outbox,
+    /// The gradient's buckets in the order in which the backward pass finishes them.
+    buckets: Vec<Range<usize>>,
+    /// The additions that this worker can do alone, as positions among its own shards.
+    own_additions: Vec<(usize, usize)>,
+    /// The tree nodes that cover its shards, each with the position of the shard that holds its value.
+    cover: Vec<(TreeNode, usize)>,
+    /// One summed gradient per own shard, `[P]` each.
+    partials: Vec<D::Buffer>,
+    /// The part of the recurrent state buffer that each rank computes.
+    state_parts: Vec<Range<usize>>,
+}
+
+impl<D: Device> Generation<D> {
+    /// Prepares all buffers; after this no step allocates on the device.
+    ///
+    /// # Errors
+    /// The device has no room for the partial gradients.
+    pub fn new(
+        form: Form,
+        job: JobSpec,
+        data: DataShape,
+        device: &D,
+        replica: &Replica<D>,
+        links: (Box<dyn Collective<D>>, Feed, Outbox),
+    ) -> Result<Self, DeviceError> {
+        let shards = form.members[form.rank as usize].shards.clone();
+        let position = |shard: u32| (shard - shards.start) as usize;
+        let own_additions = tree::subtree(job.shards, shards.clone())
+            .into_iter()
+            .map(|Addition { left, right }| (position(left), position(right)))
+            .collect();
+        let cover = tree::cover(job.shards, shards.clone())
+            .into_iter()
+            .map(|node| (node, position(node.range(job.shards).start)))
+            .collect();
+        let state_size = replica.layout.shape.state_size();
+        let state_parts = form
+            .members
+            .iter()
+            .map(|member| slots_of(job.batch_size, job.shards, member.shards.clone()))
+            .map(|slots| slots.start as usize * state_size..slots.end as usize * state_size)
+            .collect();
+        let partials =
+            shards.map(|_| device.zeros(replica.layout.parameters())).collect::<Result<_, _>>()?;
+        let buckets = replica.layout.buckets();
+        let (collective, feed, outbox) = links;
+        Ok(Self { form, job, data, collective, feed, outbox, buckets, own_additions, cover, partials, state_parts })
+    }
+
+    /// Trains until the schedule ends, the fleet drains, or something breaks. The replica is always in the state
+    /// after some whole step.
+    ///
+    /// # Errors
+    /// An aborted or broken generation, a failed device.
+    pub fn train(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Stop, StepError> {
+        let schedule = self.data.schedule;
+        while replica.progress.step < schedule.total_steps {
+            let Some(drain) = self.step(device, replica)? else { return Ok(Stop::NonFinite) };
+            if schedule.evaluates_after(replica.progress.step) {
+                self.evaluate(device, replica)?;
+            }
+            self.outbox.after_step(device, replica, self.form.generation)?;
+            if drain {
+                return Ok(Stop::Drained);
+            }
+        }
+        Ok(Stop::Finished)
+    }
+
+    /// One step. Gives whether any worker asks to stop after it, or `None` if the step is not finite and was left
+    /// out.
+    fn step(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Option<bool>, StepError> {
+        let started = Instant::now();
+        let step = replica.progress.step;
+        let steps_per_epoch = self.data.schedule.steps_per_epoch;
+        let (epoch, index) = (step / steps_per_epoch, step % steps_per_epoch);
+        let batch = self.feed.next(Work::Train { step, epoch, index })?;
+        let fed = Instant::now();
+
+        let state_in = if index == 0 { &replica.zero_state } else { &replica.state };
+        device.step(Pass::Train { step }, &replica.parameters, &batch, state_in, &mut replica.next_state)?;
+        let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
+        let clip_shards = self.job.clip == Clip::Shard;
+        let mut tickets = Vec::with_capacity(self.buckets.len());
+        for bucket in 0..self.buckets.len() {
+            device.finish_bucket(bucket, &mut self.partials)?;
+            if !clip_shards {
+                tickets.push(self.begin_reduce(device, bucket)?);
+            }
+        }
+        let own_sums = device.read_sums()?.to_vec();
+        if clip_shards {
+            for (partial, sums) in self.partials.iter_mut().zip(&own_sums) {
+                device.clip_shard(partial, sums.weight, self.job.clip_norm)?;
+            }
+            for bucket in 0..self.buckets.len() {
+                tickets.push(self.begin_reduce(device, bucket)?);
+            }
+        }
+        let computed = Instant::now();
+
+        let drain = self.outbox.drain_requested();
+        let (by_shard, drain) = exchange_sums(&mut *self.collective, &[ShardSums::new(&own_sums)], drain)?;
+        let sums = StepSums::total(&by_shard[0]);
+        for ticket in tickets {
+            self.collective.wait(device, ticket, &mut replica.gradient)?;
+        }
+        self.collective.wait(device, states, &mut replica.next_state)?;
+        let reduced = Instant::now();
+
+        let norm = device.mean_norm(&replica.gradient, sums.weight)?;
+        if sums.non_finite || !norm.is_finite() {
+            self.outbox.non_finite(step + 1, sums.mean_loss(), norm);
+            return Ok(None);
+        }
+        let learning_rate = self.job.learning_rate * replica.control.learning_rate_scale;
+        let update = Update::new(&self.job, step, sums.weight, learning_rate);
+        let (gradient, parameters) = (&replica.gradient, &mut replica.parameters);
+        device.update(&update, norm, gradient, parameters, &mut replica.first_moment, &mut replica.second_moment)?;
+        replica.control.after_step(epoch, index, steps_per_epoch, &sums);
+        replica.commit(steps_per_epoch);
+        self.outbox.send(ToCoordinator::Step(StepReport {
+            generation: self.form.generation,
+            step: replica.progress.step,
+            sums,
+            gradient_norm: norm,
+            learning_rate,
+            seconds: PhaseSeconds {
+                data: (fed - started).as_secs_f64(),
+                compute: (computed - fed).as_secs_f64(),
+                reduce: (reduced - computed).as_secs_f64(),
+                update: reduced.elapsed().as_secs_f64(),
+            },
+        }));
+        Ok(Some(drain))
+    }
+
+    /// Adds this worker's shards along the tree and begins to reduce one bucket.
+    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<crate::collective::Ticket, StepError> {
+        let range = self.buckets[bucket].clone();
+        for &(left, right) in &self.own_additions {
+            let [destination, source] =
+                self.partials.get_disjoint_mut([left, right]).expect("an addition has two distinct operands");
+            device.tree_add(destination, source, range.clone())?;
+        }
+        let nodes: Vec<(TreeNode, &D::Buffer)> =
+            self.cover.iter().map(|&(node, place)| (node, &self.partials[place])).collect();
+        Ok(self.collective.begin_reduce(device, range, &nodes)?)
+    }
+
+    /// Evaluates the validation data with the same shards, rules and sums. Only an epoch's end enters the control
+    /// state.
+    fn evaluate(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<(), StepError> {
+        let step = replica.progress.step;
+        let mut state = device.zeros(replica.layout.recurrent())?;
+        let mut next_state = device.zeros(replica.layout.recurrent())?;
+        let mut own = Vec::new();
+        for work in self.data.schedule.evaluation(step) {
+            let batch: Batch = self.feed.next(work)?;
+            device.step(Pass::Evaluate, &replica.parameters, &batch, &state, &mut next_state)?;
+            own.push(ShardSums::new(device.read_sums()?));
+            std::mem::swap(&mut state, &mut next_state);
+        }
+        let (by_batch, _) = exchange_sums(&mut *self.collective, &own, false)?;
+        let sums = by_batch
+            .iter()
+            .map(|by_shard| StepSums::total(by_shard))
+            .reduce(StepSums::combine)
+            .unwrap_or_default();
+        if self.data.schedule.ends_epoch(step) {
+            replica.control.after_epoch(&sums);
+        }
+        self.outbox.send(ToCoordinator::Evaluation { generation: self.form.generation, step, sums });
+        Ok(())
+    }
+}
