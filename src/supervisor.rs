@@ -41,6 +41,9 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     command.args(args.job.to_words()).arg("--supervised").stdin(Stdio::piped());
     command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
     let mut coordinator = spawn(command.arg("--ready-file").arg(&ready.path), "the coordinator")?;
+    // Held open to the end: when this process is gone, however it went, the coordinator sees it close. (Waiting for
+    // a child closes what is left in it.)
+    let _lifeline = coordinator.stdin.take();
     let control = loop {
         if let Some(address) = ready.control() {
             break address;

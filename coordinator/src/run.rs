@@ -12,7 +12,7 @@ use protocol::message::{
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 
 use crate::data::Dataset;
 use crate::digests::Digests;
@@ -21,7 +21,7 @@ use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
 use crate::membership::{Action, Candidate, Event, Membership, membership};
 use crate::metrics::Metrics;
-use crate::records::Records;
+use crate::records::{CheckpointWriter, Records};
 use crate::screen::{EpochEnd, Screen};
 use crate::server::{Arrival, Link};
 use crate::state_stream::{Arriving, send_image};
@@ -82,9 +82,9 @@ pub(crate) struct Run {
     digests: Digests,
     arriving: Arriving,
     checkpoint_asked: Instant,
-    /// A checkpoint is being written.
-    writing: bool,
-    written: UnboundedSender<WrittenCheckpoint>,
+    /// Checkpoints that are being written or wait for it.
+    writing: usize,
+    images: std::sync::mpsc::Sender<Vec<u8>>,
     /// Members that have stopped, and after which step.
     stopped: HashMap<WorkerId, u64>,
     drain_asked: bool,
@@ -108,8 +108,8 @@ impl Run {
         mut arrivals: UnboundedReceiver<Arrival>,
         signals: &mut Receiver<()>,
     ) -> Outcome {
-        let (written, mut checkpoints) = unbounded_channel();
-        let mut run = Self::new(parts, written);
+        let (images, mut checkpoints) = write_in_order(parts.records.checkpoint_writer());
+        let mut run = Self::new(parts, images);
         let mut ticks = tokio::time::interval(Duration::from_millis(200));
         while !run.is_over() {
             let handled = tokio::select! {
@@ -126,7 +126,7 @@ impl Run {
         run.say_goodbye(&mut arrivals).await
     }
 
-    fn new(parts: Parts, written: UnboundedSender<WrittenCheckpoint>) -> Self {
+    fn new(parts: Parts, images: std::sync::mpsc::Sender<Vec<u8>>) -> Self {
         let step = parts.resumed.as_ref().map_or(0, |(step, _)| *step);
         let (fleet, last_generation) = (&parts.file.fleet, parts.records.last_generation);
         Self {
@@ -145,8 +145,8 @@ impl Run {
             digests: Digests::default(),
             arriving: Arriving::default(),
             checkpoint_asked: Instant::now(),
-            writing: false,
-            written,
+            writing: 0,
+            images,
             stopped: HashMap::new(),
             drain_asked: false,
             ending: None,
@@ -341,7 +341,7 @@ impl Run {
             status.samples_per_second = speed;
         });
         let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds.max(1));
-        if self.checkpoint_asked.elapsed() >= interval && !self.writing && !self.arriving.is_under_way() {
+        if self.checkpoint_asked.elapsed() >= interval && self.writing == 0 && !self.arriving.is_under_way() {
             self.checkpoint_asked = Instant::now();
             self.ask_state(self.step + 1);
         }
@@ -415,20 +415,21 @@ impl Run {
 
     /// A whole state has arrived.
     fn write_checkpoint(&mut self, from: WorkerId, step: u64, image: Vec<u8>) -> Result<(), Problem> {
-        let (writer, written) = (self.parts.records.checkpoint_writer(), self.written.clone());
-        (self.writing, self.checkpoint_asked) = (true, Instant::now());
-        tokio::task::spawn_blocking(move || written.send(writer.write(image)));
+        (self.writing, self.checkpoint_asked) = (self.writing + 1, Instant::now());
+        self.images.send(image).map_err(|_| Problem::failed("the writer of checkpoints has ended"))?;
         match &mut self.ending {
             Some(ending) if ending.state_from == Some(from) => ending.state_from = None,
             Some(_) => {}
-            None if self.schedule.ends_epoch(step) => self.announce_checkpoint(),
+            None if self.schedule.ends_epoch(step) && step < self.schedule.total_steps => {
+                self.announce_checkpoint();
+            }
             None => {}
         }
         Ok(())
     }
 
     fn checkpoint_written(&mut self, result: WrittenCheckpoint) -> Result<(), Problem> {
-        self.writing = false;
+        self.writing -= 1;
         match result {
             Ok((step, file)) => {
                 self.parts.metrics.checkpoint(Some(step));
@@ -498,7 +499,7 @@ impl Run {
 
     /// Once all members rest, asks the most advanced for the last state, if it is not written yet.
     fn settle(&mut self) {
-        let resting = self.training() == 0 && !self.writing && !self.arriving.is_under_way();
+        let resting = self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way();
         let (Some(ending), Some((&id, &step))) = (&mut self.ending, self.stopped.iter().max_by_key(|s| s.1))
         else {
             return;
@@ -513,7 +514,7 @@ impl Run {
     fn is_over(&self) -> bool {
         let Some(ending) = &self.ending else { return false };
         let rests = self.training() == 0
-            && !self.writing
+            && self.writing == 0
             && !self.arriving.is_under_way()
             && ending.state_from.is_none();
         rests || Instant::now() >= ending.deadline
@@ -569,4 +570,20 @@ impl Run {
     fn with_status<T>(&self, change: impl FnOnce(&mut Status) -> T) {
         change(&mut self.parts.status.lock().expect("no holder of this lock can panic"));
     }
+}
+
+/// Starts the thread that writes checkpoints, one after another; it ends when the sender is dropped.
+fn write_in_order(
+    writer: CheckpointWriter,
+) -> (std::sync::mpsc::Sender<Vec<u8>>, UnboundedReceiver<WrittenCheckpoint>) {
+    let (images, to_write) = std::sync::mpsc::channel();
+    let (written, checkpoints) = unbounded_channel();
+    std::thread::spawn(move || {
+        for image in to_write {
+            if written.send(writer.write(image)).is_err() {
+                break;
+            }
+        }
+    });
+    (images, checkpoints)
 }

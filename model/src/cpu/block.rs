@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use kernels::cpu::dropout::{MaskStream, dropout_backward, dropout_forward};
 use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
+use kernels::cpu::input::{broadcast_rows, gather_rows};
 use kernels::cpu::lstm::{LstmBackward, LstmForward, lstm_backward, lstm_forward};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
@@ -50,7 +51,7 @@ pub(super) struct RowBlock {
     seq_len: usize,
     layers: Vec<LayerTrace>,
     /// Tokens `[T][rows]` of a one-hot input.
-    tokens: Vec<u16>,
+    tokens: Vec<u32>,
     /// Dense input `[T][rows][I]`.
     dense: Vec<f32>,
     /// `[T or 1][rows]`
@@ -164,7 +165,7 @@ impl RowBlock {
                 self.tokens.resize(seq_len * n, 0);
                 for (row, tokens) in tokens.chunks_exact(seq_len + 1).enumerate() {
                     for t in 0..seq_len {
-                        self.tokens[t * n + row] = tokens[t];
+                        self.tokens[t * n + row] = u32::from(tokens[t]);
                         self.targets[t * n + row] = u32::from(tokens[t + 1]);
                     }
                 }
@@ -226,14 +227,10 @@ impl RowBlock {
         let pre = &mut from[0].pre;
         match &weights.input {
             InputWeights::Table(table) => {
-                for (place, &token) in pre.chunks_exact_mut(gates).zip(&self.tokens) {
-                    place.copy_from_slice(&table[usize::from(token) * gates..][..gates]);
-                }
+                gather_rows(table, &self.tokens, pre);
             }
             InputWeights::Dense { forward, .. } => {
-                for place in pre.chunks_exact_mut(gates) {
-                    place.copy_from_slice(&weights.bias);
-                }
+                broadcast_rows(&weights.bias, pre);
                 let n = self.rows.len();
                 let x = below.last().map_or(&self.dense[..], |layer| layer.output(n * shape.hidden_size));
                 let width = shape.layer_input_size(index);
@@ -277,9 +274,7 @@ impl RowBlock {
         let (unit, classes) = (self.len() * shape.hidden_size, shape.classes);
         let Self { layers, logits, targets, losses, correct, .. } = self;
         let output = head_input(shape, layers, unit);
-        for row in logits.chunks_exact_mut(classes) {
-            row.copy_from_slice(&weights.head_bias);
-        }
+        broadcast_rows(&weights.head_bias, logits);
         gemm(simd, targets.len(), output, shape.hidden_size, &weights.head, logits, classes, true);
         if backward {
             softmax_cross_entropy(simd, classes, targets, logits, losses, correct);
@@ -403,7 +398,7 @@ impl RowBlock {
     }
 
     /// The token at step `t`.
-    pub(super) fn token(&self, t: usize, row: usize) -> u16 {
+    pub(super) fn token(&self, t: usize, row: usize) -> u32 {
         self.tokens[t * self.len() + row]
     }
 }

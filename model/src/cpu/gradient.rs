@@ -4,7 +4,8 @@
 
 use std::ops::Range;
 
-use kernels::cpu::reduce::{column_sum, tree_add};
+use kernels::cpu::input::scatter_add_rows;
+use kernels::cpu::reduce::column_sum;
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
 use protocol::layout::{Head, Input, StateLayout};
 
@@ -99,7 +100,9 @@ impl<'a> GradientTask<'a> {
                 match (layer, shape.input) {
                     (0, Input::OneHot(_)) => {
                         let tokens = pairs().map(|(block, t, row)| block.token(t, row));
-                        scatter(simd, &mut scratch.table, (gates, width), d().zip(tokens), self.d_weight);
+                        scratch.table.resize(self.d_weight.len(), 0.0);
+                        let table = &mut scratch.table[..self.d_weight.len()];
+                        scatter_add_rows(simd, tokens.zip(d()), gates, table, self.d_weight);
                     }
                     (0, Input::Bytes(_)) => {
                         let x = pairs().map(|(block, t, row)| block.dense(width, t, row));
@@ -154,24 +157,4 @@ fn product<'a>(
     scratch.right.reset(pairs, inputs);
     scratch.right.pack_row_iter(x);
     gemm_transposed(simd, &scratch.left, &scratch.right, d_weight, inputs, false);
-}
-
-/// The same for a one-hot input: each pair adds its row to the column of its token.
-fn scatter<'a>(
-    simd: Simd,
-    table: &mut Vec<f32>,
-    (outputs, inputs): (usize, usize),
-    pairs: impl Iterator<Item = (&'a [f32], u16)>,
-    d_weight: &mut [f32],
-) {
-    table.clear();
-    table.resize(inputs * outputs, 0.0);
-    for (d, token) in pairs {
-        tree_add(simd, &mut table[usize::from(token) * outputs..][..outputs], d);
-    }
-    for (output, row) in d_weight.chunks_exact_mut(inputs).enumerate() {
-        for (input, place) in row.iter_mut().enumerate() {
-            *place = table[input * outputs + output];
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! Weights in the forms that the kernels read, derived from the flat parameters once per step.
 
 use kernels::PackedMatrix;
+use kernels::cpu::input::token_table;
 use protocol::layout::{Cell, Input, ModelShape, StateLayout};
 use rayon::prelude::*;
 
@@ -98,7 +99,7 @@ impl Weights {
                     let weight_hh = &parameters[ranges.weight_hh];
                     let width = shape.layer_input_size(index);
                     match &mut layer.input {
-                        InputWeights::Table(table) => gather_table(weight_ih, &layer.bias, width, table),
+                        InputWeights::Table(table) => token_table(weight_ih, &layer.bias, table),
                         InputWeights::Dense { forward, backward: into } => {
                             forward.pack_columns(weight_ih, width);
                             if backward && index > 0 {
@@ -113,14 +114,5 @@ impl Weights {
                 });
             },
         );
-    }
-}
-
-/// `table[v] = weight[:, v] + bias`: a one-hot input's whole part of the gates is one row of it.
-fn gather_table(weight: &[f32], bias: &[f32], width: usize, table: &mut [f32]) {
-    for (token, row) in table.chunks_exact_mut(bias.len()).enumerate() {
-        for (gate, place) in row.iter_mut().enumerate() {
-            *place = weight[gate * width + token] + bias[gate];
-        }
     }
 }

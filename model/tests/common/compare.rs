@@ -12,12 +12,12 @@ pub(crate) fn widen(values: &[f32]) -> Vec<f64> {
 pub(crate) fn distance(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let scale = want.iter().fold(1e-30f64, |scale, x| scale.max(x.abs()));
-    // Not `max`, which passes over a NaN.
-    let worst = |worst: f64, (&a, &b): (&f32, &f64)| {
-        let difference = (f64::from(a) - b).abs();
-        if difference <= worst { worst } else { difference }
+    // `max` alone would pass over a NaN.
+    let difference = |(&a, &b): (&f32, &f64)| match (f64::from(a) - b).abs() {
+        difference if difference.is_nan() => f64::INFINITY,
+        difference => difference,
     };
-    got.iter().zip(want).fold(0.0f64, worst) / scale
+    got.iter().zip(want).map(difference).fold(0.0f64, f64::max) / scale
 }
 
 /// The largest difference met so far and where: printed by every test that compares numbers.

@@ -1,6 +1,6 @@
 //! The pure part of an all-reduce: how a bucket is cut, whose pieces a sum needs, and the additions in tree order.
 //!
-//! A bucket is cut into one [`slice`] per rank and each slice into [`blocks`], the unit that travels and is summed.
+//! A bucket is cut into one [`slice()`] per rank and each slice into [`blocks`], the unit that travels and is summed.
 //! The owner of a slice collects, for each of its blocks, one piece per node of the ranks' covers; when all are
 //! there it executes the additions that [`tree::remaining`] lists. Which pieces came first, and how many ranks
 //! there are, changes nothing: the operands of every addition are fixed by the tree.

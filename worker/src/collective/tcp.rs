@@ -6,7 +6,7 @@
 //! | the finished slice | its owner | all | `Gather` |
 //!
 //! The training thread only copies values out ([`Collective::begin_reduce`]) and in ([`Collective::wait`]); sending,
-//! receiving and adding go on beside it ([`links`](super::links)). With one worker there is no thread and no
+//! receiving and adding go on beside it (`links`). With one worker there is no thread and no
 //! socket, but the same additions.
 //!
 //! **Allocation**: the values of blocks live in buffers that are used again, frames in one buffer per thread. What
