@@ -131,3 +131,15 @@ fn gradients_with_dropout_are_the_slope_of_the_loss() {
     }
     largest.print("gradient with dropout against the slope of the loss");
 }
+
+/// `DropoutWrapper` drops outputs, and a head on the final state reads the state: one such layer has nothing to drop.
+#[test]
+fn the_final_state_is_never_dropped() {
+    for cell in CELLS {
+        let partials = |keep_prob| {
+            let setup = Setup::new(sizes(cell, Task::Rows, 1, 5), &[("keep_prob", keep_prob)]);
+            setup.alone().pass(Pass::Train { step: STEP }, &setup.start(true), &setup.batch(STEP)).partials
+        };
+        assert_eq!(partials("0.5"), partials("1.0"), "{cell:?}");
+    }
+}

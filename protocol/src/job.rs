@@ -330,29 +330,29 @@ mod tests {
 
     #[test]
     fn mistakes_are_named_with_a_hint() {
-        let cases: [(&[(&str, &str)], &str, &str); 7] = [
+        let cases = [
             (
-                &[("hiden_size", "3")],
+                [("hiden_size", "3")],
                 "unknown key 'hiden_size' in hiden_size=3",
                 "did you mean 'hidden_size'?",
             ),
-            (&[("jobb.seed", "3")], "unknown section 'jobb' in jobb.seed=3", "did you mean 'job'?"),
-            (&[("seed", "x")], "job.seed in seed=x is the string \"x\", it must be a integer", ""),
+            ([("jobb.seed", "3")], "unknown section 'jobb' in jobb.seed=3", "did you mean 'job'?"),
+            ([("seed", "x")], "job.seed in seed=x is the string \"x\", it must be a integer", ""),
             (
-                &[("shards", "65")],
+                [("shards", "65")],
                 "shards is 65 but batch_size is 64: a shard would have no row",
                 "choose --shards 64 or less",
             ),
-            (&[("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
-            (&[("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
+            ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
+            ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
             (
-                &[("epochs", "0")],
+                [("epochs", "0")],
                 "epochs and steps are both 0: there is nothing to do",
                 "give --epochs or --steps",
             ),
         ];
         for (settings, sentence, hint) in cases {
-            let problem = with(settings).unwrap_err();
+            let problem = with(&settings).unwrap_err();
             assert_eq!(problem.sentence, sentence);
             assert_eq!(problem.hint.unwrap_or_default(), hint);
         }

@@ -20,7 +20,8 @@ pub struct StepSums {
     pub rows: u64,
     /// Wrapping sum of [`row_hash`] over these rows: proves later which samples a step used.
     pub row_hash: u64,
-    /// Whether a loss or a gradient of these rows was infinite or not a number.
+    /// Whether a loss of these rows was infinite or not a number. (A gradient can be so behind a finite loss; its norm
+    /// tells.)
     pub non_finite: bool,
 }
 

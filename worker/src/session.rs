@@ -83,17 +83,14 @@ where
         metrics: metrics_address,
     };
     connection.send(&ToCoordinator::Hello(hello)).await?;
-    let welcome = loop {
-        tokio::select! {
-            frame = connection.receive() => match frame {
-                Some(Ok(Frame::Message(ToWorker::Welcome(welcome)))) => break *welcome,
-                Some(Ok(Frame::Message(ToWorker::Goodbye { reason }))) => return goodbye(reason),
-                Some(Ok(_)) => return Err(lost("it began with something else than a welcome")),
-                Some(Err(problem)) => return Err(problem),
-                None => return Err(lost("it closed the connection")),
-            },
-            _ = shutdown.recv() => return Ok(Exit::Requeue),
-        }
+    let first = tokio::select! {
+        frame = connection.receive() => frame.unwrap_or_else(|| Err(lost("it closed the connection")))?,
+        _ = shutdown.recv() => return Ok(Exit::Requeue),
+    };
+    let welcome = match first {
+        Frame::Message(ToWorker::Welcome(welcome)) => *welcome,
+        Frame::Message(ToWorker::Goodbye { reason }) => return goodbye(reason),
+        _ => return Err(lost("it began with something else than a welcome")),
     };
     let layout = StateLayout::new(welcome.data.model, welcome.job.batch_size as usize);
     let device = backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;

@@ -148,10 +148,9 @@ impl RowBlock {
         for index in 0..shape.num_layers {
             self.project_input(simd, shape, &weights.layers[index], index);
             self.layer_forward(simd, shape, &weights.layers[index], index);
-            if let Some(dropout) = dropout {
-                self.drop_output(simd, shape, index, dropout);
-            } else {
-                self.layers[index].dropped.clear();
+            match dropout {
+                Some(dropout) if drops_output(shape, index) => self.drop_output(simd, shape, index, dropout),
+                _ => self.layers[index].dropped.clear(),
             }
         }
         self.head_forward(simd, layout, weights, backward);
@@ -300,7 +299,7 @@ impl RowBlock {
         let d_read = &mut self.d_out[first_read..];
         gemm(simd, self.targets.len(), &self.logits, shape.classes, &weights.head_backward, d_read, hidden, false);
         for index in (0..shape.num_layers).rev() {
-            if let Some(dropout) = dropout {
+            if let Some(dropout) = dropout.filter(|_| drops_output(shape, index)) {
                 for (at, d) in self.d_out.chunks_exact_mut(hidden).enumerate() {
                     let stream = mask(shape, dropout, self.rows.start + at % n, at / n, index);
                     dropout_backward(simd, dropout.keep, stream, d);
@@ -417,6 +416,12 @@ fn head_input<'a>(shape: &ModelShape, layers: &'a [LayerTrace], unit: usize) -> 
         Head::EveryStep => output,
         Head::Final => &output[output.len() - unit..],
     }
+}
+
+/// Whether dropout applies to a layer's output. Where the head reads the final state, nobody reads the last layer's
+/// output: the state is never dropped, neither on its way through time nor for the head.
+fn drops_output(shape: &ModelShape, layer: usize) -> bool {
+    shape.head == Head::EveryStep || layer + 1 < shape.num_layers
 }
 
 fn mask(shape: &ModelShape, dropout: Dropout, row: usize, t: usize, layer: usize) -> MaskStream {

@@ -85,7 +85,7 @@ pub struct CpuDevice {
 }
 
 impl CpuDevice {
-    /// A device for one job.
+    /// A device for one job, with this many threads, at least 1.
     ///
     /// # Errors
     /// The threads cannot be started.
@@ -96,6 +96,7 @@ impl CpuDevice {
         job: &JobSpec,
         seq_len: usize,
     ) -> Result<Self> {
+        assert!(threads > 0, "CpuDevice: threads is 0, expected at least 1");
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("compute-{i}"))
