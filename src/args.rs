@@ -126,9 +126,12 @@ impl JobArgs {
         push("--data-dir", self.data_dir.clone().map(Into::into));
         push("--run-dir", self.run_dir.clone().map(Into::into));
         push("--config", self.config.clone().map(Into::into));
-        for (name, number) in
-            [("--steps", self.steps), ("--epochs", self.epochs), ("--seed", self.seed), ("--linger", Some(self.linger))]
-        {
+        for (name, number) in [
+            ("--steps", self.steps),
+            ("--epochs", self.epochs),
+            ("--seed", self.seed),
+            ("--linger", Some(self.linger)),
+        ] {
             push(name, number.map(|n| n.to_string().into()));
         }
         push("--shards", self.shards.map(|n| n.to_string().into()));
@@ -244,7 +247,9 @@ impl WorkerArgs {
 
     pub(crate) fn backend(&self) -> Result<CpuBackend, Problem> {
         let simd = match &self.simd {
-            Some(level) => level.parse().map_err(|e: kernels::cpu::simd::SimdError| Problem::usage(format!("--simd: {e}")))?,
+            Some(level) => level
+                .parse()
+                .map_err(|e: kernels::cpu::simd::SimdError| Problem::usage(format!("--simd: {e}")))?,
             None => Simd::detect(),
         };
         Ok(CpuBackend::new(simd, self.threads.unwrap_or_else(cores)))
@@ -269,7 +274,12 @@ impl InspectArgs {
         let newest = std::fs::read_dir("runs").ok().and_then(|entries| {
             entries
                 .flatten()
-                .filter_map(|entry| Some((entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?, entry.path())))
+                .filter_map(|entry| {
+                    Some((
+                        entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?,
+                        entry.path(),
+                    ))
+                })
                 .max()
         });
         newest.map(|(_, path)| path).ok_or_else(|| {

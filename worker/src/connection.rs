@@ -54,8 +54,9 @@ impl Connection {
     pub(crate) async fn receive(&mut self) -> Option<Result<Frame<ToWorker>, Problem>> {
         let frame = self.frames.next().await?;
         Some(match frame {
-            Ok(frame) => decode(frame.freeze())
-                .map_err(|e| Problem::failed(format!("the coordinator sent {e}")).hint("build both from one commit")),
+            Ok(frame) => decode(frame.freeze()).map_err(|e| {
+                Problem::failed(format!("the coordinator sent {e}")).hint("build both from one commit")
+            }),
             Err(error) => Err(lost(&error.to_string())),
         })
     }

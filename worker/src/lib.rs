@@ -20,5 +20,6 @@ pub mod replica;
 pub mod session;
 mod sums_exchange;
 pub mod train;
+mod trainer;
 
 pub use session::{Config, run};

@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-
 use prometheus::{Counter, CounterVec, Encoder, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 use protocol::message::StepReport;
 use protocol::problem::Problem;
@@ -28,13 +27,18 @@ impl WorkerMetrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         let steps = IntCounter::new("lockstep_worker_steps_total", "Steps this worker finished.");
-        let samples = IntCounter::new("lockstep_worker_samples_total", "Rows of the global batch in these steps.");
+        let samples =
+            IntCounter::new("lockstep_worker_samples_total", "Rows of the global batch in these steps.");
         let seconds = CounterVec::new(
-            Opts::new("lockstep_worker_phase_seconds_total", "Wall-clock time of this worker's steps by phase."),
+            Opts::new(
+                "lockstep_worker_phase_seconds_total",
+                "Wall-clock time of this worker's steps by phase.",
+            ),
             &["phase"],
         );
         let sent = Counter::new("lockstep_worker_sent_bytes_total", "Bytes sent to other workers.");
-        let received = Counter::new("lockstep_worker_received_bytes_total", "Bytes received from other workers.");
+        let received =
+            Counter::new("lockstep_worker_received_bytes_total", "Bytes received from other workers.");
         let shards = IntGauge::new("lockstep_worker_shards", "Shards this worker holds.");
         let valid = "the names and labels are valid and distinct";
         let metrics = Self {

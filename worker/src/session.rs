@@ -19,15 +19,11 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
 use crate::abort::Abort;
-use crate::collective::Collective;
-use crate::collective::mesh::{FORM_LIMIT, Mesh, Place};
-use crate::collective::tcp::{SILENCE_LIMIT, TcpCollective};
 use crate::connection::{Connection, lost};
 use crate::feed::{BATCHES_AHEAD, Feed};
 use crate::metrics::{self, WorkerMetrics};
 use crate::outbox::Outbox;
-use crate::replica::Replica;
-use crate::train::{Generation, StepError};
+use crate::trainer::{Task, Trainer};
 
 /// What a worker is told at its start; everything else comes from the coordinator.
 #[derive(Debug, Clone)]
@@ -93,7 +89,8 @@ where
         _ => return Err(lost("it began with something else than a welcome")),
     };
     let layout = StateLayout::new(welcome.data.model, welcome.job.batch_size as usize);
-    let device = backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
+    let device =
+        backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
     let (frames, outgoing) = unbounded_channel();
     let outbox = Outbox::new(frames, metrics.clone(), welcome.run.digest_steps);
     let session = Session {
@@ -105,7 +102,7 @@ where
         token: config.token,
         data_listener: Arc::new(data_listener),
         metrics,
-        stage: Stage::Idle(Trainer { device, replica: None, generation: 0 }),
+        stage: Stage::Idle(Trainer::new(device)),
         waiting_for_state: None,
     };
     session.serve(shutdown).await
@@ -113,14 +110,6 @@ where
 
 fn goodbye(reason: Option<String>) -> Result<Exit, Problem> {
     reason.map_or(Ok(Exit::Done), |sentence| Err(Problem::failed(sentence)))
-}
-
-/// Device and state, owned by whoever works with them.
-struct Trainer<D: model::device::Device> {
-    device: D,
-    replica: Option<Replica<D>>,
-    /// The last generation it belonged to.
-    generation: u64,
 }
 
 /// Whether the training thread runs.
@@ -133,9 +122,18 @@ enum Stage<D: model::device::Device> {
 
 struct Running<D: model::device::Device> {
     generation: u64,
-    batches: SyncSender<Batch>,
+    /// Dropped by an abort, which ends a thread that waits for a batch.
+    batches: Option<SyncSender<Batch>>,
     abort: Abort,
     thread: JoinHandle<(Trainer<D>, Result<Stop, String>)>,
+}
+
+impl<D: model::device::Device> Running<D> {
+    /// Ends the thread, whatever it waits for.
+    fn end(&mut self) {
+        self.batches = None;
+        self.abort.abort();
+    }
 }
 
 struct Session<D: model::device::Device> {
@@ -168,8 +166,8 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Some(()) = shutdown.recv() => self.outbox.request_drain(),
             }
         };
-        if let Stage::Training(running) = &self.stage {
-            running.abort.abort();
+        if let Stage::Training(running) = &mut self.stage {
+            running.end();
         }
         ended
     }
@@ -183,10 +181,10 @@ impl<D: model::device::Device + 'static> Session<D> {
             ToWorker::Form(form) => self.start(form, None)?,
             ToWorker::Drain => self.outbox.request_drain(),
             ToWorker::Abort { generation } => {
-                if let Stage::Training(running) = &self.stage
+                if let Stage::Training(running) = &mut self.stage
                     && running.generation == generation
                 {
-                    running.abort.abort();
+                    running.end();
                 }
             }
             ToWorker::SendState { at_step } => match &self.stage {
@@ -224,7 +222,9 @@ impl<D: model::device::Device + 'static> Session<D> {
                     .ok_or_else(|| lost("it sent a batch that does not fit the job"))?;
                 // The window bounds what is under way, so there is always room; a thread that has ended reads
                 // no more, which its own result explains.
-                let _ = running.batches.try_send(batch);
+                if let Some(batches) = &running.batches {
+                    let _ = batches.try_send(batch);
+                }
                 Ok(())
             }
             BulkKind::Reduce | BulkKind::Gather => Err(lost("it sent data of the workers' own plane")),
@@ -239,50 +239,24 @@ impl<D: model::device::Device + 'static> Session<D> {
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
         let generation = form.generation;
-        let (welcome, layout, outbox) = (self.welcome.clone(), self.layout.clone(), self.outbox.clone());
-        let token = self.token.clone();
-        let (listener, thread_abort, metrics) =
-            (self.data_listener.clone(), abort.clone(), self.metrics.clone());
+        let feed = Feed::new(received, generation, self.outbox.clone());
+        let task = Task {
+            form,
+            image,
+            welcome: self.welcome.clone(),
+            layout: self.layout.clone(),
+            token: self.token.clone(),
+            data_listener: self.data_listener.clone(),
+            metrics: self.metrics.clone(),
+            abort: abort.clone(),
+            feed,
+            outbox: self.outbox.clone(),
+        };
         let thread = tokio::task::spawn_blocking(move || {
-            let outcome = (|| -> Result<Stop, String> {
-                trainer.generation = generation;
-                let (device, job) = (&mut trainer.device, &welcome.job);
-                let prepared = match (form.state, image) {
-                    (StateSource::Initial, _) => Replica::initial(device, layout, job).map(Some),
-                    (_, Some(image)) => Replica::from_image(device, layout, &image).map(Some),
-                    (_, None) => Ok(None),
-                };
-                if let Some(replica) = prepared.map_err(|e| e.to_string())? {
-                    trainer.replica = Some(replica);
-                }
-                let replica = trainer.replica.as_mut().ok_or("no state to start the generation from")?;
-                metrics.shards(form.members[form.rank as usize].shards.len());
-                let place = Place { generation, rank: form.rank, members: form.members.clone() };
-                let mesh = Mesh::connect(&listener, &token, place, FORM_LIMIT, thread_abort.flag())
-                    .map_err(|e| e.to_string())?;
-                let collective: Box<dyn Collective<D>> = Box::new(
-                    TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane()).map_err(|e| e.to_string())?,
-                );
-                thread_abort.attach(collective.abort_handle());
-                outbox.send(ToCoordinator::Connected { generation });
-                let feed = Feed::new(received, generation, outbox.clone());
-                let links = (collective, feed, outbox.clone());
-                let mut run =
-                    Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
-                        .map_err(|e| e.to_string())?;
-                match run.train(device, replica) {
-                    Ok(stop) => Ok(stop),
-                    Err(StepError::Collective(cause)) => {
-                        tracing::debug!("generation {generation} ended: {cause}");
-                        Ok(Stop::Aborted)
-                    }
-                    Err(StepError::Feed(crate::feed::FeedClosed::Ended)) => Ok(Stop::Aborted),
-                    Err(other) => Err(other.to_string()),
-                }
-            })();
+            let outcome = trainer.work(task);
             (trainer, outcome)
         });
-        self.stage = Stage::Training(Running { generation, batches, abort, thread });
+        self.stage = Stage::Training(Running { generation, batches: Some(batches), abort, thread });
         Ok(())
     }
 
@@ -300,7 +274,11 @@ impl<D: model::device::Device + 'static> Session<D> {
                     });
                 }
             }
-            Err(sentence) => self.outbox.send(ToCoordinator::Failed { sentence }),
+            Err(sentence) => {
+                self.outbox.send(ToCoordinator::Failed { sentence });
+                let (generation, step) = (trainer.generation, trainer.step());
+                self.outbox.send(ToCoordinator::Stopped { generation, step, why: Stop::Aborted });
+            }
         }
         self.stage = Stage::Idle(trainer);
         Ok(())

@@ -83,11 +83,22 @@ impl<D: Device> Generation<D> {
             .map(|member| slots_of(job.batch_size, job.shards, member.shards.clone()))
             .map(|slots| slots.start as usize * state_size..slots.end as usize * state_size)
             .collect();
-        let partials =
-            shards.map(|_| device.zeros(replica.layout.parameters())).collect::<Result<_, _>>()?;
+        let partials = shards.map(|_| device.zeros(replica.layout.parameters())).collect::<Result<_, _>>()?;
         let buckets = replica.layout.buckets();
         let (collective, feed, outbox) = links;
-        Ok(Self { form, job, data, collective, feed, outbox, buckets, own_additions, cover, partials, state_parts })
+        Ok(Self {
+            form,
+            job,
+            data,
+            collective,
+            feed,
+            outbox,
+            buckets,
+            own_additions,
+            cover,
+            partials,
+            state_parts,
+        })
     }
 
     /// Trains until the schedule ends, the fleet drains, or something breaks. The replica is always in the state
@@ -159,7 +170,14 @@ impl<D: Device> Generation<D> {
         let learning_rate = self.job.learning_rate * replica.control.learning_rate_scale;
         let update = Update::new(&self.job, step, sums.weight, learning_rate);
         let (gradient, parameters) = (&replica.gradient, &mut replica.parameters);
-        device.update(&update, norm, gradient, parameters, &mut replica.first_moment, &mut replica.second_moment)?;
+        device.update(
+            &update,
+            norm,
+            gradient,
+            parameters,
+            &mut replica.first_moment,
+            &mut replica.second_moment,
+        )?;
         replica.control.after_step(epoch, index, steps_per_epoch, &sums);
         replica.commit(steps_per_epoch);
         self.outbox.send(ToCoordinator::Step(StepReport {

@@ -1,0 +1,140 @@
+//! A preset with random data of the right shape: what to measure, without files.
+
+use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
+use protocol::job::{JobFile, JobSpec, Task};
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
+use protocol::problem::Problem;
+use protocol::random::{Purpose, Stream};
+use protocol::schedule::{Schedule, Work};
+use protocol::slots::slots_of;
+
+/// Tokens of the text that the presets are measured with: tinyshakespeare's.
+const VOCABULARY: usize = 65;
+/// MNIST: rows of an image, bytes of a row, classes.
+const IMAGE: (usize, usize, usize) = (28, 28, 10);
+/// Different batches, taken in turn: one alone would soon be known by heart, and its gradients would vanish.
+const BATCHES: u64 = 32;
+
+/// A job, the data shape it meets, and batches for it.
+#[derive(Debug, Clone)]
+pub struct Workload {
+    /// What is computed.
+    pub job: JobSpec,
+    /// What the data looks like.
+    pub data: DataShape,
+    /// Where every number of the state lies.
+    pub layout: StateLayout,
+    /// Random batches of all shards; the same numbers in every process.
+    pub batches: Vec<Batch>,
+}
+
+impl Workload {
+    /// A preset with `KEY=VALUE` settings, on random data of tinyshakespeare's or MNIST's shape.
+    ///
+    /// # Errors
+    /// An unknown preset or key, or a value that does not fit.
+    pub fn new(preset: &str, settings: &[(String, String)]) -> Result<Self, Problem> {
+        let job = JobFile::resolve(preset, None, settings)?.job;
+        let (input, classes, head, seq_len) = match job.task {
+            Task::Chars => (Input::OneHot(VOCABULARY), VOCABULARY, Head::EveryStep, job.seq_len as usize),
+            Task::Rows => (Input::Bytes(IMAGE.1), IMAGE.2, Head::Final, IMAGE.0),
+        };
+        let model = ModelShape {
+            cell: job.cell,
+            num_layers: job.num_layers as usize,
+            hidden_size: job.hidden_size as usize,
+            input,
+            classes,
+            head,
+        };
+        let schedule = Schedule { steps_per_epoch: u64::MAX, evaluation_batches: 0, total_steps: u64::MAX };
+        let data = DataShape { model, seq_len, schedule };
+        let layout = StateLayout::new(model, job.batch_size as usize);
+        let batches = (0..BATCHES).map(|index| random_batch(&job, &data, index)).collect();
+        Ok(Self { job, data, layout, batches })
+    }
+
+    /// The batch of a training step.
+    pub fn batch(&self, step: u64) -> &Batch {
+        &self.batches[(step % BATCHES) as usize]
+    }
+
+    /// Floating-point operations of the matrix products of one training step, in units of 10⁹.
+    ///
+    /// A product of `[m, k]` and `[k, n]` is `2·m·n·k`. With `I_l` the input width of layer l:
+    ///
+    /// | product | for each (row, step) and layer | runs |
+    /// |---|---|---|
+    /// | recurrent, `W_hh h` | `2·G·H·H` | 3 times: forward, gradient of h, gradient of W |
+    /// | input, `W_ih x` | `2·G·H·I_l` | 3 times; in the first layer twice, as nobody asks for x's gradient |
+    /// | head | `2·H·V` per target | 3 times |
+    ///
+    /// Tokens are a table lookup and not a product: their layer's input counts 0 times. Implementations that multiply
+    /// one-hot vectors execute more than this. Pointwise operations and the optimizer are not counted.
+    pub fn gflop_per_step(&self) -> f64 {
+        let shape = &self.layout.shape;
+        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let layers: usize = (0..shape.num_layers)
+            .map(|layer| {
+                let runs = match (layer, shape.input) {
+                    (0, Input::OneHot(_)) => 0,
+                    (0, Input::Bytes(_)) => 2,
+                    _ => 3,
+                };
+                2 * gates * (3 * hidden + runs * shape.layer_input_size(layer))
+            })
+            .sum();
+        let steps = self.layout.batch_size * self.data.seq_len;
+        let targets = if shape.head == Head::EveryStep { steps } else { self.layout.batch_size };
+        (steps * layers + targets * 3 * 2 * hidden * shape.classes) as f64 / 1e9
+    }
+}
+
+/// The `index`-th batch: every slot filled, every shard present.
+fn random_batch(job: &JobSpec, data: &DataShape, index: u64) -> Batch {
+    let rows = job.batch_size as usize;
+    let (seq_len, model) = (data.seq_len, &data.model);
+    let mut random = Stream::new(1, Purpose::Digits, [index as u32, 0]);
+    let mut draw = |count: usize, below: usize| -> Vec<u16> {
+        (0..count).map(|_| random.below(below as u32) as u16).collect()
+    };
+    let inputs = match model.input {
+        Input::OneHot(tokens) => Inputs::Tokens(draw(rows * (seq_len + 1), tokens)),
+        Input::Bytes(width) => Inputs::Bytes {
+            bytes: draw(rows * seq_len * width, 256).into_iter().map(|byte| byte as u8).collect(),
+            labels: draw(rows, model.classes),
+        },
+    };
+    let shards = (0..job.shards)
+        .map(|shard| {
+            let slots = slots_of(job.batch_size, job.shards, shard..shard + 1);
+            ShardBatch { shard, rows: slots.start as usize..slots.end as usize }
+        })
+        .collect();
+    let sample_ids = (0..rows as u64).map(|row| index * rows as u64 + row).collect();
+    Batch { work: Work::Train { step: index, epoch: 0, index }, first_slot: 0, shards, sample_ids, inputs }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_are_counted_as_by_hand() {
+        let gflop = |preset| Workload::new(preset, &[]).unwrap().gflop_per_step();
+        // 64·50 · 6 · (512·128 + 512·256 + 128·65)
+        assert_eq!(gflop("char-lstm"), 3.934_617_6);
+        // 150·28 · (6·150·150 + 4·150·28) + 150 · 6·150·10
+        assert_eq!(gflop("mnist-rnn"), 0.638_91);
+    }
+
+    #[test]
+    fn batches_fill_every_slot_and_differ() {
+        let workload = Workload::new("char-lstm", &[("shards".to_owned(), "7".to_owned())]).unwrap();
+        let [first, second] = [workload.batch(0), workload.batch(1)];
+        assert_eq!(first.rows(), 64);
+        assert_eq!(first.shards.last().unwrap().rows.end, 64);
+        assert_ne!(first.inputs, second.inputs);
+        assert_eq!(workload.batch(0), workload.batch(BATCHES));
+    }
+}

@@ -1,0 +1,99 @@
+//! Device and state, and how they take part in a generation.
+
+use std::net::TcpListener;
+use std::sync::Arc;
+
+use model::device::Device;
+use protocol::handshake::Token;
+use protocol::layout::StateLayout;
+use protocol::message::{Form, Generation as Number, StateSource, Stop, ToCoordinator, Welcome};
+
+use crate::abort::Abort;
+use crate::collective::Collective;
+use crate::collective::mesh::{FORM_LIMIT, Mesh, MeshError, Place};
+use crate::collective::tcp::{SILENCE_LIMIT, TcpCollective};
+use crate::feed::{Feed, FeedClosed};
+use crate::metrics::WorkerMetrics;
+use crate::outbox::Outbox;
+use crate::replica::Replica;
+use crate::train::{Generation, StepError};
+
+/// Owned by the training thread while it runs, by the session otherwise.
+pub(crate) struct Trainer<D: Device> {
+    pub(crate) device: D,
+    /// The state after the last finished step; `None` before the first generation.
+    pub(crate) replica: Option<Replica<D>>,
+    /// The last generation it belonged to.
+    pub(crate) generation: Number,
+}
+
+/// One generation's work.
+pub(crate) struct Task {
+    pub(crate) form: Form,
+    /// The state to start from, if the coordinator streamed one.
+    pub(crate) image: Option<Vec<u8>>,
+    pub(crate) welcome: Arc<Welcome>,
+    pub(crate) layout: StateLayout,
+    pub(crate) token: Token,
+    pub(crate) data_listener: Arc<TcpListener>,
+    pub(crate) metrics: WorkerMetrics,
+    pub(crate) abort: Abort,
+    pub(crate) feed: Feed,
+    pub(crate) outbox: Outbox,
+}
+
+impl<D: Device> Trainer<D> {
+    pub(crate) fn new(device: D) -> Self {
+        Self { device, replica: None, generation: 0 }
+    }
+
+    /// Steps done in the state it holds; 0 without one.
+    pub(crate) fn step(&self) -> u64 {
+        self.replica.as_ref().map_or(0, |replica| replica.progress.step)
+    }
+
+    /// Connects to the peers and trains until the generation ends. Whatever happens, the replica is in the state
+    /// after some whole step.
+    ///
+    /// # Errors
+    /// What only this worker knows about, in words for the user. Lost peers are the coordinator's affair.
+    pub(crate) fn work(&mut self, task: Task) -> Result<Stop, String> {
+        let Task { form, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } = task;
+        self.generation = form.generation;
+        let (device, job) = (&mut self.device, &welcome.job);
+        let replica = match (image, form.state, self.replica.take()) {
+            (Some(image), _, _) => Replica::from_image(device, layout, &image),
+            (None, StateSource::Initial, _) => Replica::initial(device, layout, job),
+            (None, _, Some(kept)) => Ok(kept),
+            (None, _, None) => return Err("there is no state to start the generation from".to_owned()),
+        };
+        let replica = self.replica.insert(replica.map_err(|error| error.to_string())?);
+        metrics.shards(form.members[form.rank as usize].shards.len());
+
+        let place = Place { generation: form.generation, rank: form.rank, members: form.members.clone() };
+        let mesh = match Mesh::connect(&data_listener, &token, place, FORM_LIMIT, abort.flag()) {
+            Ok(mesh) => mesh,
+            Err(MeshError::Aborted) => return Ok(Stop::Aborted),
+            Err(error) => return Err(error.to_string()),
+        };
+        let collective: Box<dyn Collective<D>> = Box::new(
+            TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane())
+                .map_err(|error| format!("cannot start the threads of the data plane: {error}"))?,
+        );
+        abort.attach(collective.abort_handle());
+        outbox.send(ToCoordinator::Connected { generation: form.generation });
+
+        let links = (collective, feed, outbox);
+        let mut generation = Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
+            .map_err(|error| error.to_string())?;
+        match generation.train(device, replica) {
+            Ok(stop) => Ok(stop),
+            Err(StepError::Collective(cause)) => {
+                tracing::debug!("generation {} ended: {cause}", self.generation);
+                Ok(Stop::Aborted)
+            }
+            Err(StepError::Feed(FeedClosed::Ended)) => Ok(Stop::Aborted),
+            Err(other) => Err(other.to_string()),
+        }
+    }
+}
