@@ -23,7 +23,7 @@ pub(crate) struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 not usable, nothing was started; \
-75 stopped on request after a checkpoint, the same command goes on. \
+75 stopped on request, the same command goes on. \
 Environment: LOCKSTEP_TOKEN (run token), LOCKSTEP_DATA_DIR (real data), LOCKSTEP_LOG (log filter).";
 
 #[derive(Debug, Subcommand)]
@@ -82,7 +82,7 @@ pub(crate) struct JobArgs {
     json: bool,
     /// Serve status and metrics for this many seconds after the end, for a last scrape
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    linger: u64,
+    pub(crate) linger: u64,
 }
 
 impl JobArgs {
@@ -216,7 +216,7 @@ pub(crate) struct WorkerArgs {
     /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
     #[arg(long, value_name = "LEVEL")]
     simd: Option<String>,
-    /// Name for people
+    /// Name for people [default: host name and process id]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Host at which other workers reach this one [default: the address of the control connection]
@@ -237,7 +237,7 @@ impl WorkerArgs {
     pub(crate) fn config(&self) -> Result<worker::Config, Problem> {
         Ok(worker::Config {
             coordinator: self.coordinator.clone(),
-            name: self.name.clone(),
+            name: self.name.clone().unwrap_or_else(default_name),
             token: token(self.token_file.as_deref())?,
             advertise: self.advertise.clone(),
             metrics: self.metrics,
@@ -286,6 +286,12 @@ impl InspectArgs {
             Problem::usage("there is no run with a checkpoint below runs/").hint("lockstep inspect RUN_DIR")
         })
     }
+}
+
+/// Host name and process id.
+fn default_name() -> String {
+    let host = rustix::system::uname();
+    format!("{}-{}", host.nodename().to_string_lossy(), std::process::id())
 }
 
 /// Cores of this machine.

@@ -1,5 +1,6 @@
 //! `lockstep train`: a coordinator and some workers as children of this process.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -8,6 +9,7 @@ use protocol::handshake::Token;
 use protocol::problem::{Exit, Problem};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
+use tokio::time::Instant;
 
 use crate::args::{TrainArgs, cores};
 use crate::signals;
@@ -41,6 +43,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     command.args(args.job.to_words()).arg("--supervised").stdin(Stdio::piped());
     command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
     let mut coordinator = spawn(command.arg("--ready-file").arg(&ready.path), "the coordinator")?;
+    let mut asked_to_stop = false;
     // Held open to the end: when this process is gone, however it went, the coordinator sees it close. (Waiting for
     // a child closes what is left in it.)
     let _lifeline = coordinator.stdin.take();
@@ -49,8 +52,11 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
             break address;
         }
         tokio::select! {
-            status = coordinator.wait() => return Ok(exit_of(status)),
-            Some(()) = requests.recv() => signal(&coordinator, Signal::TERM),
+            status = coordinator.wait() => return exit_of(status, asked_to_stop),
+            Some(()) = requests.recv() => {
+                asked_to_stop = true;
+                signal(&coordinator, Signal::TERM);
+            }
             () = tokio::time::sleep(Duration::from_millis(10)) => {}
         }
     };
@@ -62,29 +68,39 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
         fleet.push(spawn(&mut command, &format!("worker {number}"))?);
     }
 
+    // Usually the coordinator notices a death itself, says more, and ends, if only after it has lingered.
+    let notice_limit = NOTICE_LIMIT + Duration::from_secs(args.job.linger);
+    let mut death = None;
+    let unnoticed = tokio::time::sleep(Duration::MAX);
+    tokio::pin!(unnoticed);
     let status = loop {
         tokio::select! {
             status = coordinator.wait() => break status,
-            Some(()) = requests.recv() => signal(&coordinator, Signal::TERM),
-            died = first_death(&mut fleet) => {
-                // Usually the coordinator has noticed already, and says more.
-                match tokio::time::timeout(NOTICE_LIMIT, coordinator.wait()).await {
-                    Ok(status) => break status,
-                    Err(_) => {
-                        signal(&coordinator, Signal::TERM);
-                        let _ = coordinator.wait().await;
-                        return Err(Problem::failed(format!("worker {died} before the run began")));
-                    }
-                }
+            Some(()) = requests.recv() => {
+                asked_to_stop = true;
+                signal(&coordinator, Signal::TERM);
+            }
+            died = first_death(&mut fleet), if death.is_none() => {
+                death = Some(died);
+                unnoticed.as_mut().reset(Instant::now() + notice_limit);
+            }
+            () = &mut unnoticed => {
+                signal(&coordinator, Signal::TERM);
+                let _ = coordinator.wait().await;
+                let died = death.unwrap_or_default();
+                return Err(Problem::failed(format!("worker {died} before the run began")));
             }
         }
     };
+    // Whoever was still looking for the coordinator would go on looking.
+    fleet.iter().for_each(|worker| signal(worker, Signal::TERM));
+    let deadline = Instant::now() + WORKERS_LIMIT;
     for worker in &mut fleet {
-        if tokio::time::timeout(WORKERS_LIMIT, worker.wait()).await.is_err() {
+        if tokio::time::timeout_at(deadline, worker.wait()).await.is_err() {
             let _ = worker.kill().await;
         }
     }
-    Ok(exit_of(status))
+    exit_of(status, asked_to_stop)
 }
 
 fn spawn(command: &mut Command, what: &str) -> Result<Child, Problem> {
@@ -97,13 +113,19 @@ fn signal(child: &Child, signal: Signal) {
     }
 }
 
-/// The exit of a child that has told the user everything itself.
-fn exit_of(status: std::io::Result<ExitStatus>) -> Exit {
-    match status.ok().and_then(|status| status.code()) {
-        Some(0) => Exit::Done,
-        Some(2) => Exit::Usage,
-        Some(75) => Exit::Requeue,
-        _ => Exit::Failed,
+/// The exit of the coordinator, which has told the user everything itself unless a signal ended it.
+fn exit_of(status: std::io::Result<ExitStatus>, asked_to_stop: bool) -> Result<Exit, Problem> {
+    let status =
+        status.map_err(|error| Problem::failed(format!("cannot wait for the coordinator: {error}")))?;
+    match status.code() {
+        Some(0) => Ok(Exit::Done),
+        Some(2) => Ok(Exit::Usage),
+        Some(75) => Ok(Exit::Requeue),
+        Some(_) => Ok(Exit::Failed),
+        // It was asked before it listened for signals, so before it began anything.
+        None if asked_to_stop && status.signal() == Some(Signal::TERM.as_raw()) => Ok(Exit::Requeue),
+        None => Err(Problem::failed(format!("the coordinator was lost ({status})"))
+            .hint("start the same command again to go on from the newest checkpoint")),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The kernels at the presets' shapes, on one thread: `cargo bench -p lockstep-benches --bench cells`.
 //!
-//! A block has the rows that one of two threads works on at a time: a quarter of the batch, 16 or 38.
+//! A block has the rows that one of two threads works on at a time: a quarter of the batch, 16 or 38. The "elements" of
+//! the products are floating-point operations.
 #![allow(missing_docs, reason = "criterion's macros make functions of which nobody reads the documentation")]
 
 use std::hint::black_box;

@@ -1,8 +1,9 @@
 //! Our GEMM beside the `gemm` crate's on one thread: `cargo bench -p lockstep-benches --bench gemm_peers`.
 //!
-//! The peer packs both operands in every call; ours reads weights that were packed once per training step. Both are
-//! what a recurrent step would really pay, so packing ours is left out on purpose. The peer does not keep the row
-//! rule and cannot take our place; it shows what a free choice of order could gain.
+//! The peer takes plain matrices and does what it needs inside the call; ours reads weights that were packed once per
+//! training step. That is what a recurrent step pays for either, so our packing is left out. The peer keeps no row
+//! rule and cannot take our place; it shows what a free choice of order could gain. "Elements" are floating-point
+//! operations.
 #![allow(missing_docs, reason = "criterion's macros make functions of which nobody reads the documentation")]
 
 use std::hint::black_box;

@@ -13,7 +13,13 @@ pub(crate) struct Digests {
 impl Digests {
     /// Takes in one digest. When it is the last of its step and they differ, gives the members that parted from
     /// the rest: the minority, or all where there is no clear majority.
-    pub(crate) fn take(&mut self, id: WorkerId, step: u64, digest: u64, members: &[WorkerId]) -> Vec<WorkerId> {
+    pub(crate) fn take(
+        &mut self,
+        id: WorkerId,
+        step: u64,
+        digest: u64,
+        members: &[WorkerId],
+    ) -> Vec<WorkerId> {
         let of_step = self.by_step.entry(step).or_default();
         of_step.insert(id, digest);
         if members.iter().any(|member| !of_step.contains_key(member)) {

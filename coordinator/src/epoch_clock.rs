@@ -1,39 +1,48 @@
-//! Times and sums of the running epoch, as this process saw them.
+//! Times and sums of the running epoch.
 
 use std::time::Instant;
 
+use protocol::control::EpochSums;
 use protocol::message::StepReport;
-use protocol::sums::StepSums;
 
-/// Started anew at each epoch, and at a resume in the middle of one.
+/// Started anew when an epoch's evaluation is done, and at a resume, there with the sums of the steps before it.
 #[derive(Debug)]
 pub(crate) struct EpochClock {
     since: Instant,
     step_seconds: f64,
     reduce_seconds: f64,
-    sums: StepSums,
+    rows: u64,
+    sums: EpochSums,
 }
 
 impl EpochClock {
-    pub(crate) fn new() -> Self {
-        Self { since: Instant::now(), step_seconds: 0.0, reduce_seconds: 0.0, sums: StepSums::default() }
+    pub(crate) fn new(sums: EpochSums) -> Self {
+        Self { since: Instant::now(), step_seconds: 0.0, reduce_seconds: 0.0, rows: 0, sums }
     }
 
     pub(crate) fn step(&mut self, report: &StepReport) {
         let seconds = report.seconds;
         self.step_seconds += seconds.data + seconds.compute + seconds.reduce + seconds.update;
         self.reduce_seconds += seconds.reduce;
-        self.sums = self.sums.combine(report.sums);
+        self.rows += report.sums.rows;
+        self.sums.loss += report.sums.loss;
+        self.sums.weight += report.sums.weight;
+        self.sums.correct += report.sums.correct;
     }
 
-    /// Sums over the steps so far.
-    pub(crate) fn sums(&self) -> &StepSums {
-        &self.sums
+    /// Rows trained on since its start.
+    pub(crate) fn rows(&self) -> u64 {
+        self.rows
     }
 
-    /// Mean loss of the steps so far, if there was one.
+    /// Mean loss of the epoch's steps so far, if there was one.
     pub(crate) fn mean_loss(&self) -> Option<f64> {
-        (self.sums.weight > 0).then(|| self.sums.mean_loss())
+        self.sums.mean_loss()
+    }
+
+    /// Fraction of the epoch's targets so far that the network ranked first, if there was one.
+    pub(crate) fn accuracy(&self) -> Option<f64> {
+        (self.sums.weight > 0).then(|| self.sums.correct as f64 / self.sums.weight as f64)
     }
 
     /// Wall-clock time since its start.

@@ -35,13 +35,8 @@ impl Feeder {
                 credits.acquire().await.expect("the window is never closed").forget();
                 let payload = dataset.batch(work, shards.clone()).to_bytes();
                 let (Work::Train { step, .. } | Work::Evaluate { step, .. }) = work;
-                let header = BulkHeader {
-                    kind: BulkKind::Batch,
-                    generation,
-                    step,
-                    sequence: sequence as u32,
-                    tag: 0,
-                };
+                let header =
+                    BulkHeader { kind: BulkKind::Batch, generation, step, sequence: sequence as u32, tag: 0 };
                 link.send_frame(encode_bulk(&header, &payload));
             }
         });

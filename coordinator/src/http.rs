@@ -1,7 +1,6 @@
 //! What the coordinator shows over HTTP: a status page, metrics, health, and where the workers' metrics are.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -10,7 +9,6 @@ use axum::http::StatusCode;
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use protocol::message::WorkerId;
-use protocol::problem::Problem;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
@@ -25,6 +23,7 @@ pub(crate) struct Status {
     pub(crate) phase: &'static str,
     pub(crate) step: u64,
     pub(crate) total_steps: u64,
+    /// The pass under way, from 1.
     pub(crate) epoch: u64,
     pub(crate) steps_per_epoch: u64,
     pub(crate) train_loss: Option<f64>,
@@ -60,14 +59,6 @@ impl Pages {
     fn status(&self) -> Status {
         self.status.lock().expect("no holder of this lock can panic").clone()
     }
-}
-
-/// Listens at `address`; gives the listener and the address that was bound.
-pub(crate) async fn bind(address: SocketAddr, what: &str, option: &str) -> Result<TcpListener, Problem> {
-    TcpListener::bind(address).await.map_err(|e| {
-        Problem::usage(format!("cannot listen on {address} for {what}: {e}"))
-            .hint(format!("choose another address with {option}, or port 0 for any free one"))
-    })
 }
 
 /// Serves all pages for ever.

@@ -69,6 +69,8 @@ pub enum Event {
 pub enum Action {
     /// Send the worker away with this sentence.
     Refuse(WorkerId, String),
+    /// Tell the worker what the run is.
+    Welcome(WorkerId),
     /// Tell the worker that it is not needed now.
     StandBy(WorkerId),
     /// Form this generation.
@@ -139,11 +141,10 @@ pub fn membership(now: Duration, state: &Membership, event: Event) -> Decision {
         }
         Event::Tick => {
             if next.phase != Phase::Gathering || now < next.last_notice + NOTICE_AFTER {
-                return (next, vec![], "nothing is due".into());
+                return (next, vec![], String::new());
             }
             next.last_notice = now;
-            let notice =
-                format!("waiting for workers: {} of {} are here", next.workers.len(), next.expected);
+            let notice = format!("waiting for workers: {} of {} are here", next.workers.len(), next.expected);
             (next, vec![Action::Notice(notice)], "gathering takes long".into())
         }
     }
@@ -160,17 +161,18 @@ fn joined(mut next: Membership, id: WorkerId, candidate: Candidate) -> Decision 
     let name = candidate.name.clone();
     next.workers.insert(id, candidate);
     if next.phase != Phase::Gathering {
-        return (next, vec![Action::StandBy(id)], format!("worker {name} stands by: the fleet is complete"));
+        let actions = vec![Action::Welcome(id), Action::StandBy(id)];
+        return (next, actions, format!("worker {name} stands by: the fleet is complete"));
     }
     if (next.workers.len() as u32) < next.expected {
         let reason = format!("worker {name} is here: {} of {}", next.workers.len(), next.expected);
-        return (next, vec![], reason);
+        return (next, vec![Action::Welcome(id)], reason);
     }
-    form(next)
+    form(next, id)
 }
 
 /// Gives the first workers contiguous ranges of shards; the rest stand by.
-fn form(mut next: Membership) -> Decision {
+fn form(mut next: Membership, last: WorkerId) -> Decision {
     next.generation += 1;
     let world_size = next.expected.min(next.shards);
     let ids: Vec<WorkerId> = next.workers.keys().copied().collect();
@@ -188,7 +190,8 @@ fn form(mut next: Membership) -> Decision {
             }
         })
         .collect();
-    let mut actions: Vec<Action> = surplus.iter().map(|&id| Action::StandBy(id)).collect();
+    let mut actions = vec![Action::Welcome(last)];
+    actions.extend(surplus.iter().map(|&id| Action::StandBy(id)));
     if !surplus.is_empty() {
         actions.push(Action::Notice(format!(
             "{} of {} workers stand by: there are only {} shards (hint: --shards {})",
@@ -247,7 +250,7 @@ mod tests {
     #[test]
     fn a_generation_forms_when_all_are_there() {
         let (state, actions, reason) = play(Membership::new(3, 8, 4), join(1..=3));
-        let [Action::Form(5, members)] = &actions[..] else { panic!("{actions:?}") };
+        let [.., Action::Welcome(3), Action::Form(5, members)] = &actions[..] else { panic!("{actions:?}") };
         let shards: Vec<_> = members.iter().map(|m| m.shards.clone()).collect();
         assert_eq!(shards, [0..2, 2..5, 5..8]);
         assert_eq!(reason, "generation 5: 3 workers share 8 shards");
@@ -257,8 +260,8 @@ mod tests {
     #[test]
     fn surplus_workers_stand_by_with_a_hint() {
         let (state, actions, _) = play(Membership::new(8, 7, 0), join(1..=8));
-        assert_eq!(actions[0], Action::StandBy(8));
-        let Action::Notice(notice) = &actions[1] else { panic!("{actions:?}") };
+        assert_eq!(actions[7..9], [Action::Welcome(8), Action::StandBy(8)]);
+        let Action::Notice(notice) = &actions[9] else { panic!("{actions:?}") };
         assert_eq!(notice, "1 of 8 workers stand by: there are only 7 shards (hint: --shards 8)");
         assert_eq!(state.members().len(), 7);
         let (_, actions, reason) = play(state, vec![Event::Left(8, "gone".into())]);
@@ -284,7 +287,7 @@ mod tests {
         other.bits = "cuda sm_90".into();
         let (state, actions, _) =
             play(Membership::new(2, 8, 0), vec![Event::Joined(1, candidate(1)), Event::Joined(2, other)]);
-        let [Action::Refuse(2, sentence)] = &actions[..] else { panic!("{actions:?}") };
+        let [Action::Welcome(1), Action::Refuse(2, sentence)] = &actions[..] else { panic!("{actions:?}") };
         assert!(sentence.contains("cuda sm_90") && sentence.contains("cpu 1"), "{sentence}");
         assert_eq!(state.connected(), 1);
     }
@@ -295,7 +298,7 @@ mod tests {
         events.push(Event::Left(1, "gone".into()));
         events.extend(join(2..=3));
         let (state, actions, _) = play(Membership::new(2, 8, 0), events);
-        assert_eq!(actions.len(), 1);
+        assert_eq!(actions.len(), 4, "three welcomes and a generation");
         assert_eq!(state.members(), [2, 3]);
     }
 

@@ -10,12 +10,11 @@ use protocol::sums::StepSums;
 
 use crate::data::DataFacts;
 use crate::store::checkpoint::Checkpoint;
-use crate::store::checkpoint_dir::{CheckpointDir, KEEP};
+use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
 use crate::store::journal::{Journal, Record, Replay};
 use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, StepLine};
 use crate::store::run_dir::{OpenMode, RunDir};
 use crate::store::state::StateImage;
-
 
 /// An open run directory.
 pub(crate) struct Records {
@@ -55,6 +54,9 @@ impl Records {
         let (mut journal, replay) = Journal::open(&dir.journal_path())?;
         let mut metrics = MetricsLog::open(&dir.metrics_path())?;
         let newest = dir.checkpoints().newest_verified()?;
+        if let Some(newest) = &newest {
+            check_fits(newest, file, facts, layout)?;
+        }
         let step = newest.as_ref().map_or(0, |newest| newest.checkpoint.image.progress().step);
         let run_id = match &replay.run_id {
             Some(id) => id.clone(),
@@ -170,6 +172,25 @@ impl CheckpointWriter {
         let entry = self.dir.write(&(self.make)(image)?, KEEP)?;
         Ok((entry.step, entry.file))
     }
+}
+
+/// A checkpoint of another job can only have been put there by hand.
+fn check_fits(
+    newest: &Newest,
+    file: &JobFile,
+    facts: &DataFacts,
+    layout: &StateLayout,
+) -> Result<(), Problem> {
+    let Checkpoint { job, data_digest, image, .. } = &newest.checkpoint;
+    if *job == file.job && *data_digest == facts.digest && image.layout() == layout {
+        return Ok(());
+    }
+    let mut differences = file.job.differences(job);
+    if *data_digest != facts.digest {
+        differences.push(format!("data: {data_digest} there, {} here", facts.digest));
+    }
+    Err(Problem::usage(format!("{} belongs to another run: {}", newest.file, differences.join("; ")))
+        .hint("give --fresh to start over in this directory, or another --run-dir"))
 }
 
 /// A name that no other run has: 12 random hexadecimal digits.

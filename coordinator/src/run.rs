@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use protocol::control::EpochSums;
 use protocol::job::JobFile;
 use protocol::layout::StateLayout;
 use protocol::message::{
-    Form, Hello, Member, StateSource, StepReport, Stop, ToCoordinator, ToWorker, Welcome, WorkerId,
+    Form, Goodbye, Hello, Member, StateSource, StepReport, Stop, ToCoordinator, ToWorker, Welcome, WorkerId,
 };
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
@@ -31,6 +32,11 @@ use crate::store::metrics_log::EpochLine;
 /// Once the run is ending, what is still to come must come within this time.
 const ENDING_LIMIT: Duration = Duration::from_secs(20);
 
+/// A lost peer's own connection has this long to say more than its neighbours can.
+const BROKEN_GRACE: Duration = Duration::from_secs(2);
+
+const GO_ON: &str = "start the same command again to go on from the newest checkpoint";
+
 /// After the goodbye, workers have this long to close their connections.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
 
@@ -40,11 +46,21 @@ pub(crate) struct Parts {
     pub(crate) data: Box<dyn Dataset>,
     pub(crate) layout: StateLayout,
     pub(crate) records: Records,
-    /// The state to go on from, and how many steps are done in it.
-    pub(crate) resumed: Option<(u64, Vec<u8>)>,
+    /// The state to go on from.
+    pub(crate) resumed: Option<StartState>,
     pub(crate) metrics: Metrics,
     pub(crate) status: Arc<Mutex<Status>>,
     pub(crate) screen: Screen,
+}
+
+/// The state that a run goes on from.
+pub(crate) struct StartState {
+    /// Steps done.
+    pub(crate) step: u64,
+    /// Sums of the epoch under way, of its steps before this one.
+    pub(crate) epoch_sums: EpochSums,
+    /// All of it, as bytes.
+    pub(crate) image: Vec<u8>,
 }
 
 /// How the run ended.
@@ -52,7 +68,7 @@ pub(crate) struct Outcome {
     pub(crate) parts: Parts,
     /// Steps done.
     pub(crate) step: u64,
-    /// Mean training loss of the running epoch's steps that this process saw.
+    /// Mean training loss of the running epoch so far, or of the one that has just ended.
     pub(crate) train_loss: Option<f64>,
     /// The last evaluation.
     pub(crate) validation: Option<StepSums>,
@@ -79,6 +95,8 @@ pub(crate) struct Run {
     /// Steps done at the last evaluation that this process recorded.
     evaluated_at: Option<u64>,
     epoch: EpochClock,
+    /// Mean loss of the running epoch so far, or of the one that has just ended.
+    train_loss: Option<f64>,
     digests: Digests,
     arriving: Arriving,
     checkpoint_asked: Instant,
@@ -88,6 +106,8 @@ pub(crate) struct Run {
     /// Members that have stopped, and after which step.
     stopped: HashMap<WorkerId, u64>,
     drain_asked: bool,
+    /// What a member said about a lost peer, and until when a better reason may come.
+    broken: Option<(Instant, String)>,
     ending: Option<Ending>,
 }
 
@@ -99,6 +119,8 @@ struct Ending {
     trusted: bool,
     /// The member that was asked for the last state.
     state_from: Option<WorkerId>,
+    /// The user wants the end now.
+    cut_short: bool,
 }
 
 impl Run {
@@ -116,7 +138,7 @@ impl Run {
                 Some(arrival) = arrivals.recv() => run.arrive(arrival),
                 Some(result) = checkpoints.recv() => run.checkpoint_written(result),
                 Some(()) = signals.recv() => { run.stop_asked(); Ok(()) }
-                _ = ticks.tick() => run.decide(Event::Tick),
+                _ = ticks.tick() => run.tick(),
             };
             if let Err(problem) = handled {
                 run.fail(problem, true);
@@ -127,7 +149,7 @@ impl Run {
     }
 
     fn new(parts: Parts, images: std::sync::mpsc::Sender<Vec<u8>>) -> Self {
-        let step = parts.resumed.as_ref().map_or(0, |(step, _)| *step);
+        let step = parts.resumed.as_ref().map_or(0, |resumed| resumed.step);
         let (fleet, last_generation) = (&parts.file.fleet, parts.records.last_generation);
         Self {
             schedule: parts.data.shape().schedule,
@@ -141,7 +163,8 @@ impl Run {
             last_report: None,
             validation: parts.records.evaluation_at(step),
             evaluated_at: None,
-            epoch: EpochClock::new(),
+            epoch: EpochClock::new(EpochSums::default()),
+            train_loss: None,
             digests: Digests::default(),
             arriving: Arriving::default(),
             checkpoint_asked: Instant::now(),
@@ -149,6 +172,7 @@ impl Run {
             images,
             stopped: HashMap::new(),
             drain_asked: false,
+            broken: None,
             ending: None,
             parts,
         }
@@ -158,6 +182,12 @@ impl Run {
         match arrival {
             Arrival::Joined(id, hello, link) => self.joined(id, *hello, link),
             Arrival::Message(id, message) => self.message(id, message),
+            // States are only asked of members; a late one of an older generation says nothing any more.
+            Arrival::Bulk(id, header, _)
+                if !self.members.contains(&id) || header.generation != self.generation =>
+            {
+                Ok(())
+            }
             Arrival::Bulk(id, header, part) => {
                 let size = self.parts.layout.image_bytes();
                 match self.arriving.take(id, &header, &part, size)? {
@@ -173,14 +203,6 @@ impl Run {
         let host = hello.advertise.clone().unwrap_or_else(|| link.peer.ip().to_string());
         let bracketed = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
         let address = format!("{bracketed}:{}", hello.data_port);
-        link.send(&ToWorker::Welcome(Box::new(Welcome {
-            run_id: self.parts.records.run_id.clone(),
-            coordinator_epoch: self.parts.records.coordinator_epoch,
-            worker_id: id,
-            job: self.parts.file.job.clone(),
-            run: self.parts.file.run.clone(),
-            data: self.parts.data.shape().clone(),
-        })));
         let candidate =
             Candidate { name: hello.name.clone(), address: address.clone(), bits: hello.bits.clone() };
         let worker = WorkerStatus {
@@ -194,6 +216,17 @@ impl Run {
         self.with_status(|status| status.workers.insert(id, worker));
         self.workers.insert(id, (link, hello));
         self.decide(Event::Joined(id, candidate))
+    }
+
+    fn welcome(&self, id: WorkerId) -> ToWorker {
+        ToWorker::Welcome(Box::new(Welcome {
+            run_id: self.parts.records.run_id.clone(),
+            coordinator_epoch: self.parts.records.coordinator_epoch,
+            worker_id: id,
+            job: self.parts.file.job.clone(),
+            run: self.parts.file.run.clone(),
+            data: self.parts.data.shape().clone(),
+        }))
     }
 
     fn left(&mut self, id: WorkerId, cause: String) -> Result<(), Problem> {
@@ -234,14 +267,18 @@ impl Run {
                 match why {
                     Stop::Finished => self.end(Ok(Exit::Done)),
                     Stop::Drained => self.end(Ok(Exit::Requeue)),
-                    // Somebody else says why.
+                    // Its own connection usually says why; if it is silent, this is all that will be known.
+                    Stop::Broken(cause) => {
+                        let cause = format!("worker {}: {cause}", self.name(id));
+                        self.broken.get_or_insert((Instant::now() + BROKEN_GRACE, cause));
+                    }
+                    // Whoever caused it has said why.
                     Stop::Aborted | Stop::NonFinite => {}
                 }
             }
-            ToCoordinator::Failed { sentence } => {
-                let problem = Problem::failed(format!("worker {}: {sentence}", self.name(id)));
-                self.parts.records.journal(&Record::Event { text: problem.sentence.clone() })?;
-                self.fail(problem, true);
+            ToCoordinator::Failed { sentence, hint } => {
+                let sentence = format!("worker {}: {sentence}", self.name(id));
+                self.give_up(Problem { hint, ..Problem::failed(sentence) })?;
             }
             // A late word of an older generation, or a second hello.
             _ => {}
@@ -253,13 +290,18 @@ impl Run {
     fn decide(&mut self, event: Event) -> Result<(), Problem> {
         let (next, actions, reason) = membership(self.started.elapsed(), &self.membership, event);
         self.membership = next;
-        tracing::debug!("{reason}");
+        if !reason.is_empty() {
+            tracing::debug!("{reason}");
+        }
         for action in actions {
             match action {
                 Action::Refuse(id, sentence) => {
                     self.parts.screen.notice(&format!("refused: {sentence}"));
-                    self.send(id, &ToWorker::Goodbye { reason: Some(sentence) });
+                    self.send(id, &ToWorker::Goodbye(Goodbye::Failed(sentence)));
+                    self.workers.remove(&id);
+                    self.with_status(|status| status.workers.remove(&id));
                 }
+                Action::Welcome(id) => self.send(id, &self.welcome(id)),
                 Action::StandBy(id) => self.send(id, &ToWorker::StandBy),
                 Action::Form(generation, members) => self.form(generation, &members, &reason)?,
                 Action::Abort(generation, ids) => {
@@ -267,11 +309,7 @@ impl Run {
                         self.send(id, &ToWorker::Abort { generation });
                     }
                 }
-                Action::Fail(sentence) => {
-                    self.parts.records.journal(&Record::Event { text: sentence.clone() })?;
-                    let hint = "start the same command again to go on from the newest checkpoint";
-                    self.fail(Problem::failed(sentence).hint(hint), true);
-                }
+                Action::Fail(sentence) => self.give_up(Problem::failed(sentence).hint(GO_ON))?,
                 Action::Notice(sentence) => self.parts.screen.notice(&sentence),
             }
         }
@@ -294,7 +332,7 @@ impl Run {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
             let form = Form { generation, rank, members: members.to_vec(), step: self.step, state };
             link.send(&ToWorker::Form(form));
-            if let Some((step, image)) = resumed {
+            if let Some(StartState { step, image, .. }) = resumed {
                 send_image(link, generation, *step, image);
             }
             let (data, shards) = (self.parts.data.handle(), member.shards.clone());
@@ -310,7 +348,9 @@ impl Run {
             }
         });
         self.parts.screen.notice(reason);
-        self.epoch = EpochClock::new();
+        let resumed_sums = self.parts.resumed.as_ref().map(|resumed| resumed.epoch_sums);
+        let is_inside = self.schedule.position(self.step).1 > 0;
+        self.epoch = EpochClock::new(resumed_sums.filter(|_| is_inside).unwrap_or_default());
         self.announce_checkpoint();
         if self.drain_asked {
             self.send_all(&ToWorker::Drain);
@@ -323,13 +363,11 @@ impl Run {
         if report.generation != self.generation || report.step != self.step + 1 {
             return Ok(());
         }
-        let per_epoch = self.schedule.steps_per_epoch;
-        let epoch = self.step / per_epoch;
-        if self.step.is_multiple_of(per_epoch) {
-            self.epoch = EpochClock::new();
-        }
+        // For people and in their files, passes over the data count from 1.
+        let epoch = self.schedule.position(self.step).0 + 1;
         self.step = report.step;
         self.epoch.step(&report);
+        self.train_loss = self.epoch.mean_loss();
         self.last_report = Some(report);
         self.parts.records.step(&report, epoch, self.members.len() as u32)?;
         self.parts.metrics.step(&report);
@@ -363,13 +401,13 @@ impl Run {
             .map_or((f64::NAN, f64::NAN), |report| (report.learning_rate, report.gradient_norm));
         let line = self.schedule.ends_epoch(step).then(|| EpochLine {
             step,
-            epoch: step / self.schedule.steps_per_epoch - 1,
-            train_loss: self.epoch.sums().mean_loss(),
-            train_accuracy: self.epoch.sums().accuracy(),
+            epoch: step / self.schedule.steps_per_epoch,
+            train_loss: self.train_loss.unwrap_or(f64::NAN),
+            train_accuracy: self.epoch.accuracy().unwrap_or(f64::NAN),
             val_loss: loss,
             val_accuracy: accuracy,
             learning_rate,
-            samples_per_second: self.epoch.sums().rows as f64 / seconds,
+            samples_per_second: self.epoch.rows() as f64 / seconds,
             seconds,
             communication_share: communication,
             workers: workers as u32,
@@ -378,7 +416,7 @@ impl Run {
         self.parts.metrics.evaluation(sums);
         self.parts.screen.epoch(&EpochEnd {
             step,
-            train_loss: self.epoch.mean_loss(),
+            train_loss: self.train_loss,
             validation,
             gradient_norm,
             learning_rate,
@@ -387,6 +425,9 @@ impl Run {
             seconds,
         });
         self.with_status(|status| (status.val_loss, status.val_accuracy) = (loss, accuracy));
+        if self.schedule.ends_epoch(step) {
+            self.epoch = EpochClock::new(EpochSums::default());
+        }
         Ok(())
     }
 
@@ -440,11 +481,13 @@ impl Run {
                 self.parts.metrics.checkpoint(None);
                 let sentence = format!("the checkpoint was not written: {problem}");
                 self.parts.screen.notice(&sentence);
+                self.parts.records.journal(&Record::Event { text: sentence })?;
                 if self.ending.is_some() {
                     // Asking again would most likely meet the same obstacle.
                     self.distrust();
+                    self.end(Err(problem));
                 }
-                self.parts.records.journal(&Record::Event { text: sentence })
+                Ok(())
             }
         }
     }
@@ -453,15 +496,36 @@ impl Run {
     fn stop_asked(&mut self) {
         if self.drain_asked || self.members.is_empty() {
             self.end(Ok(Exit::Requeue));
-            self.distrust();
             if let Some(ending) = &mut self.ending {
-                ending.deadline = Instant::now();
+                ending.cut_short = true;
+                // What is not on the disk yet is not done.
+                if ending.result.is_ok() {
+                    ending.result = Ok(Exit::Requeue);
+                }
             }
             return;
         }
         self.drain_asked = true;
         self.parts.screen.notice("stopping after this step (once more: stop at once)");
         self.send_all(&ToWorker::Drain);
+    }
+
+    fn tick(&mut self) -> Result<(), Problem> {
+        if self.broken.as_ref().is_some_and(|(deadline, _)| Instant::now() >= *deadline)
+            && let Some((_, cause)) = self.broken.take()
+        {
+            self.give_up(Problem::failed(cause).hint(GO_ON))?;
+        }
+        self.decide(Event::Tick)
+    }
+
+    /// Gives the run up for a reason that leaves the states whole. What follows from the first reason is not told.
+    fn give_up(&mut self, problem: Problem) -> Result<(), Problem> {
+        if self.ending.is_none() {
+            self.parts.records.journal(&Record::Event { text: problem.sentence.clone() })?;
+        }
+        self.fail(problem, true);
+        Ok(())
     }
 
     fn fail(&mut self, problem: Problem, trusted: bool) {
@@ -480,11 +544,16 @@ impl Run {
         }
     }
 
-    /// Begins the run's end; the first result stands.
+    /// Begins the run's end. The first result stands, but for a failure that shows only then.
     fn end(&mut self, result: Result<Exit, Problem>) {
-        if self.ending.is_none() {
+        if let Some(ending) = &mut self.ending {
+            if ending.result.is_ok() && result.is_err() {
+                ending.result = result;
+            }
+        } else {
             let deadline = Instant::now() + ENDING_LIMIT;
-            self.ending = Some(Ending { result, deadline, trusted: true, state_from: None });
+            let ending = Ending { result, deadline, trusted: true, state_from: None, cut_short: false };
+            self.ending = Some(ending);
             self.with_status(|status| status.phase = "ending");
             // Whoever leaves from now on may.
             let _ = self.decide(Event::Ending);
@@ -512,26 +581,41 @@ impl Run {
     }
 
     fn is_over(&self) -> bool {
-        let Some(ending) = &self.ending else { return false };
-        let rests = self.training() == 0
-            && self.writing == 0
-            && !self.arriving.is_under_way()
-            && ending.state_from.is_none();
-        rests || Instant::now() >= ending.deadline
+        self.ending.as_ref().is_some_and(|ending| self.is_complete() || Instant::now() >= ending.deadline)
+    }
+
+    /// Nobody trains and nothing is on its way to the disk.
+    fn is_complete(&self) -> bool {
+        let is_asked = self.ending.as_ref().is_some_and(|ending| ending.state_from.is_some());
+        let is_cut_short = self.ending.as_ref().is_some_and(|ending| ending.cut_short);
+        let rests = self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way() && !is_asked;
+        rests || is_cut_short
     }
 
     /// Sends everybody home.
     async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
-        let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result);
+        let is_complete = self.is_complete();
+        let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result).and_then(|exit| {
+            if is_complete {
+                return Ok(exit);
+            }
+            let limit = ENDING_LIMIT.as_secs();
+            let sentence = format!("the last state was not written within {limit} s of the run's end");
+            Err(Problem::failed(sentence).hint(GO_ON))
+        });
         let outcome = match &result {
             Ok(Exit::Done) => "done".to_owned(),
             Ok(_) => "stopped on request".to_owned(),
             Err(problem) => format!("failed: {problem}"),
         };
         let journaled = self.parts.records.journal(&Record::Finish { step: self.step, outcome });
-        let reason = result.as_ref().err().map(|problem| format!("the run ended: {problem}"));
+        let goodbye = match &result {
+            Ok(Exit::Done) => Goodbye::Done,
+            Ok(_) => Goodbye::Requeue,
+            Err(problem) => Goodbye::Failed(format!("the run ended: {problem}")),
+        };
         self.feeders.clear();
-        self.send_all(&ToWorker::Goodbye { reason });
+        self.send_all(&ToWorker::Goodbye(goodbye));
         let all_left = async {
             while !self.workers.is_empty() {
                 match arrivals.recv().await {
@@ -544,7 +628,7 @@ impl Run {
         let _ = tokio::time::timeout(GOODBYE_LIMIT, all_left).await;
         Outcome {
             step: self.step,
-            train_loss: self.epoch.mean_loss(),
+            train_loss: self.train_loss,
             validation: self.validation,
             result: result.and_then(|exit| journaled.map(|()| exit)),
             parts: self.parts,

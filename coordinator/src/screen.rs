@@ -73,7 +73,10 @@ impl Screen {
         if self.form == Form::Json {
             let facts: serde_json::Map<_, _> =
                 rows.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
-            self.line(&json!({"kind": "job", "preset": preset, "job": file.job, "run": file.run, "facts": facts}).to_string());
+            self.line(
+                &json!({"kind": "job", "preset": preset, "job": file.job, "run": file.run, "facts": facts})
+                    .to_string(),
+            );
             return;
         }
         let key_width = rows.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use protocol::frame::{BulkHeader, Frame, codec, decode, encode_message};
-use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Purpose, Token};
+use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Hello, ToCoordinator, ToWorker, WorkerId};
 use protocol::problem::Problem;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -89,9 +89,10 @@ type Frames = Framed<TcpStream, tokio_util::codec::LengthDelimitedCodec>;
 
 /// The handshake and the hello.
 async fn greet(mut stream: TcpStream, token: &Token) -> Result<(Frames, Hello), Problem> {
-    let broken = |e: std::io::Error| Problem::failed(format!("the connection broke during the handshake: {e}"));
+    let broken =
+        |e: std::io::Error| Problem::failed(format!("the connection broke during the handshake: {e}"));
     stream.set_nodelay(true).map_err(broken)?;
-    let own = Handshake::answerer(Purpose::Control, token)
+    let own = Handshake::answerer(Plane::Control, token)
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
     let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
     stream.read_exact(&mut theirs).await.map_err(broken)?;
@@ -103,7 +104,8 @@ async fn greet(mut stream: TcpStream, token: &Token) -> Result<(Frames, Hello), 
     stream.write_all(&proofs.ours).await.map_err(broken)?;
 
     let mut frames = Framed::new(stream, codec());
-    let first = frames.next().await.ok_or_else(|| Problem::failed("it closed the connection after the handshake"))?;
+    let first =
+        frames.next().await.ok_or_else(|| Problem::failed("it closed the connection after the handshake"))?;
     match decode(first.map_err(broken)?.freeze()) {
         Ok(Frame::Message(ToCoordinator::Hello(hello))) => Ok((frames, hello)),
         Ok(_) => Err(Problem::failed("its first message was not a hello")),

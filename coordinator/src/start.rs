@@ -5,19 +5,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::Token;
-use protocol::job::{Clip, JobFile, Task};
-use protocol::layout::{Head, StateLayout};
+use protocol::job::{Clip, JobFile, JobSpec, Task};
+use protocol::layout::{Head, Input, StateLayout};
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
+use tokio::net::TcpListener;
 use tokio::sync::mpsc::{Receiver, unbounded_channel};
 
-use crate::data::{self, Dataset};
+use crate::data::{self, Dataset, grouped};
 use crate::http::{self, Pages, Status};
 use crate::metrics::Metrics;
 use crate::records::{Records, Resumed};
-use crate::run::{Outcome, Parts, Run};
+use crate::run::{Outcome, Parts, Run, StartState};
 use crate::screen::{Screen, duration};
 use crate::server;
 use crate::store::files::write_atomic;
@@ -65,12 +67,9 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
     }
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
     let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
-    let control = http::bind(config.listen, "workers", "--listen").await?;
-    let pages = http::bind(config.http, "status and metrics", "--http").await?;
-    let address = |listener: &tokio::net::TcpListener| {
-        listener.local_addr().map_err(|e| Problem::failed(format!("a bound port has no address: {e}")))
-    };
-    let (control_address, http_address) = (address(&control)?, address(&pages)?);
+    check_batch_size(&config.file.job, &*data)?;
+    let (control, control_address) = bind(config.listen, "workers", "--listen").await?;
+    let (pages, http_address) = bind(config.http, "status and metrics", "--http").await?;
     let (records, resumed) =
         Records::open(&config.run_dir, config.fresh, &config.file, data.facts(), &layout, &config.build)?;
     let schedule = data.shape().schedule;
@@ -79,19 +78,22 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
     screen.job(&config.preset, &config.file, &rows);
     let resumed = resumed.map(|Resumed { image, notices }| {
         notices.iter().for_each(|notice| screen.notice(notice));
-        (image.progress().step, image.into_bytes())
+        StartState {
+            step: image.progress().step,
+            epoch_sums: image.control().epoch,
+            image: image.into_bytes(),
+        }
     });
     if let Some(path) = &config.ready_file {
         write_atomic(path, format!("control={control_address}\nhttp={http_address}\n").as_bytes())?;
     }
     let metrics = Metrics::new(&config.build);
-    let status = Arc::new(Mutex::new(first_status(&config, &records, &schedule, &resumed)));
+    let status = Arc::new(Mutex::new(first_status(&config, &records, &schedule)));
     tokio::spawn(http::serve(pages, Pages { metrics: metrics.clone(), status: status.clone() }));
 
-    let parts =
-        Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen };
+    let parts = Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen };
     let started = Instant::now();
-    let outcome = if parts.resumed.as_ref().is_some_and(|(step, _)| *step >= schedule.total_steps) {
+    let outcome = if parts.resumed.as_ref().is_some_and(|start| start.step >= schedule.total_steps) {
         already_done(parts)
     } else {
         let (arrivals, arrived) = unbounded_channel();
@@ -108,6 +110,36 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         }
     }
     result
+}
+
+/// Listens; gives the address with the port that was bound.
+async fn bind(address: SocketAddr, what: &str, option: &str) -> Result<(TcpListener, SocketAddr), Problem> {
+    let refused = |error: std::io::Error| {
+        Problem::usage(format!("cannot listen on {address} for {what}: {error}"))
+            .hint(format!("choose another address with {option}, or port 0 for any free one"))
+    };
+    let listener = TcpListener::bind(address).await.map_err(refused)?;
+    let bound = listener.local_addr().map_err(refused)?;
+    Ok((listener, bound))
+}
+
+/// A worker that holds all shards gets a whole batch in one frame.
+fn check_batch_size(job: &JobSpec, data: &dyn Dataset) -> Result<(), Problem> {
+    let shape = data.shape();
+    let row_bytes = match shape.model.input {
+        Input::OneHot(_) => 2 * (shape.seq_len + 1),
+        Input::Bytes(width) => shape.seq_len * width + 2,
+    };
+    // The sample's id, and once per shard its number of rows; the headers are small change.
+    let bytes = (row_bytes + 8) * job.batch_size as usize + 4 * job.shards as usize + 256;
+    if bytes > FRAME_LIMIT_BYTES {
+        return Err(Problem::usage(format!(
+            "a batch of {} rows is {bytes} bytes, the most that travels at once is {FRAME_LIMIT_BYTES}",
+            job.batch_size
+        ))
+        .hint("choose a smaller batch_size or seq_len"));
+    }
+    Ok(())
 }
 
 /// What stands in the box above a run.
@@ -137,19 +169,23 @@ fn job_rows(
             "samples",
             format!(
                 "{} {} to train on, {} to validate, {} skipped per epoch",
-                facts.train_samples, facts.sample_unit, facts.validation_samples, facts.skipped_per_epoch
+                grouped(facts.train_samples),
+                facts.sample_unit,
+                grouped(facts.validation_samples),
+                grouped(facts.skipped_per_epoch)
             ),
         ),
         ("network", format!("{} × {cell} {}, {reads}", job.num_layers, job.hidden_size)),
-        ("parameters", layout.parameters().to_string()),
-        (
-            "batch",
-            format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards),
-        ),
+        ("parameters", grouped(layout.parameters() as u64)),
+        ("batch", format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
         ("training", format!("Adam {}, {clip}{dropout}, seed {}", job.learning_rate, job.seed)),
         (
             "length",
-            format!("{} steps, {} per epoch", schedule.total_steps, schedule.steps_per_epoch),
+            format!(
+                "{} steps, {} per epoch",
+                grouped(schedule.total_steps),
+                grouped(schedule.steps_per_epoch)
+            ),
         ),
         ("precision", "f32, exact reduction".to_owned()),
         ("workers", config.file.fleet.workers.to_string()),
@@ -159,20 +195,15 @@ fn job_rows(
     ]
 }
 
-fn first_status(
-    config: &Config,
-    records: &Records,
-    schedule: &Schedule,
-    resumed: &Option<(u64, Vec<u8>)>,
-) -> Status {
-    let step = resumed.as_ref().map_or(0, |(step, _)| *step);
+fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Status {
+    let step = records.checkpoint_step.unwrap_or(0);
     Status {
         run_id: records.run_id.clone(),
         preset: config.preset.clone(),
         phase: "gathering",
         step,
         total_steps: schedule.total_steps,
-        epoch: step / schedule.steps_per_epoch,
+        epoch: schedule.position(step).0 + 1,
         steps_per_epoch: schedule.steps_per_epoch,
         checkpoint_step: records.checkpoint_step,
         shards: config.file.job.shards,
@@ -182,7 +213,7 @@ fn first_status(
 
 /// The outcome of a run that was at its end before it began.
 fn already_done(mut parts: Parts) -> Outcome {
-    let step = parts.resumed.as_ref().map_or(0, |(step, _)| *step);
+    let step = parts.resumed.as_ref().map_or(0, |start| start.step);
     parts.screen.notice(&format!(
         "nothing to do: {step} steps are done (more: --epochs or --steps; again from the start: --fresh)"
     ));

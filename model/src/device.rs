@@ -3,7 +3,7 @@
 //! A device takes whole steps, not operations: what is fused, in which order layers run and where weights live is
 //! its own affair. Buffers are opaque, so that nothing above this line can touch a float on the host by accident.
 //! A call may only *enqueue* work; the calls that hand results to the host ([`Device::read_sums`],
-//! [`Device::export`], [`Device::update`], [`Device::digest`]) wait for what they need.
+//! [`Device::export`], [`Device::mean_norm`], [`Device::digest`]) wait for what they need.
 
 use std::fmt;
 use std::ops::Range;

@@ -21,9 +21,7 @@ pub fn initial_parameters(layout: &StateLayout, init: Init, seed: u64) -> Vec<f3
             Init::Pytorch => 1.0 / (hidden as f64).sqrt(),
             Init::Glorot if is_bias => 0.0,
             Init::Glorot if is_head => (6.0 / (hidden + shape.classes) as f64).sqrt(),
-            Init::Glorot => {
-                (6.0 / (shape.layer_input_size(layer) + hidden + gates * hidden) as f64).sqrt()
-            }
+            Init::Glorot => (6.0 / (shape.layer_input_size(layer) + hidden + gates * hidden) as f64).sqrt(),
         };
         if bound > 0.0 {
             let mut stream = Stream::new(seed, Purpose::Init, [index as u32, 0]);

@@ -17,9 +17,9 @@ pub struct ControlState {
     pub best_validation_loss: f64,
     /// Epochs since [`best_validation_loss`](Self::best_validation_loss) was reached.
     pub epochs_without_improvement: u64,
-    /// Factor on the job's learning rate.
+    /// Factor on the job's learning rate; 1 while no schedule changes it.
     pub learning_rate_scale: f64,
-    /// Steps whose update was left out because the gradient was not finite.
+    /// Steps whose update was left out because the gradient was not finite; 0 while such a step ends the run.
     pub skipped_updates: u64,
 }
 

@@ -12,7 +12,7 @@ use tokio_util::codec::LengthDelimitedCodec;
 /// No frame is longer than this.
 pub const FRAME_LIMIT_BYTES: usize = 16 << 20;
 
-/// Longest payload of one bulk frame; longer streams are cut into several.
+/// Longest payload of one frame of a state stream. (A batch is always one frame, however long.)
 pub const BULK_CHUNK_BYTES: usize = 1 << 20;
 
 const KIND_MESSAGE: u8 = 0;

@@ -2,7 +2,7 @@
 //! is decoded.
 //!
 //! ```text
-//! opener  → magic "LOCKSTEP" | u16 version | u8 purpose | 32 bytes nonce
+//! opener  → magic "LOCKSTEP" | u16 version | u8 plane | 32 bytes nonce
 //! answerer→ magic "LOCKSTEP" | u16 version | u8 0 | 32 bytes nonce
 //! opener  → HMAC-SHA256(token, "opener"   ‖ both hellos)
 //! answerer→ HMAC-SHA256(token, "answerer" ‖ both hellos)
@@ -27,7 +27,7 @@ pub const PROOF_BYTES: usize = 32;
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Purpose {
+pub enum Plane {
     /// A worker's control connection to the coordinator.
     Control = 1,
     /// A data-plane connection between two workers.
@@ -89,7 +89,7 @@ enum Side {
 #[derive(Debug)]
 pub struct Handshake {
     side: Side,
-    purpose: Purpose,
+    plane: Plane,
     token: Token,
     hello: [u8; HELLO_BYTES],
 }
@@ -99,29 +99,29 @@ impl Handshake {
     ///
     /// # Errors
     /// The operating system has no randomness to give.
-    pub fn opener(purpose: Purpose, token: &Token) -> Result<Self, getrandom::Error> {
+    pub fn opener(plane: Plane, token: &Token) -> Result<Self, getrandom::Error> {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce)?;
-        Ok(Self::with_nonce(Side::Opener, purpose, token, nonce))
+        Ok(Self::with_nonce(Side::Opener, plane, token, nonce))
     }
 
     /// The side that accepted the connection.
     ///
     /// # Errors
     /// The operating system has no randomness to give.
-    pub fn answerer(purpose: Purpose, token: &Token) -> Result<Self, getrandom::Error> {
+    pub fn answerer(plane: Plane, token: &Token) -> Result<Self, getrandom::Error> {
         let mut nonce = [0; 32];
         getrandom::fill(&mut nonce)?;
-        Ok(Self::with_nonce(Side::Answerer, purpose, token, nonce))
+        Ok(Self::with_nonce(Side::Answerer, plane, token, nonce))
     }
 
-    fn with_nonce(side: Side, purpose: Purpose, token: &Token, nonce: [u8; 32]) -> Self {
+    fn with_nonce(side: Side, plane: Plane, token: &Token, nonce: [u8; 32]) -> Self {
         let mut hello = [0; HELLO_BYTES];
         hello[..8].copy_from_slice(&MAGIC);
         hello[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
-        hello[10] = if side == Side::Opener { purpose as u8 } else { 0 };
+        hello[10] = if side == Side::Opener { plane as u8 } else { 0 };
         hello[11..].copy_from_slice(&nonce);
-        Self { side, purpose, token: token.clone(), hello }
+        Self { side, plane, token: token.clone(), hello }
     }
 
     /// This side's first message.
@@ -145,10 +145,10 @@ impl Handshake {
             ))
             .hint("build both from one commit"));
         }
-        if self.side == Side::Answerer && theirs[10] != self.purpose as u8 {
+        if self.side == Side::Answerer && theirs[10] != self.plane as u8 {
             return Err(Problem::failed(format!(
-                "a connection for purpose {} came to the port for purpose {}",
-                theirs[10], self.purpose as u8
+                "a connection for plane {} came to the port for plane {}",
+                theirs[10], self.plane as u8
             ))
             .hint("workers connect to the coordinator's control port"));
         }
@@ -199,8 +199,8 @@ mod tests {
 
     fn pair(opener: &str, answerer: &str) -> (Handshake, Handshake) {
         (
-            Handshake::with_nonce(Side::Opener, Purpose::Control, &Token::new(opener), [1; 32]),
-            Handshake::with_nonce(Side::Answerer, Purpose::Control, &Token::new(answerer), [2; 32]),
+            Handshake::with_nonce(Side::Opener, Plane::Control, &Token::new(opener), [1; 32]),
+            Handshake::with_nonce(Side::Answerer, Plane::Control, &Token::new(answerer), [2; 32]),
         )
     }
 
@@ -241,7 +241,7 @@ mod tests {
         hello[0] = b'H';
         assert!(opener.proofs(&hello).unwrap_err().sentence.contains("not Lockstep"));
         let mut hello = opener.hello();
-        hello[10] = Purpose::Data as u8;
+        hello[10] = Plane::Data as u8;
         assert!(answerer.proofs(&hello).is_err());
     }
 

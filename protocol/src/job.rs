@@ -1,6 +1,7 @@
 //! The job: what is computed (`[job]`), how long and from which data (`[run]`), by whom (`[fleet]`).
 //!
-//! Values come from `default.toml`, then the preset, then a file, then `--set`; a later one wins. The merged table
+//! Values come from `default.toml`, then the preset, then a file, then settings in the order in which they are
+//! given; a later one wins. The merged table
 //! is checked against the known keys before it is read, so a misspelt key is named and never ignored.
 
 use bincode::{Decode, Encode};
@@ -187,6 +188,7 @@ impl JobFile {
             ("hidden_size", job.hidden_size, 16_384),
             ("batch_size", job.batch_size, 65_536),
             ("seq_len", job.seq_len, 65_536),
+            ("shards", job.shards, 16_384),
         ];
         for (key, value, most) in limits {
             if value > most {
@@ -256,7 +258,7 @@ fn merge(into: &mut Table, from: Table, origin: &str) -> Result<(), Problem> {
             };
             if value.type_str() != old.type_str() {
                 return Err(Problem::usage(format!(
-                    "{section}.{key} in {origin} is the {} {value}, it must be a {}",
+                    "{section}.{key} in {origin} is the {} {value}, it must be of type {}",
                     value.type_str(),
                     old.type_str()
                 )));
@@ -337,7 +339,7 @@ mod tests {
                 "did you mean 'hidden_size'?",
             ),
             ([("jobb.seed", "3")], "unknown section 'jobb' in jobb.seed=3", "did you mean 'job'?"),
-            ([("seed", "x")], "job.seed in seed=x is the string \"x\", it must be a integer", ""),
+            ([("seed", "x")], "job.seed in seed=x is the string \"x\", it must be of type integer", ""),
             (
                 [("shards", "65")],
                 "shards is 65 but batch_size is 64: a shard would have no row",

@@ -1,6 +1,7 @@
 //! The vocabulary that all parts of Lockstep share: what a run is, how its work is cut and ordered, and what travels.
 //!
-//! Nothing here touches tensors, files or clocks; everything is a pure function or a type. In reading order:
+//! Nothing here touches tensors, files, sockets or clocks; but for the nonces of the handshake everything is a pure
+//! function or a type. In reading order:
 //!
 //! - [`job`]: what is computed, how long, by whom; presets and merging.
 //! - [`layout`]: names, shapes and places of the training state; the buckets of the gradient.

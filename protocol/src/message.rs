@@ -68,6 +68,8 @@ pub enum ToCoordinator {
     Failed {
         /// A sentence for the user.
         sentence: String,
+        /// What to do about it.
+        hint: Option<String>,
     },
 }
 
@@ -78,8 +80,11 @@ pub enum Stop {
     Finished,
     /// All workers agreed to stop after this step because one was told to drain.
     Drained,
-    /// The generation was aborted, or a peer was lost; the partial step is dropped.
+    /// The coordinator aborted the generation; the partial step is dropped.
     Aborted,
+    /// A peer was lost or is silent, in words; the partial step is dropped. Usually the coordinator learns more of
+    /// it from the peer's own connection.
+    Broken(String),
     /// The loss or the gradient of the next step is not finite; its update was not applied.
     NonFinite,
 }
@@ -87,9 +92,9 @@ pub enum Stop {
 /// Who a worker is.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Hello {
-    /// A name for people: given with `--name`, else host and process id.
+    /// A name for people: given with `--name`, else host name and process id.
     pub name: String,
-    /// Package version and git revision of the binary.
+    /// Package version of the binary, for people.
     pub build: String,
     /// What computes, e.g. `cpu (AVX-512)`.
     pub device: String,
@@ -142,7 +147,7 @@ pub enum ToWorker {
     Welcome(Box<Welcome>),
     /// The worker belongs to a new generation.
     Form(Form),
-    /// The worker is not needed now: there are more workers than shards.
+    /// The worker is not needed now: there are more workers than shards, or the fleet is complete.
     StandBy,
     /// Stop after a step, all together.
     Drain,
@@ -157,10 +162,18 @@ pub enum ToWorker {
         at_step: u64,
     },
     /// The run is over for this worker.
-    Goodbye {
-        /// Why, in words, when it is not the run's own end.
-        reason: Option<String>,
-    },
+    Goodbye(Goodbye),
+}
+
+/// How a run ended, or why a worker is sent away.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Goodbye {
+    /// The run is done.
+    Done,
+    /// The run stopped on request and can go on later.
+    Requeue,
+    /// The run failed, or the worker is refused; why, in words.
+    Failed(String),
 }
 
 /// What the run is.
@@ -215,6 +228,6 @@ pub enum StateSource {
     Initial,
     /// Streamed by the coordinator, from a checkpoint.
     Coordinator,
-    /// The worker holds it already.
+    /// The worker holds it already: for fleets that change, which are not formed yet.
     Kept,
 }

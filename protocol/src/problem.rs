@@ -11,7 +11,7 @@ pub enum Exit {
     Failed = 1,
     /// The command line, the job file or the data is not usable; nothing was started.
     Usage = 2,
-    /// The run was asked to stop and did so after a checkpoint: start the same command again to go on.
+    /// The run was asked to stop and did: start the same command again to go on from the newest checkpoint.
     Requeue = 75,
 }
 

@@ -42,8 +42,8 @@ impl Schedule {
     /// The work that follows when `done` steps are done, in order, to the end of the run.
     pub fn after(self, done: u64) -> impl Iterator<Item = Work> {
         (done..self.total_steps).flat_map(move |step| {
-            let train =
-                Work::Train { step, epoch: step / self.steps_per_epoch, index: step % self.steps_per_epoch };
+            let (epoch, index) = self.position(step);
+            let train = Work::Train { step, epoch, index };
             std::iter::once(train).chain(self.evaluation(step + 1))
         })
     }
@@ -52,6 +52,11 @@ impl Schedule {
     pub fn evaluation(self, done: u64) -> impl Iterator<Item = Work> {
         let batches = if self.evaluates_after(done) { self.evaluation_batches } else { 0 };
         (0..batches).map(move |index| Work::Evaluate { step: done, index })
+    }
+
+    /// Epoch and position in it of the step that follows `done` steps, both from 0.
+    pub fn position(self, done: u64) -> (u64, u64) {
+        (done / self.steps_per_epoch, done % self.steps_per_epoch)
     }
 
     /// Whether the validation data is evaluated when `done` steps are done.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use protocol::frame::{Frame, codec, decode, encode_message};
-use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Purpose, Token};
+use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{ToCoordinator, ToWorker};
 use protocol::problem::Problem;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,8 +29,11 @@ impl Connection {
         let local = stream.local_addr().map_err(|e| lost(&e.to_string()))?.ip();
         stream.set_nodelay(true).map_err(|e| lost(&e.to_string()))?;
         tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&mut stream, token)).await.map_err(|_| {
-            Problem::failed(format!("{address} did not answer the handshake within 10 s"))
-                .hint("check that this is the coordinator's control port")
+            Problem::failed(format!(
+                "{address} did not answer the handshake within {} s",
+                HANDSHAKE_LIMIT.as_secs()
+            ))
+            .hint("check that this is the coordinator's control port")
         })??;
         Ok(Self { frames: Framed::new(stream, codec()), local })
     }
@@ -90,7 +93,7 @@ async fn handshake(stream: &mut TcpStream, token: &Token) -> Result<(), Problem>
         Problem::failed("the coordinator closed the connection during the handshake")
             .hint("give every process of the run the same token in LOCKSTEP_TOKEN or with --token-file")
     };
-    let own = Handshake::opener(Purpose::Control, token)
+    let own = Handshake::opener(Plane::Control, token)
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
     stream.write_all(&own.hello()).await.map_err(closed)?;
     let mut theirs = [0; HELLO_BYTES];

@@ -3,6 +3,7 @@
 //! In reading order:
 //!
 //! - [`session`]: a worker's life, from the connection to the goodbye.
+//! - `trainer`: device and state, and how they take part in a generation.
 //! - [`train`]: the step loop, on one screen.
 //! - [`replica`]: the replicated state.
 //! - [`collective`]: sums and gathers across workers; TCP.

@@ -50,7 +50,8 @@ impl Outbox {
         let sentence = format!(
             "step {step} is not finite (loss {loss}, gradient norm {norm}); its update was not applied"
         );
-        self.send(ToCoordinator::Failed { sentence });
+        let hint = "a smaller learning_rate or clip_norm keeps steps finite; both belong to the [job], so start with --fresh";
+        self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
     }
 
     /// Asks the loop to stop after the next step.

@@ -13,7 +13,7 @@ use protocol::batch::Batch;
 use protocol::frame::{BulkHeader, BulkKind, Frame};
 use protocol::handshake::Token;
 use protocol::layout::StateLayout;
-use protocol::message::{Form, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome};
+use protocol::message::{Form, Goodbye, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
@@ -30,8 +30,8 @@ use crate::trainer::{Task, Trainer};
 pub struct Config {
     /// `HOST:PORT` of the coordinator's control port.
     pub coordinator: String,
-    /// Name for people; host name and process id if not given.
-    pub name: Option<String>,
+    /// Name for people.
+    pub name: String,
     /// The run's secret.
     pub token: Token,
     /// Host that other workers reach this one at, if not the control connection's own address.
@@ -42,7 +42,8 @@ pub struct Config {
     pub build: String,
 }
 
-/// Runs a worker to the end of the run, or until `shutdown` has fired and the fleet has stopped after a step.
+/// Runs a worker to the end of the run. A value from `shutdown` makes a training worker ask the whole fleet to stop
+/// after a step; a second one, or one to a worker that does not train, ends it at once.
 ///
 /// # Errors
 /// Whatever ended the run for this worker, as a sentence for the user.
@@ -69,7 +70,7 @@ where
         None => None,
     };
     let hello = Hello {
-        name: config.name.clone().unwrap_or_else(|| format!("pid-{}", std::process::id())),
+        name: config.name.clone(),
         build: config.build.clone(),
         device: backend.describe(),
         bits: backend.bits(),
@@ -85,7 +86,7 @@ where
     };
     let welcome = match first {
         Frame::Message(ToWorker::Welcome(welcome)) => *welcome,
-        Frame::Message(ToWorker::Goodbye { reason }) => return goodbye(reason),
+        Frame::Message(ToWorker::Goodbye(goodbye)) => return ended(goodbye),
         _ => return Err(lost("it began with something else than a welcome")),
     };
     let layout = StateLayout::new(welcome.data.model, welcome.job.batch_size as usize);
@@ -108,8 +109,12 @@ where
     session.serve(shutdown).await
 }
 
-fn goodbye(reason: Option<String>) -> Result<Exit, Problem> {
-    reason.map_or(Ok(Exit::Done), |sentence| Err(Problem::failed(sentence)))
+fn ended(goodbye: Goodbye) -> Result<Exit, Problem> {
+    match goodbye {
+        Goodbye::Done => Ok(Exit::Done),
+        Goodbye::Requeue => Ok(Exit::Requeue),
+        Goodbye::Failed(sentence) => Err(Problem::failed(sentence)),
+    }
 }
 
 /// Whether the training thread runs.
@@ -152,10 +157,10 @@ struct Session<D: model::device::Device> {
 
 impl<D: model::device::Device + 'static> Session<D> {
     async fn serve(mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
-        let ended = loop {
+        let result = loop {
             tokio::select! {
                 frame = self.connection.receive() => match frame {
-                    Some(Ok(Frame::Message(ToWorker::Goodbye { reason }))) => break goodbye(reason),
+                    Some(Ok(Frame::Message(ToWorker::Goodbye(goodbye)))) => break ended(goodbye),
                     Some(Ok(Frame::Message(message))) => self.obey(message)?,
                     Some(Ok(Frame::Bulk(header, payload))) => self.take_in(&header, &payload)?,
                     Some(Err(problem)) => break Err(problem),
@@ -163,13 +168,16 @@ impl<D: model::device::Device + 'static> Session<D> {
                 },
                 Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
-                Some(()) = shutdown.recv() => self.outbox.request_drain(),
+                Some(()) = shutdown.recv() => match &self.stage {
+                    Stage::Training(_) if !self.outbox.drain_requested() => self.outbox.request_drain(),
+                    _ => break Ok(Exit::Requeue),
+                },
             }
         };
         if let Stage::Training(running) = &mut self.stage {
             running.end();
         }
-        ended
+        result
     }
 
     fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {
@@ -191,8 +199,8 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Stage::Idle(trainer) => self.send_state(trainer)?,
                 _ => self.outbox.request_state(at_step),
             },
-            ToWorker::StandBy => tracing::info!("standing by: there are more workers than shards"),
-            ToWorker::Welcome(_) | ToWorker::Goodbye { .. } => {
+            ToWorker::StandBy => tracing::info!("standing by"),
+            ToWorker::Welcome(_) | ToWorker::Goodbye(_) => {
                 return Err(lost("it sent a message out of place"));
             }
         }
@@ -275,7 +283,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                 }
             }
             Err(sentence) => {
-                self.outbox.send(ToCoordinator::Failed { sentence });
+                self.outbox.send(ToCoordinator::Failed { sentence, hint: None });
                 let (generation, step) = (trainer.generation, trainer.step());
                 self.outbox.send(ToCoordinator::Stopped { generation, step, why: Stop::Aborted });
             }

@@ -1,56 +1,72 @@
 //! Exchange of the shards' sums, and of the wish to stop, between the workers of a generation.
 
 use model::device::Device;
+use protocol::message::Member;
 use protocol::sums::StepSums;
 
-use crate::collective::{Collective, Result};
+use crate::collective::{Collective, CollectiveError, Result};
 
-/// The sums of this worker's shards for one batch, as bytes.
-pub(crate) struct ShardSums(Vec<u8>);
+/// Bytes of one shard's sums: six little-endian words.
+const SUMS_BYTES: usize = 8 * 6;
 
-const BYTES: usize = 8 * 6;
-
-impl ShardSums {
-    /// Six little-endian words a shard.
-    pub(crate) fn new(by_shard: &[StepSums]) -> Self {
-        let words = |sums: &StepSums| {
-            let flag = u64::from(sums.non_finite);
-            [sums.loss.to_bits(), sums.weight, sums.correct, sums.rows, sums.row_hash, flag]
-        };
-        Self(by_shard.iter().flat_map(words).flat_map(u64::to_le_bytes).collect())
-    }
-}
-
-fn decode(bytes: &[u8]) -> impl Iterator<Item = StepSums> {
-    bytes.chunks_exact(BYTES).map(|shard| {
-        let word = |i: usize| u64::from_le_bytes(std::array::from_fn(|b| shard[8 * i + b]));
-        StepSums {
-            loss: f64::from_bits(word(0)),
-            weight: word(1),
-            correct: word(2),
-            rows: word(3),
-            row_hash: word(4),
-            non_finite: word(5) != 0,
-        }
-    })
-}
-
-/// Gives every worker the sums of all shards of each batch, by batch and shard, and whether any worker wants to
-/// stop. All workers hold contiguous shards in rank order, so ranks' sums follow one another.
+/// Gives every worker the sums of all shards, `[batch][shard]`, and whether any worker wants to stop. `own` holds this
+/// worker's shards, `[batch][own shard]`. Members hold contiguous shards in rank order, so their sums follow one
+/// another.
 pub(crate) fn exchange_sums<D: Device>(
     collective: &mut dyn Collective<D>,
-    own: &[ShardSums],
+    members: &[Member],
+    own: &[Vec<StepSums>],
     stop: bool,
 ) -> Result<(Vec<Vec<StepSums>>, bool)> {
     let mut message = vec![u8::from(stop)];
-    message.extend(own.iter().flat_map(|batch| &batch.0));
+    message.extend(own.iter().flatten().flat_map(encode));
     let received = collective.exchange(&message)?;
     let mut by_batch = vec![Vec::new(); own.len()];
-    for bytes in &received {
-        let per_batch = (bytes.len() - 1) / own.len().max(1);
-        for (batch, part) in by_batch.iter_mut().zip(bytes[1..].chunks_exact(per_batch.max(1))) {
-            batch.extend(decode(part));
+    let mut any_stop = false;
+    for ((bytes, member), rank) in received.iter().zip(members).zip(0..) {
+        let batch_bytes = SUMS_BYTES * member.shards.len();
+        let Some((flag, sums)) =
+            bytes.split_first().filter(|(_, sums)| sums.len() == own.len() * batch_bytes)
+        else {
+            let cause = format!("it sent {} bytes of sums for {} batches", bytes.len(), own.len());
+            return Err(CollectiveError::PeerLost { rank, name: member.name.clone(), cause });
+        };
+        any_stop |= *flag != 0;
+        for (batch, sums) in by_batch.iter_mut().zip(sums.chunks_exact(batch_bytes)) {
+            batch.extend(sums.chunks_exact(SUMS_BYTES).map(decode));
         }
     }
-    Ok((by_batch, received.iter().any(|bytes| bytes[0] != 0)))
+    Ok((by_batch, any_stop))
+}
+
+fn encode(sums: &StepSums) -> impl Iterator<Item = u8> + use<> {
+    let flag = u64::from(sums.non_finite);
+    let words = [sums.loss.to_bits(), sums.weight, sums.correct, sums.rows, sums.row_hash, flag];
+    words.into_iter().flat_map(u64::to_le_bytes)
+}
+
+fn decode(bytes: &[u8]) -> StepSums {
+    let word = |i: usize| u64::from_le_bytes(std::array::from_fn(|b| bytes[8 * i + b]));
+    StepSums {
+        loss: f64::from_bits(word(0)),
+        weight: word(1),
+        correct: word(2),
+        rows: word(3),
+        row_hash: word(4),
+        non_finite: word(5) != 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_come_back_from_their_bytes() {
+        let sums =
+            StepSums { loss: -0.5, weight: 1, correct: 2, rows: 3, row_hash: u64::MAX, non_finite: true };
+        let bytes: Vec<u8> = encode(&sums).collect();
+        assert_eq!(bytes.len(), SUMS_BYTES);
+        assert_eq!(decode(&bytes), sums);
+    }
 }

@@ -17,7 +17,10 @@ use crate::collective::{Collective, CollectiveError};
 use crate::feed::{Feed, FeedClosed};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
-use crate::sums_exchange::{ShardSums, exchange_sums};
+use crate::sums_exchange::exchange_sums;
+
+/// Shards' sums of an evaluation that are exchanged together: few messages, each below a frame's limit.
+const SUMS_PER_EXCHANGE: usize = 16_384;
 
 /// Why a generation's loop ended early.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +57,7 @@ pub struct Generation<D: Device> {
 }
 
 impl<D: Device> Generation<D> {
-    /// Prepares all buffers; after this no step allocates on the device.
+    /// Prepares all buffers; after this no training step allocates on the device.
     ///
     /// # Errors
     /// The device has no room for the partial gradients.
@@ -127,7 +130,7 @@ impl<D: Device> Generation<D> {
         let started = Instant::now();
         let step = replica.progress.step;
         let steps_per_epoch = self.data.schedule.steps_per_epoch;
-        let (epoch, index) = (step / steps_per_epoch, step % steps_per_epoch);
+        let (epoch, index) = self.data.schedule.position(step);
         let batch = self.feed.next(Work::Train { step, epoch, index })?;
         let fed = Instant::now();
 
@@ -154,7 +157,7 @@ impl<D: Device> Generation<D> {
         let computed = Instant::now();
 
         let drain = self.outbox.drain_requested();
-        let (by_shard, drain) = exchange_sums(&mut *self.collective, &[ShardSums::new(&own_sums)], drain)?;
+        let (by_shard, drain) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], drain)?;
         let sums = StepSums::total(&by_shard[0]);
         for ticket in tickets {
             self.collective.wait(device, ticket, &mut replica.gradient)?;
@@ -216,18 +219,23 @@ impl<D: Device> Generation<D> {
         let mut state = device.zeros(replica.layout.recurrent())?;
         let mut next_state = device.zeros(replica.layout.recurrent())?;
         let mut own = Vec::new();
+        let mut sums = StepSums::default();
+        let batches = self.data.schedule.evaluation_batches;
         for work in self.data.schedule.evaluation(step) {
             let batch: Batch = self.feed.next(work)?;
             device.step(Pass::Evaluate, &replica.parameters, &batch, &state, &mut next_state)?;
-            own.push(ShardSums::new(device.read_sums()?));
             std::mem::swap(&mut state, &mut next_state);
+            own.push(device.read_sums()?.to_vec());
+            let Work::Evaluate { index, .. } = work else {
+                unreachable!("an evaluation has no training steps")
+            };
+            if own.len() >= SUMS_PER_EXCHANGE / self.job.shards as usize || index + 1 == batches {
+                let (by_batch, _) = exchange_sums(&mut *self.collective, &self.form.members, &own, false)?;
+                own.clear();
+                sums =
+                    by_batch.iter().map(|by_shard| StepSums::total(by_shard)).fold(sums, StepSums::combine);
+            }
         }
-        let (by_batch, _) = exchange_sums(&mut *self.collective, &own, false)?;
-        let sums = by_batch
-            .iter()
-            .map(|by_shard| StepSums::total(by_shard))
-            .reduce(StepSums::combine)
-            .unwrap_or_default();
         if self.data.schedule.ends_epoch(step) {
             replica.control.after_epoch(&sums);
         }

@@ -9,9 +9,9 @@ use protocol::layout::StateLayout;
 use protocol::message::{Form, Generation as Number, StateSource, Stop, ToCoordinator, Welcome};
 
 use crate::abort::Abort;
-use crate::collective::Collective;
 use crate::collective::mesh::{FORM_LIMIT, Mesh, MeshError, Place};
 use crate::collective::tcp::{SILENCE_LIMIT, TcpCollective};
+use crate::collective::{Collective, CollectiveError};
 use crate::feed::{Feed, FeedClosed};
 use crate::metrics::WorkerMetrics;
 use crate::outbox::Outbox;
@@ -88,11 +88,10 @@ impl<D: Device> Trainer<D> {
             .map_err(|error| error.to_string())?;
         match generation.train(device, replica) {
             Ok(stop) => Ok(stop),
-            Err(StepError::Collective(cause)) => {
-                tracing::debug!("generation {} ended: {cause}", self.generation);
+            Err(StepError::Collective(CollectiveError::Aborted) | StepError::Feed(FeedClosed::Ended)) => {
                 Ok(Stop::Aborted)
             }
-            Err(StepError::Feed(FeedClosed::Ended)) => Ok(Stop::Aborted),
+            Err(StepError::Collective(cause)) => Ok(Stop::Broken(cause.to_string())),
             Err(other) => Err(other.to_string()),
         }
     }

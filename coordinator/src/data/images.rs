@@ -322,6 +322,6 @@ mod tests {
         let Inputs::Bytes { bytes, labels } = &batch.inputs else { panic!("images give bytes") };
         assert_eq!(labels[..10], [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]);
         // The first test image is a seven: nothing in its first rows, a bar in row 8.
-        assert_eq!((bytes[..7 * 28].iter().max(), bytes[8 * 28 + 12]), (Some(&0), 254));
+        assert_eq!((bytes[..7 * 28].iter().max(), bytes[8 * 28 + 12]), (Some(&0), 198));
     }
 }

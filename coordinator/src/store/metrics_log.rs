@@ -26,7 +26,7 @@ pub enum MetricLine {
 pub struct StepLine {
     /// Steps done, this one included.
     pub step: u64,
-    /// The pass over the data it belongs to, from 0.
+    /// The pass over the data it belongs to, from 1.
     pub epoch: u64,
     /// Mean loss of the step's batch in nats.
     #[serde(deserialize_with = "number_or_nan")]
@@ -75,7 +75,7 @@ impl From<PhaseSeconds> for SecondsLine {
 pub struct EpochLine {
     /// Steps done at its end.
     pub step: u64,
-    /// The epoch, from 0.
+    /// The epoch, from 1.
     pub epoch: u64,
     /// Mean training loss in nats.
     #[serde(deserialize_with = "number_or_nan")]

@@ -297,7 +297,16 @@ impl RowBlock {
         let first_read = if shape.head == Head::EveryStep { 0 } else { (seq_len - 1) * unit };
         self.d_out[..first_read].fill(0.0);
         let d_read = &mut self.d_out[first_read..];
-        gemm(simd, self.targets.len(), &self.logits, shape.classes, &weights.head_backward, d_read, hidden, false);
+        gemm(
+            simd,
+            self.targets.len(),
+            &self.logits,
+            shape.classes,
+            &weights.head_backward,
+            d_read,
+            hidden,
+            false,
+        );
         for index in (0..shape.num_layers).rev() {
             if let Some(dropout) = dropout.filter(|_| drops_output(shape, index)) {
                 for (at, d) in self.d_out.chunks_exact_mut(hidden).enumerate() {
@@ -332,14 +341,30 @@ impl RowBlock {
                 rnn_backward(simd, RnnBackward { shape: sequence, weight_hh, h, d_out, d_pre, d_h });
             }
             Cell::Lstm => {
-                let args =
-                    LstmBackward { shape: sequence, weight_hh, gates: pre, c, d_out, d_gates: d_pre, d_h, d_c };
+                let args = LstmBackward {
+                    shape: sequence,
+                    weight_hh,
+                    gates: pre,
+                    c,
+                    d_out,
+                    d_gates: d_pre,
+                    d_h,
+                    d_c,
+                };
                 lstm_backward(simd, args);
             }
             Cell::Gru => {
                 d_h_part.resize(*seq_len * 3 * unit, 0.0);
-                let args =
-                    GruBackward { shape: sequence, weight_hh, gates, h, d_out, d_x_part: d_pre, d_h_part, d_h };
+                let args = GruBackward {
+                    shape: sequence,
+                    weight_hh,
+                    gates,
+                    h,
+                    d_out,
+                    d_x_part: d_pre,
+                    d_h_part,
+                    d_h,
+                };
                 gru_backward(simd, args);
             }
         }
@@ -372,7 +397,14 @@ impl RowBlock {
     }
 
     /// Gradient of the state's part of the gates, `[G·H]`: the input's part's own, but for the GRU.
-    pub(super) fn d_hidden_part(&self, cell: Cell, layer: usize, gates: usize, t: usize, row: usize) -> &[f32] {
+    pub(super) fn d_hidden_part(
+        &self,
+        cell: Cell,
+        layer: usize,
+        gates: usize,
+        t: usize,
+        row: usize,
+    ) -> &[f32] {
         if cell == Cell::Gru {
             &self.layers[layer].d_h_part[(t * self.len() + row) * gates..][..gates]
         } else {

@@ -215,7 +215,12 @@ impl Device for CpuDevice {
             if bucket == 0 {
                 tasks.push(GradientTask::head(&self.layout, gradient, rows.clone()));
             } else {
-                tasks.extend(GradientTask::layer(&self.layout, shape.num_layers - bucket, gradient, rows.clone()));
+                tasks.extend(GradientTask::layer(
+                    &self.layout,
+                    shape.num_layers - bucket,
+                    gradient,
+                    rows.clone(),
+                ));
             }
         }
         let (simd, layout, blocks, scratch) = (self.simd, &self.layout, &self.blocks, &self.scratch);

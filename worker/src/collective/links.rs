@@ -222,7 +222,8 @@ impl Links {
         }
         let silence = since.max(state.last_heard[first as usize]).elapsed();
         if silence >= self.timeout {
-            return Err(CollectiveError::Timeout { rank: first, seconds: self.timeout.as_secs() });
+            let name = self.place.members[first as usize].name.clone();
+            return Err(CollectiveError::Timeout { rank: first, name, seconds: self.timeout.as_secs() });
         }
         Ok(self.timeout - silence)
     }

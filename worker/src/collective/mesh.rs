@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Purpose, Token};
+use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Generation, Member};
 use protocol::problem::Problem;
 
@@ -249,7 +249,7 @@ impl Caller {
 
     fn introduce(&self, stream: TcpStream) -> Result<TcpStream, Problem> {
         let mut timed = Timed::new(&stream)?;
-        let handshake = Handshake::opener(Purpose::Data, &self.token).map_err(no_randomness)?;
+        let handshake = Handshake::opener(Plane::Data, &self.token).map_err(no_randomness)?;
         timed.write(&handshake.hello())?;
         let proofs = handshake.proofs(&timed.read::<HELLO_BYTES>()?)?;
         timed.write(&proofs.ours)?;
@@ -271,7 +271,7 @@ impl Caller {
 
     fn recognise(&self, stream: &TcpStream) -> Result<u32, Problem> {
         let mut timed = Timed::new(stream)?;
-        let handshake = Handshake::answerer(Purpose::Data, &self.token).map_err(no_randomness)?;
+        let handshake = Handshake::answerer(Plane::Data, &self.token).map_err(no_randomness)?;
         let theirs = timed.read::<HELLO_BYTES>()?;
         timed.write(&handshake.hello())?;
         let proofs = handshake.proofs(&theirs)?;

@@ -44,10 +44,12 @@ pub enum CollectiveError {
         cause: String,
     },
     /// A peer sent nothing for too long.
-    #[error("nothing arrived from rank {rank} for {seconds} s")]
+    #[error("nothing arrived from worker {name} (rank {rank}) for {seconds} s")]
     Timeout {
         /// Its rank.
         rank: u32,
+        /// Its name.
+        name: String,
         /// How long.
         seconds: u64,
     },

@@ -258,7 +258,7 @@ fn silence_is_blamed_on_the_worker_that_did_not_enter() {
         .into();
     for rank in [0, 1] {
         let message = wait(&mut workers[rank], tickets[rank]).to_string();
-        assert_eq!(message, "nothing arrived from rank 2 for 1 s");
+        assert_eq!(message, "nothing arrived from worker w2 (rank 2) for 1 s");
     }
 }
 

@@ -1,0 +1,26 @@
+//! What the end-to-end tests share: the program, started the way a user starts it.
+//!
+//! - [`folder`]: a temporary folder with the texts and run directories of one test.
+//! - [`run`]: one run directory: train in it, inspect it, read its metrics.
+//! - [`process`]: one started process: its output while it runs, how it ended. Killed when dropped.
+//! - [`by_hand`]: a coordinator and workers started one by one.
+//! - [`http`]: one GET.
+
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
+
+mod by_hand;
+mod folder;
+mod http;
+mod process;
+mod run;
+
+pub(crate) use by_hand::Coordinator;
+pub(crate) use folder::Folder;
+pub(crate) use http::{Answer, get};
+pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
+pub(crate) use run::{Hashes, Run};
+
+/// Says that a test did not run, and why, in the form that `scripts/test` looks for.
+pub(crate) fn skipped(test: &str, why: &str) {
+    println!("skipped: {test}: {why}");
+}

@@ -1,0 +1,202 @@
+//! What breaks is said in a sentence with an exit code, and the run directory can be gone on with.
+
+mod common;
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use common::{Coordinator, Folder, Process, Run, children_of, eventually, is_alive, lockstep};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// 16 steps are an epoch.
+fn job(folder: &Folder) -> String {
+    let text = folder.text(12_000);
+    format!("char-lstm --data {text} --set hidden_size=32 --set seq_len=10 --set keep_prob=0.8")
+}
+
+/// More than any test waits for.
+const ENDLESS: &str = "--epochs 1000000";
+
+/// Waits until the run has done so many steps.
+fn wait_for_steps(run: &Run, steps: u64) {
+    eventually(format!("step {steps}"), || (run.steps_so_far() >= steps).then_some(()));
+}
+
+/// The process that `parent` has started with these words in its command line.
+fn child_with(parent: &Process, words: &str) -> u32 {
+    let children = children_of(parent.pid());
+    let child = children.iter().find(|(_, line)| line.contains(words));
+    child.unwrap_or_else(|| panic!("no child has '{words}': {children:#?}")).0
+}
+
+fn kill(pid: u32) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+}
+
+/// Goes on to 40 steps after wherever it is, and compares with a run that nobody disturbed.
+fn assert_resumable(folder: &Folder, run: &Run) {
+    let steps = format!("--steps {} --workers 2", run.hashes().step + 40);
+    let resumed = run.train(&steps);
+    assert_eq!(resumed, folder.run("undisturbed", &job(folder)).train(&steps));
+    assert_eq!(run.metric_steps("step"), Vec::from_iter(1..=resumed.step));
+}
+
+#[test]
+fn a_killed_worker_ends_the_run_by_name_and_the_run_can_go_on() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let mut process = run.start(&format!("{ENDLESS} --workers 3"));
+    process.line_with("generation 1");
+    wait_for_steps(&run, 50);
+    let fleet = children_of(process.pid());
+    assert_eq!(fleet.len(), 4, "{fleet:#?}");
+    kill(child_with(&process, "--name worker-2"));
+    let killed = Instant::now();
+    let ended = process.end();
+    println!("the run ended {:?} after the kill:\n{}", killed.elapsed(), ended.stderr);
+    ended.expect_failure(1, &["error: worker worker-2 was lost: ", "hint: start the same command again"]);
+    assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
+    for (pid, line) in fleet {
+        assert!(!is_alive(pid), "{line} lives on");
+    }
+    assert_resumable(&folder, &run);
+}
+
+#[test]
+fn a_worker_killed_before_the_run_begins_is_named() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let mut coordinator = Coordinator::start(&run, "--epochs 1 --workers 2", None);
+    let here = folder.empty("worker");
+    let lost = coordinator.worker(&here, "--name early");
+    eventually("the first worker", || {
+        common::get(&coordinator.http, "/status.json").body.contains("\"early\"").then_some(())
+    });
+    drop(lost);
+    // Two others are enough.
+    let workers = [coordinator.worker(&here, ""), coordinator.worker(&here, "")];
+    coordinator.process.line_with("done: 16 steps");
+    for process in workers.into_iter().chain([coordinator.process]) {
+        process.end().expect_exit(0);
+    }
+    assert_eq!(run.hashes().step, 16);
+}
+
+#[test]
+fn a_killed_supervisor_takes_its_children_along() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let mut process = run.start(&format!("{ENDLESS} --workers 2"));
+    process.line_with("generation 1");
+    wait_for_steps(&run, 20);
+    let fleet = children_of(process.pid());
+    assert_eq!(fleet.len(), 3, "{fleet:#?}");
+    process.signal(Signal::KILL);
+    let killed = Instant::now();
+    assert_eq!(process.end().signal(), Some(Signal::KILL.as_raw()));
+    for (pid, line) in fleet {
+        eventually(format!("the end of {line}"), || (!is_alive(pid)).then_some(()));
+    }
+    println!("the children were gone after {:?}", killed.elapsed());
+    assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
+    assert_resumable(&folder, &run);
+}
+
+#[test]
+fn a_killed_coordinator_ends_its_workers_and_the_run_can_go_on() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let mut process = run.start(&format!("{ENDLESS} --workers 2"));
+    process.line_with("generation 1");
+    // The first checkpoint of an undisturbed run is that of its first epoch.
+    eventually("a checkpoint", || run.dir().join("latest").exists().then_some(()));
+    let fleet = children_of(process.pid());
+    kill(child_with(&process, "coordinator"));
+    process.end().expect_failure(
+        1,
+        &["error: the coordinator was lost (signal: 9", "hint: start the same command again"],
+    );
+    for (pid, line) in fleet {
+        assert!(!is_alive(pid), "{line} lives on");
+    }
+    assert_resumable(&folder, &run);
+}
+
+#[test]
+fn a_run_directory_in_use_is_refused() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let mut process = run.start(&format!("{ENDLESS} --workers 1"));
+    process.line_with("generation 1");
+    let holder = child_with(&process, "coordinator");
+    for options in ["--workers 1", "--workers 1 --fresh"] {
+        run.end(options).expect_failure(2, &[&format!("is in use by process {holder}"), "hint: "]);
+    }
+    wait_for_steps(&run, 20);
+    process.signal(Signal::INT);
+    process.end().expect_exit(75);
+    assert_resumable(&folder, &run);
+}
+
+#[test]
+fn a_port_in_use_is_refused() {
+    let folder = Folder::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let run = folder.run("run", &job(&folder));
+    run.end(&format!("--epochs 1 --http {address}"))
+        .expect_failure(2, &[&format!("cannot listen on {address} for status and metrics"), "--http"]);
+    let mut command = lockstep();
+    command.arg("coordinator").args(run.words()).args([
+        "--http",
+        "127.0.0.1:0",
+        "--listen",
+        &address.to_string(),
+    ]);
+    let refused = Process::start(&mut command).end();
+    refused.expect_failure(2, &[&format!("cannot listen on {address} for workers"), "--listen"]);
+    assert!(!run.dir().exists(), "a refused start leaves no run directory");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    let ended = run.end("--set learning_rate=3e38 --set clip=none --epochs 10 --workers 2");
+    ended.expect_failure(1, &["is not finite", "loss", "gradient norm", "its update was not applied"]);
+    // The state before it is kept, for whoever wants to look.
+    assert_eq!(run.hashes().step, run.steps_so_far());
+    assert!(run.inspect()["step"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_a_hint() {
+    let folder = Folder::new();
+    let text = folder.text(12_000);
+    let missing = folder.path().join("missing.txt");
+    let cases = [
+        ("char-lsmt".to_owned(), vec!["unknown preset 'char-lsmt'", "did you mean 'char-lstm'?"]),
+        ("char-lstm --set hiden_size=3".to_owned(), vec!["hiden_size", "hidden_size"]),
+        ("char-lstm --set hidden_size=many".to_owned(), vec!["hidden_size"]),
+        ("char-lstm --set keep_prob=0".to_owned(), vec!["keep_prob is 0", "(0, 1]"]),
+        ("char-lstm --shards 65".to_owned(), vec!["shards is 65 but batch_size is 64", "--shards 64"]),
+        (format!("char-lstm --data {}", missing.display()), vec!["missing.txt", "no such file"]),
+        (format!("mnist-gru --data {text}"), vec!["is a file", "hint: "]),
+        (format!("char-lstm --data {text} --set seq_len=5000"), vec!["text-12000.txt"]),
+    ];
+    for (job, parts) in cases {
+        let run = folder.run("run", &job);
+        let ended = run.end("");
+        println!("{}", ended.stderr);
+        ended.expect_failure(2, &parts);
+        assert!(!run.dir().exists(), "a refused start leaves no run directory: {job}");
+    }
+}
+
+#[test]
+fn inspect_says_what_is_missing() {
+    let folder = Folder::new();
+    let inspect = |dir: &std::path::Path| Process::start(lockstep().arg("inspect").arg(dir)).end();
+    inspect(&folder.path().join("nothing")).expect_failure(2, &["there is no directory", "hint: "]);
+    inspect(folder.path()).expect_failure(2, &["is not a run directory", "hint: "]);
+}
