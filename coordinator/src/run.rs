@@ -32,6 +32,9 @@ use crate::store::metrics_log::EpochLine;
 /// Once the run is ending, what is still to come must come within this time.
 const ENDING_LIMIT: Duration = Duration::from_secs(20);
 
+/// Members have this long to finish or drop their step before the last state is asked for without them.
+const REST_LIMIT: Duration = Duration::from_secs(5);
+
 /// A lost peer's own connection has this long to say more than its neighbours can.
 const BROKEN_GRACE: Duration = Duration::from_secs(2);
 
@@ -114,7 +117,7 @@ pub(crate) struct Run {
 /// The run's end under way.
 struct Ending {
     result: Result<Exit, Problem>,
-    deadline: Instant,
+    since: Instant,
     /// The replicas' states may be written.
     trusted: bool,
     /// The member that was asked for the last state.
@@ -551,8 +554,8 @@ impl Run {
                 ending.result = result;
             }
         } else {
-            let deadline = Instant::now() + ENDING_LIMIT;
-            let ending = Ending { result, deadline, trusted: true, state_from: None, cut_short: false };
+            let since = Instant::now();
+            let ending = Ending { result, since, trusted: true, state_from: None, cut_short: false };
             self.ending = Some(ending);
             self.with_status(|status| status.phase = "ending");
             // Whoever leaves from now on may.
@@ -566,22 +569,27 @@ impl Run {
         self.members.iter().filter(at_work).count()
     }
 
-    /// Once all members rest, asks the most advanced for the last state, if it is not written yet.
+    /// Once all members rest, or long enough were asked to, asks the most advanced for the last state, if it is not written yet.
     fn settle(&mut self) {
-        let resting = self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way();
+        let is_idle = self.writing == 0 && !self.arriving.is_under_way();
+        let all_rest = self.training() == 0;
         let (Some(ending), Some((&id, &step))) = (&mut self.ending, self.stopped.iter().max_by_key(|s| s.1))
         else {
             return;
         };
         let is_written = self.parts.records.checkpoint_step.is_some_and(|written| written >= step);
-        if resting && ending.trusted && ending.state_from.is_none() && !is_written && step > 0 {
+        // A member that hangs is not waited for to the end.
+        let may_ask = all_rest || ending.since.elapsed() >= REST_LIMIT;
+        if may_ask && is_idle && ending.trusted && ending.state_from.is_none() && !is_written && step > 0 {
             ending.state_from = Some(id);
             self.send(id, &ToWorker::SendState { at_step: step });
         }
     }
 
     fn is_over(&self) -> bool {
-        self.ending.as_ref().is_some_and(|ending| self.is_complete() || Instant::now() >= ending.deadline)
+        self.ending
+            .as_ref()
+            .is_some_and(|ending| self.is_complete() || ending.since.elapsed() >= ENDING_LIMIT)
     }
 
     /// Nobody trains and nothing is on its way to the disk.

@@ -396,20 +396,9 @@ impl RowBlock {
         &self.layers[layer].d_pre[(t * self.len() + row) * gates..][..gates]
     }
 
-    /// Gradient of the state's part of the gates, `[G·H]`: the input's part's own, but for the GRU.
-    pub(super) fn d_hidden_part(
-        &self,
-        cell: Cell,
-        layer: usize,
-        gates: usize,
-        t: usize,
-        row: usize,
-    ) -> &[f32] {
-        if cell == Cell::Gru {
-            &self.layers[layer].d_h_part[(t * self.len() + row) * gates..][..gates]
-        } else {
-            self.d_pre(layer, gates, t, row)
-        }
+    /// GRU: gradient of the state's part of the gates, `[3·H]`.
+    pub(super) fn d_h_part(&self, layer: usize, gates: usize, t: usize, row: usize) -> &[f32] {
+        &self.layers[layer].d_h_part[(t * self.len() + row) * gates..][..gates]
     }
 
     /// h before step `t`, `[H]`.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use kernels::cpu::input::scatter_add_rows;
 use kernels::cpu::reduce::column_sum;
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
-use protocol::layout::{Head, Input, StateLayout};
+use protocol::layout::{Cell, Head, Input, StateLayout};
 
 use super::block::RowBlock;
 
@@ -25,106 +25,133 @@ impl Default for Scratch {
     }
 }
 
-/// The gradient of one weight, and its bias, for one shard.
+/// One bucket's gradient for one shard.
 pub(super) struct GradientTask<'a> {
-    kind: Kind,
+    /// The layer, or `None` for the head.
+    pub(super) layer: Option<usize>,
     /// Rows of the shard, counted from the batch's first.
-    rows: Range<usize>,
-    /// `[outputs][inputs]`
-    d_weight: &'a mut [f32],
-    /// `[outputs]`
-    d_bias: &'a mut [f32],
+    pub(super) rows: Range<usize>,
+    /// The bucket's range of the flat gradient; overwritten.
+    pub(super) gradient: &'a mut [f32],
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Head,
-    InputWeight { layer: usize },
-    HiddenWeight { layer: usize },
-}
-
-impl<'a> GradientTask<'a> {
-    /// The head's task; `gradient` is its bucket.
-    pub(super) fn head(layout: &StateLayout, gradient: &'a mut [f32], rows: Range<usize>) -> Self {
-        let (d_weight, d_bias) = gradient.split_at_mut(layout.head().0.len());
-        Self { kind: Kind::Head, rows, d_weight, d_bias }
-    }
-
-    /// The two tasks of a layer; `gradient` is its bucket.
-    pub(super) fn layer(
-        layout: &StateLayout,
-        layer: usize,
-        gradient: &'a mut [f32],
-        rows: Range<usize>,
-    ) -> [Self; 2] {
-        let ranges = layout.layer(layer);
-        let (d_weight_ih, rest) = gradient.split_at_mut(ranges.weight_ih.len());
-        let (d_weight_hh, rest) = rest.split_at_mut(ranges.weight_hh.len());
-        let (d_bias_ih, d_bias_hh) = rest.split_at_mut(ranges.bias_ih.len());
-        [
-            Self {
-                kind: Kind::InputWeight { layer },
-                rows: rows.clone(),
-                d_weight: d_weight_ih,
-                d_bias: d_bias_ih,
-            },
-            Self { kind: Kind::HiddenWeight { layer }, rows, d_weight: d_weight_hh, d_bias: d_bias_hh },
-        ]
-    }
-
-    /// Computes the sums; overwrites what was there.
+impl GradientTask<'_> {
+    /// Computes the sums.
     pub(super) fn run(self, simd: Simd, layout: &StateLayout, blocks: &[RowBlock], scratch: &mut Scratch) {
-        let shape = &layout.shape;
-        let (hidden, gates, last) =
-            (shape.hidden_size, shape.cell.gates() * shape.hidden_size, shape.num_layers - 1);
-        let seq_len = blocks.first().map_or(0, RowBlock::seq_len);
-        match self.kind {
-            Kind::Head => {
-                // Logits of the final state are stored as one step, and read the output of the last one.
-                let (steps, shift) = match shape.head {
-                    Head::EveryStep => (seq_len, 0),
-                    Head::Final => (1, seq_len - 1),
-                };
-                let pairs = || pairs(blocks, 0..steps, self.rows.clone());
-                let d = || pairs().map(|(block, t, row)| block.d_logits(shape.classes, t, row));
-                let x = pairs().map(|(block, t, row)| block.output(last, hidden, t + shift, row));
-                let sizes = (steps * self.rows.len(), shape.classes, hidden);
-                product(simd, scratch, sizes, d(), x, self.d_weight);
-                column_sum(simd, d(), self.d_bias);
-            }
-            Kind::InputWeight { layer } => {
-                let pairs = || pairs(blocks, 0..seq_len, self.rows.clone());
-                let d = || pairs().map(|(block, t, row)| block.d_pre(layer, gates, t, row));
-                let width = shape.layer_input_size(layer);
-                let sizes = (seq_len * self.rows.len(), gates, width);
-                match (layer, shape.input) {
-                    (0, Input::OneHot(_)) => {
-                        let tokens = pairs().map(|(block, t, row)| block.token(t, row));
-                        scratch.table.resize(self.d_weight.len(), 0.0);
-                        let table = &mut scratch.table[..self.d_weight.len()];
-                        scatter_add_rows(simd, tokens.zip(d()), gates, table, self.d_weight);
-                    }
-                    (0, Input::Bytes(_)) => {
-                        let x = pairs().map(|(block, t, row)| block.dense(width, t, row));
-                        product(simd, scratch, sizes, d(), x, self.d_weight);
-                    }
-                    _ => {
-                        let x = pairs().map(|(block, t, row)| block.output(layer - 1, hidden, t, row));
-                        product(simd, scratch, sizes, d(), x, self.d_weight);
-                    }
-                }
-                column_sum(simd, d(), self.d_bias);
-            }
-            Kind::HiddenWeight { layer } => {
-                let pairs = || pairs(blocks, 0..seq_len, self.rows.clone());
-                let d =
-                    || pairs().map(|(block, t, row)| block.d_hidden_part(shape.cell, layer, gates, t, row));
-                let x = pairs().map(|(block, t, row)| block.h_before(layer, hidden, t, row));
-                product(simd, scratch, (seq_len * self.rows.len(), gates, hidden), d(), x, self.d_weight);
-                column_sum(simd, d(), self.d_bias);
-            }
+        match self.layer {
+            Some(layer) => self.layer(simd, layout, layer, blocks, scratch),
+            None => self.head(simd, layout, blocks, scratch),
         }
     }
+
+    fn head(self, simd: Simd, layout: &StateLayout, blocks: &[RowBlock], scratch: &mut Scratch) {
+        let (shape, seq_len) = (&layout.shape, seq_len(blocks));
+        // Logits of the final state are stored as one step, and read the output of the last one.
+        let (steps, shift) = match shape.head {
+            Head::EveryStep => (seq_len, 0),
+            Head::Final => (1, seq_len - 1),
+        };
+        let (d_weight, d_bias) = self.gradient.split_at_mut(layout.head().0.len());
+        let pairs = || pairs(blocks, 0..steps, self.rows.clone());
+        let d = || pairs().map(|(block, t, row)| block.d_logits(shape.classes, t, row));
+        let (hidden, last) = (shape.hidden_size, shape.num_layers - 1);
+        let output = pairs().map(|(block, t, row)| block.output(last, hidden, t + shift, row));
+        let pair_count = steps * self.rows.len();
+        scratch.pack_left((pair_count, shape.classes), d());
+        scratch.product(simd, (pair_count, hidden), output, d_weight);
+        column_sum(simd, d(), d_bias);
+    }
+
+    fn layer(
+        self,
+        simd: Simd,
+        layout: &StateLayout,
+        layer: usize,
+        blocks: &[RowBlock],
+        scratch: &mut Scratch,
+    ) {
+        let (shape, ranges, seq_len) = (&layout.shape, layout.layer(layer), seq_len(blocks));
+        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let (d_weight_ih, rest) = self.gradient.split_at_mut(ranges.weight_ih.len());
+        let (d_weight_hh, rest) = rest.split_at_mut(ranges.weight_hh.len());
+        let (d_bias_ih, d_bias_hh) = rest.split_at_mut(ranges.bias_ih.len());
+        let (width, pair_count) = (shape.layer_input_size(layer), seq_len * self.rows.len());
+        let pairs = || pairs(blocks, 0..seq_len, self.rows.clone());
+        let d_pre = || pairs().map(|(block, t, row)| block.d_pre(layer, gates, t, row));
+
+        let is_one_hot = layer == 0 && matches!(shape.input, Input::OneHot(_));
+        let is_split = shape.cell == Cell::Gru;
+        if !(is_one_hot && is_split) {
+            scratch.pack_left((pair_count, gates), d_pre());
+        }
+        match (layer, shape.input) {
+            (0, Input::OneHot(_)) => {
+                let tokens = pairs().map(|(block, t, row)| block.token(t, row));
+                scratch.scatter(simd, gates, tokens.zip(d_pre()), d_weight_ih);
+            }
+            (0, Input::Bytes(_)) => {
+                let x = pairs().map(|(block, t, row)| block.dense(width, t, row));
+                scratch.product(simd, (pair_count, width), x, d_weight_ih);
+            }
+            _ => {
+                let x = pairs().map(|(block, t, row)| block.output(layer - 1, hidden, t, row));
+                scratch.product(simd, (pair_count, width), x, d_weight_ih);
+            }
+        }
+        column_sum(simd, d_pre(), d_bias_ih);
+
+        let h = pairs().map(|(block, t, row)| block.h_before(layer, hidden, t, row));
+        if is_split {
+            let d_h_part = || pairs().map(|(block, t, row)| block.d_h_part(layer, gates, t, row));
+            scratch.pack_left((pair_count, gates), d_h_part());
+            column_sum(simd, d_h_part(), d_bias_hh);
+        } else {
+            // Both parts of the gates are plainly added: their gradients are the same.
+            d_bias_hh.copy_from_slice(d_bias_ih);
+        }
+        scratch.product(simd, (pair_count, hidden), h, d_weight_hh);
+    }
+}
+
+impl Scratch {
+    /// Packs the left operand of the products that follow: `pairs` rows of `outputs` numbers.
+    fn pack_left<'a>(&mut self, (pairs, outputs): (usize, usize), d: impl Iterator<Item = &'a [f32]>) {
+        if (self.left.k(), self.left.m()) != (pairs, outputs) {
+            self.left.reset(pairs, outputs);
+        }
+        self.left.pack_row_iter(d);
+    }
+
+    /// `d_weight[outputs][inputs] = Σ_pairs d ⊗ x`, where d was packed before.
+    fn product<'a>(
+        &mut self,
+        simd: Simd,
+        (pairs, inputs): (usize, usize),
+        x: impl Iterator<Item = &'a [f32]>,
+        d_weight: &mut [f32],
+    ) {
+        if (self.right.k(), self.right.n()) != (pairs, inputs) {
+            self.right.reset(pairs, inputs);
+        }
+        self.right.pack_row_iter(x);
+        gemm_transposed(simd, &self.left, &self.right, d_weight, inputs, false);
+    }
+
+    /// The same for a one-hot input, which needs no product.
+    fn scatter<'a>(
+        &mut self,
+        simd: Simd,
+        gates: usize,
+        rows: impl Iterator<Item = (u32, &'a [f32])>,
+        d_weight: &mut [f32],
+    ) {
+        self.table.resize(d_weight.len(), 0.0);
+        scatter_add_rows(simd, rows, gates, &mut self.table, d_weight);
+    }
+}
+
+fn seq_len(blocks: &[RowBlock]) -> usize {
+    blocks.first().map_or(0, RowBlock::seq_len)
 }
 
 /// All (step, row) pairs of a shard in the order of every sum: step by step, and in a step row by row.
@@ -141,20 +168,4 @@ fn pairs(
             (start..end).map(move |row| (block, t, row - block.rows.start))
         })
     })
-}
-
-/// `d_weight[outputs][inputs] = Σ_pairs d ⊗ x`; `sizes` is (pairs, outputs, inputs).
-fn product<'a>(
-    simd: Simd,
-    scratch: &mut Scratch,
-    (pairs, outputs, inputs): (usize, usize, usize),
-    d: impl Iterator<Item = &'a [f32]>,
-    x: impl Iterator<Item = &'a [f32]>,
-    d_weight: &mut [f32],
-) {
-    scratch.left.reset(pairs, outputs);
-    scratch.left.pack_row_iter(d);
-    scratch.right.reset(pairs, inputs);
-    scratch.right.pack_row_iter(x);
-    gemm_transposed(simd, &scratch.left, &scratch.right, d_weight, inputs, false);
 }

@@ -72,6 +72,7 @@ pub struct CpuDevice {
     simd: Simd,
     pool: rayon::ThreadPool,
     layout: StateLayout,
+    buckets: Vec<Range<usize>>,
     seq_len: usize,
     seed: u64,
     keep_prob: f32,
@@ -106,6 +107,7 @@ impl CpuDevice {
             simd,
             pool,
             weights: Weights::new(&layout.shape),
+            buckets: layout.buckets(),
             layout,
             seq_len,
             seed: job.seed,
@@ -207,27 +209,14 @@ impl Device for CpuDevice {
 
     fn finish_bucket(&mut self, bucket: usize, partials: &mut [Vec<f32>]) -> Result<()> {
         assert_eq!(partials.len(), self.shard_rows.len(), "finish_bucket: one partial per shard of the step");
-        let shape = &self.layout.shape;
-        let range = self.layout.buckets()[bucket].clone();
-        let mut tasks = Vec::new();
-        for (partial, rows) in partials.iter_mut().zip(&self.shard_rows) {
-            let gradient = &mut partial[range.clone()];
-            if bucket == 0 {
-                tasks.push(GradientTask::head(&self.layout, gradient, rows.clone()));
-            } else {
-                tasks.extend(GradientTask::layer(
-                    &self.layout,
-                    shape.num_layers - bucket,
-                    gradient,
-                    rows.clone(),
-                ));
-            }
-        }
+        let range = self.buckets[bucket].clone();
+        let layer = (bucket > 0).then(|| self.layout.shape.num_layers - bucket);
         let (simd, layout, blocks, scratch) = (self.simd, &self.layout, &self.blocks, &self.scratch);
         self.pool.install(|| {
-            tasks.into_par_iter().for_each(|task| {
+            partials.par_iter_mut().zip(&self.shard_rows).for_each(|(partial, rows)| {
                 let thread = rayon::current_thread_index().unwrap_or(0);
                 let mut scratch = scratch[thread].lock().expect("a kernel panicked");
+                let task = GradientTask { layer, rows: rows.clone(), gradient: &mut partial[range.clone()] };
                 task.run(simd, layout, blocks, &mut scratch);
             });
         });
