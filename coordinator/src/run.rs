@@ -1,5 +1,7 @@
 //! A run from its first worker to its end: events in, decisions of [`membership`] out, records on the way.
 
+mod ending;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -28,20 +30,12 @@ use crate::server::{Arrival, Link};
 use crate::state_stream::{Arriving, send_image};
 use crate::store::journal::{MemberLine, Record};
 use crate::store::metrics_log::EpochLine;
-
-/// Once the run is ending, what is still to come must come within this time.
-const ENDING_LIMIT: Duration = Duration::from_secs(20);
-
-/// Members have this long to finish or drop their step before the last state is asked for without them.
-const REST_LIMIT: Duration = Duration::from_secs(5);
+use ending::Ending;
 
 /// A lost peer's own connection has this long to say more than its neighbours can.
 const BROKEN_GRACE: Duration = Duration::from_secs(2);
 
 const GO_ON: &str = "start the same command again to go on from the newest checkpoint";
-
-/// After the goodbye, workers have this long to close their connections.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
 
 /// What the run is made of.
 pub(crate) struct Parts {
@@ -112,18 +106,6 @@ pub(crate) struct Run {
     /// What a member said about a lost peer, and until when a better reason may come.
     broken: Option<(Instant, String)>,
     ending: Option<Ending>,
-}
-
-/// The run's end under way.
-struct Ending {
-    result: Result<Exit, Problem>,
-    since: Instant,
-    /// The replicas' states may be written.
-    trusted: bool,
-    /// The member that was asked for the last state.
-    state_from: Option<WorkerId>,
-    /// The user wants the end now.
-    cut_short: bool,
 }
 
 impl Run {
@@ -492,154 +474,6 @@ impl Run {
                 }
                 Ok(())
             }
-        }
-    }
-
-    /// A signal asks the run to stop: after the step under way, or at once if it has asked before.
-    fn stop_asked(&mut self) {
-        if self.drain_asked || self.members.is_empty() {
-            self.end(Ok(Exit::Requeue));
-            if let Some(ending) = &mut self.ending {
-                ending.cut_short = true;
-                // What is not on the disk yet is not done.
-                if ending.result.is_ok() {
-                    ending.result = Ok(Exit::Requeue);
-                }
-            }
-            return;
-        }
-        self.drain_asked = true;
-        self.parts.screen.notice("stopping after this step (once more: stop at once)");
-        self.send_all(&ToWorker::Drain);
-    }
-
-    fn tick(&mut self) -> Result<(), Problem> {
-        if self.broken.as_ref().is_some_and(|(deadline, _)| Instant::now() >= *deadline)
-            && let Some((_, cause)) = self.broken.take()
-        {
-            self.give_up(Problem::failed(cause).hint(GO_ON))?;
-        }
-        self.decide(Event::Tick)
-    }
-
-    /// Gives the run up for a reason that leaves the states whole. What follows from the first reason is not told.
-    fn give_up(&mut self, problem: Problem) -> Result<(), Problem> {
-        if self.ending.is_none() {
-            self.parts.records.journal(&Record::Event { text: problem.sentence.clone() })?;
-        }
-        self.fail(problem, true);
-        Ok(())
-    }
-
-    fn fail(&mut self, problem: Problem, trusted: bool) {
-        let generation = self.generation;
-        self.send_all(&ToWorker::Abort { generation });
-        self.end(Err(problem));
-        if !trusted {
-            self.distrust();
-        }
-    }
-
-    /// No state is written any more.
-    fn distrust(&mut self) {
-        if let Some(ending) = &mut self.ending {
-            (ending.trusted, ending.state_from) = (false, None);
-        }
-    }
-
-    /// Begins the run's end. The first result stands, but for a failure that shows only then.
-    fn end(&mut self, result: Result<Exit, Problem>) {
-        if let Some(ending) = &mut self.ending {
-            if ending.result.is_ok() && result.is_err() {
-                ending.result = result;
-            }
-        } else {
-            let since = Instant::now();
-            let ending = Ending { result, since, trusted: true, state_from: None, cut_short: false };
-            self.ending = Some(ending);
-            self.with_status(|status| status.phase = "ending");
-            // Whoever leaves from now on may.
-            let _ = self.decide(Event::Ending);
-        }
-    }
-
-    /// Members that are connected and still train.
-    fn training(&self) -> usize {
-        let at_work = |id: &&WorkerId| self.workers.contains_key(*id) && !self.stopped.contains_key(*id);
-        self.members.iter().filter(at_work).count()
-    }
-
-    /// Once all members rest, or long enough were asked to, asks the most advanced for the last state, if it is not written yet.
-    fn settle(&mut self) {
-        let is_idle = self.writing == 0 && !self.arriving.is_under_way();
-        let all_rest = self.training() == 0;
-        let (Some(ending), Some((&id, &step))) = (&mut self.ending, self.stopped.iter().max_by_key(|s| s.1))
-        else {
-            return;
-        };
-        let is_written = self.parts.records.checkpoint_step.is_some_and(|written| written >= step);
-        // A member that hangs is not waited for to the end.
-        let may_ask = all_rest || ending.since.elapsed() >= REST_LIMIT;
-        if may_ask && is_idle && ending.trusted && ending.state_from.is_none() && !is_written && step > 0 {
-            ending.state_from = Some(id);
-            self.send(id, &ToWorker::SendState { at_step: step });
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.ending
-            .as_ref()
-            .is_some_and(|ending| self.is_complete() || ending.since.elapsed() >= ENDING_LIMIT)
-    }
-
-    /// Nobody trains and nothing is on its way to the disk.
-    fn is_complete(&self) -> bool {
-        let is_asked = self.ending.as_ref().is_some_and(|ending| ending.state_from.is_some());
-        let is_cut_short = self.ending.as_ref().is_some_and(|ending| ending.cut_short);
-        let rests = self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way() && !is_asked;
-        rests || is_cut_short
-    }
-
-    /// Sends everybody home.
-    async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
-        let is_complete = self.is_complete();
-        let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result).and_then(|exit| {
-            if is_complete {
-                return Ok(exit);
-            }
-            let limit = ENDING_LIMIT.as_secs();
-            let sentence = format!("the last state was not written within {limit} s of the run's end");
-            Err(Problem::failed(sentence).hint(GO_ON))
-        });
-        let outcome = match &result {
-            Ok(Exit::Done) => "done".to_owned(),
-            Ok(_) => "stopped on request".to_owned(),
-            Err(problem) => format!("failed: {problem}"),
-        };
-        let journaled = self.parts.records.journal(&Record::Finish { step: self.step, outcome });
-        let goodbye = match &result {
-            Ok(Exit::Done) => Goodbye::Done,
-            Ok(_) => Goodbye::Requeue,
-            Err(problem) => Goodbye::Failed(format!("the run ended: {problem}")),
-        };
-        self.feeders.clear();
-        self.send_all(&ToWorker::Goodbye(goodbye));
-        let all_left = async {
-            while !self.workers.is_empty() {
-                match arrivals.recv().await {
-                    Some(Arrival::Left(id, _)) => drop(self.workers.remove(&id)),
-                    Some(_) => {}
-                    None => break,
-                }
-            }
-        };
-        let _ = tokio::time::timeout(GOODBYE_LIMIT, all_left).await;
-        Outcome {
-            step: self.step,
-            train_loss: self.train_loss,
-            validation: self.validation,
-            result: result.and_then(|exit| journaled.map(|()| exit)),
-            parts: self.parts,
         }
     }
 
