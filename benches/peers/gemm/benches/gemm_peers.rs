@@ -1,4 +1,4 @@
-//! Our GEMM beside the `gemm` crate's on one thread: `cargo bench -p lockstep-benches --bench gemm_peers`.
+//! Our GEMM beside the `gemm` crate's on one thread: `cargo bench` in `benches/peers/gemm`.
 //!
 //! The peer takes plain matrices and does what it needs inside the call; ours reads weights that were packed once per
 //! training step. That is what a recurrent step pays for either, so our packing is left out. The peer keeps no row
