@@ -76,12 +76,17 @@ impl Process {
 
     /// Waits until a line of the output contains `part`, and gives the line.
     pub(crate) fn line_with(&mut self, part: &str) -> String {
-        eventually(part, || {
+        self.line_with_any(&[part])
+    }
+
+    /// Waits until a line of the output contains one of these parts, and gives the line.
+    pub(crate) fn line_with_any(&mut self, parts: &[&str]) -> String {
+        eventually(parts, || {
             let has_ended = self.child.try_wait().unwrap().is_some();
             let output = if has_ended { self.stdout.rest() + &self.stderr.rest() } else { self.output() };
-            let mut lines = output.split_inclusive('\n');
-            let found = lines.find(|line| line.ends_with('\n') && line.contains(part)).map(str::to_owned);
-            assert!(found.is_some() || !has_ended, "ended without '{part}':\n{output}");
+            let mut lines = output.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            let found = lines.find(|line| parts.iter().any(|part| line.contains(part))).map(str::to_owned);
+            assert!(found.is_some() || !has_ended, "ended without any of {parts:?}:\n{output}");
             found
         })
     }

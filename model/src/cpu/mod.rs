@@ -27,8 +27,15 @@ use weights::Weights;
 /// Changes whenever a change of the code changes a bit of any result.
 const NUMERICS_VERSION: u32 = 1;
 
-/// Blocks per thread: a few, so that a thread that is held up leaves work for the others.
-const BLOCKS_PER_THREAD: usize = 2;
+/// Rows of a block where its recurrent weights stay in the second-level cache from step to step: few, so that the
+/// block's own trace does too.
+const CACHED_BLOCK_ROWS: usize = 16;
+
+/// Rows of a block where they do not: many, because each step streams all weights once per block.
+const STREAMED_BLOCK_ROWS: usize = 64;
+
+/// Recurrent weights up to this size count as cached.
+const CACHED_WEIGHT_BYTES: usize = 1 << 20;
 
 /// Elementwise work is cut into pieces of this many floats.
 const ELEMENTS_PER_TASK: usize = 1 << 16;
@@ -119,12 +126,17 @@ impl CpuDevice {
         })
     }
 
-    /// Cuts the batch's rows into blocks of nearly equal size.
+    /// Cuts the batch's rows into blocks of nearly equal size, equally many for each thread.
     fn cut(&mut self, rows: usize) {
-        let most = (self.pool.current_num_threads() * BLOCKS_PER_THREAD).min(rows).max(1);
-        self.blocks.resize_with(most, RowBlock::default);
+        let shape = &self.layout.shape;
+        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_size * shape.hidden_size;
+        let block_rows =
+            if weight_bytes <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS };
+        let threads = self.pool.current_num_threads();
+        let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows).max(1);
+        self.blocks.resize_with(count, RowBlock::default);
         for (index, block) in self.blocks.iter_mut().enumerate() {
-            let (start, end) = (index * rows / most, (index + 1) * rows / most);
+            let (start, end) = (index * rows / count, (index + 1) * rows / count);
             block.resize(&self.layout.shape, self.seq_len, start..end);
         }
     }
