@@ -81,7 +81,7 @@ pub(crate) struct JobArgs {
     #[arg(long)]
     json: bool,
     /// Serve status and metrics for this many seconds after the end, for a last scrape
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(crate) linger: u64,
 }
 

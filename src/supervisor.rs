@@ -84,7 +84,8 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
                 death = Some(died);
                 unnoticed.as_mut().reset(Instant::now() + notice_limit);
             }
-            () = &mut unnoticed => {
+            // Once workers train, the coordinator knows what a death means, and whether it matters.
+            () = &mut unnoticed, if !ready.has_generation() => {
                 signal(&coordinator, Signal::TERM);
                 let _ = coordinator.wait().await;
                 let died = death.unwrap_or_default();
@@ -153,6 +154,11 @@ impl ReadyFile {
     fn new(token: &str) -> Self {
         let name = format!("lockstep-{}-{:08x}.ready", std::process::id(), short_hash(token));
         Self { path: std::env::temp_dir().join(name) }
+    }
+
+    /// Whether a generation has formed.
+    fn has_generation(&self) -> bool {
+        std::fs::read_to_string(&self.path).is_ok_and(|text| text.contains("generation="))
     }
 
     /// The control address, once it is known.

@@ -7,6 +7,8 @@ use protocol::message::WorkerId;
 /// Digests by step, until all members have sent theirs.
 #[derive(Debug, Default)]
 pub(crate) struct Digests {
+    /// The last step after which all members' digests were the same.
+    agreed: u64,
     by_step: BTreeMap<u64, HashMap<WorkerId, u64>>,
 }
 
@@ -28,7 +30,16 @@ impl Digests {
         let of_step = self.by_step.remove(&step).unwrap_or_default();
         // Members are in step with each other: what is older will not be completed any more.
         self.by_step = self.by_step.split_off(&step);
-        parted(&of_step)
+        let parted = parted(&of_step);
+        if parted.is_empty() {
+            self.agreed = step;
+        }
+        parted
+    }
+
+    /// The last step after which all members' digests were the same; 0 before the first.
+    pub(crate) fn agreed(&self) -> u64 {
+        self.agreed
     }
 }
 
@@ -66,5 +77,6 @@ mod tests {
         assert_eq!(digests.take(1, 50, 7, &[1, 2]), nobody);
         assert_eq!(digests.take(2, 50, 8, &[1, 2]), [1, 2]);
         assert!(digests.by_step.is_empty());
+        assert_eq!(digests.agreed(), 100);
     }
 }

@@ -16,6 +16,19 @@ use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, StepLine};
 use crate::store::run_dir::{OpenMode, RunDir};
 use crate::store::state::StateImage;
 
+/// How far a state is: steps done, and whether the evaluation that belongs to the last one is done too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Stage {
+    pub(crate) step: u64,
+    pub(crate) whole: bool,
+}
+
+impl Stage {
+    pub(crate) fn of(image: &StateImage) -> Self {
+        Self { step: image.progress().step, whole: image.is_whole() }
+    }
+}
+
 /// An open run directory.
 pub(crate) struct Records {
     pub(crate) dir: RunDir,
@@ -26,7 +39,8 @@ pub(crate) struct Records {
     metrics: MetricsLog,
     replay: Replay,
     make_checkpoint: Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>,
-    pub(crate) checkpoint_step: Option<u64>,
+    /// The newest checkpoint.
+    pub(crate) checkpoint: Option<Stage>,
 }
 
 /// The state that a run goes on from.
@@ -57,7 +71,8 @@ impl Records {
         if let Some(newest) = &newest {
             check_fits(newest, file, facts, layout)?;
         }
-        let step = newest.as_ref().map_or(0, |newest| newest.checkpoint.image.progress().step);
+        let checkpoint = newest.as_ref().map(|newest| Stage::of(&newest.checkpoint.image));
+        let step = checkpoint.map_or(0, |stage| stage.step);
         let run_id = match &replay.run_id {
             Some(id) => id.clone(),
             None => new_run_id()?,
@@ -99,7 +114,7 @@ impl Records {
             metrics,
             replay,
             make_checkpoint,
-            checkpoint_step: resumed.as_ref().map(|_| step),
+            checkpoint,
         };
         Ok((records, resumed))
     }
@@ -154,9 +169,9 @@ impl Records {
     }
 
     /// Records that a checkpoint was written.
-    pub(crate) fn checkpoint_written(&mut self, step: u64, file: &str) -> Result<(), Problem> {
-        self.checkpoint_step = Some(step);
-        self.journal.append(&Record::Checkpoint { step, file: file.to_owned() })
+    pub(crate) fn checkpoint_written(&mut self, stage: Stage, file: String) -> Result<(), Problem> {
+        self.checkpoint = Some(stage);
+        self.journal.append(&Record::Checkpoint { step: stage.step, file })
     }
 }
 
@@ -167,10 +182,11 @@ pub(crate) struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Writes the image; gives its step and the file's name.
-    pub(crate) fn write(&self, image: Vec<u8>) -> Result<(u64, String), Problem> {
-        let entry = self.dir.write(&(self.make)(image)?, KEEP)?;
-        Ok((entry.step, entry.file))
+    /// Writes the image; gives how far it is and the file's name.
+    pub(crate) fn write(&self, image: Vec<u8>) -> Result<(Stage, String), Problem> {
+        let checkpoint = (self.make)(image)?;
+        let entry = self.dir.write(&checkpoint, KEEP)?;
+        Ok((Stage::of(&checkpoint.image), entry.file))
     }
 }
 

@@ -3,6 +3,7 @@
 mod ending;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,10 +25,11 @@ use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
 use crate::membership::{Action, Candidate, Event, Membership, membership};
 use crate::metrics::Metrics;
-use crate::records::{CheckpointWriter, Records};
+use crate::records::{CheckpointWriter, Records, Stage};
 use crate::screen::{EpochEnd, Screen};
 use crate::server::{Arrival, Link};
 use crate::state_stream::{Arriving, send_image};
+use crate::store::files::write_atomic;
 use crate::store::journal::{MemberLine, Record};
 use crate::store::metrics_log::EpochLine;
 use ending::Ending;
@@ -48,12 +50,16 @@ pub(crate) struct Parts {
     pub(crate) metrics: Metrics,
     pub(crate) status: Arc<Mutex<Status>>,
     pub(crate) screen: Screen,
+    /// The ready file, and what it says before a generation forms.
+    pub(crate) ready: Option<(PathBuf, String)>,
 }
 
 /// The state that a run goes on from.
 pub(crate) struct StartState {
     /// Steps done.
     pub(crate) step: u64,
+    /// The evaluation that belongs to the last of them is still to be done.
+    pub(crate) owes_evaluation: bool,
     /// Sums of the epoch under way, of its steps before this one.
     pub(crate) epoch_sums: EpochSums,
     /// All of it, as bytes.
@@ -72,7 +78,7 @@ pub(crate) struct Outcome {
     pub(crate) result: Result<Exit, Problem>,
 }
 
-type WrittenCheckpoint = Result<(u64, String), Problem>;
+type WrittenCheckpoint = Result<(Stage, String), Problem>;
 
 /// A run under way.
 pub(crate) struct Run {
@@ -96,12 +102,16 @@ pub(crate) struct Run {
     train_loss: Option<f64>,
     digests: Digests,
     arriving: Arriving,
+    /// A state that is written when all members' digests of it agree.
+    held: Option<(u64, Vec<u8>)>,
     checkpoint_asked: Instant,
+    /// The step at which a state is announced to be asked for whatever the clock says.
+    announced: u64,
     /// Checkpoints that are being written or wait for it.
     writing: usize,
     images: std::sync::mpsc::Sender<Vec<u8>>,
-    /// Members that have stopped, and after which step.
-    stopped: HashMap<WorkerId, u64>,
+    /// Members that have stopped, and how far their states are.
+    stopped: HashMap<WorkerId, Stage>,
     drain_asked: bool,
     /// What a member said about a lost peer, and until when a better reason may come.
     broken: Option<(Instant, String)>,
@@ -152,7 +162,9 @@ impl Run {
             train_loss: None,
             digests: Digests::default(),
             arriving: Arriving::default(),
+            held: None,
             checkpoint_asked: Instant::now(),
+            announced: 0,
             writing: 0,
             images,
             stopped: HashMap::new(),
@@ -175,8 +187,10 @@ impl Run {
             }
             Arrival::Bulk(id, header, part) => {
                 let size = self.parts.layout.image_bytes();
-                match self.arriving.take(id, &header, &part, size)? {
-                    Some(image) => self.write_checkpoint(id, header.step, image),
+                let whole = self.arriving.take(id, &header, &part, size)?;
+                self.ending_goes_on();
+                match whole {
+                    Some(image) => self.hold_checkpoint(id, header.step, image),
                     None => Ok(()),
                 }
             }
@@ -245,10 +259,14 @@ impl Run {
                 if !parted.is_empty() {
                     self.replicas_differ(step, &parted);
                 }
+                self.write_agreed()?;
             }
-            ToCoordinator::Stopped { generation, step, why } if generation == self.generation => {
+            ToCoordinator::Stopped { generation, step, owes_evaluation, why }
+                if generation == self.generation =>
+            {
                 self.feeders.remove(&id);
-                self.stopped.insert(id, step);
+                self.stopped.insert(id, Stage { step, whole: !owes_evaluation });
+                self.ending_goes_on();
                 match why {
                     Stop::Finished => self.end(Ok(Exit::Done)),
                     Stop::Drained => self.end(Ok(Exit::Requeue)),
@@ -321,7 +339,8 @@ impl Run {
                 send_image(link, generation, *step, image);
             }
             let (data, shards) = (self.parts.data.handle(), member.shards.clone());
-            let feeder = Feeder::start(data, self.schedule, self.step, generation, shards, link.clone());
+            let from = (self.step, resumed.is_some_and(|resumed| resumed.owes_evaluation));
+            let feeder = Feeder::start(data, self.schedule, from, generation, shards, link.clone());
             self.feeders.insert(member.worker_id, feeder);
         }
         self.with_status(|status| {
@@ -332,14 +351,14 @@ impl Run {
                 }
             }
         });
+        if let Some((path, text)) = &self.parts.ready {
+            write_atomic(path, format!("{text}generation={generation}\n").as_bytes())?;
+        }
         self.parts.screen.notice(reason);
         let resumed_sums = self.parts.resumed.as_ref().map(|resumed| resumed.epoch_sums);
         let is_inside = self.schedule.position(self.step).1 > 0;
         self.epoch = EpochClock::new(resumed_sums.filter(|_| is_inside).unwrap_or_default());
         self.announce_checkpoint();
-        if self.drain_asked {
-            self.send_all(&ToWorker::Drain);
-        }
         Ok(())
     }
 
@@ -366,7 +385,8 @@ impl Run {
         let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds.max(1));
         if self.checkpoint_asked.elapsed() >= interval && self.writing == 0 && !self.arriving.is_under_way() {
             self.checkpoint_asked = Instant::now();
-            self.ask_state(self.step + 1);
+            let digest_steps = self.parts.file.run.digest_steps.max(1);
+            self.ask_state((self.step + 1).next_multiple_of(digest_steps));
         }
         Ok(())
     }
@@ -430,7 +450,8 @@ impl Run {
     /// Asks the first member for its state at the next epoch's end, or at the run's.
     fn announce_checkpoint(&mut self) {
         let per_epoch = self.schedule.steps_per_epoch;
-        self.ask_state(((self.step / per_epoch + 1) * per_epoch).min(self.schedule.total_steps));
+        self.announced = ((self.step / per_epoch + 1) * per_epoch).min(self.schedule.total_steps);
+        self.ask_state(self.announced);
     }
 
     fn ask_state(&mut self, at_step: u64) {
@@ -440,39 +461,59 @@ impl Run {
     }
 
     /// A whole state has arrived.
-    fn write_checkpoint(&mut self, from: WorkerId, step: u64, image: Vec<u8>) -> Result<(), Problem> {
-        (self.writing, self.checkpoint_asked) = (self.writing + 1, Instant::now());
-        self.images.send(image).map_err(|_| Problem::failed("the writer of checkpoints has ended"))?;
-        match &mut self.ending {
-            Some(ending) if ending.state_from == Some(from) => ending.state_from = None,
-            Some(_) => {}
-            None if self.schedule.ends_epoch(step) && step < self.schedule.total_steps => {
-                self.announce_checkpoint();
-            }
-            None => {}
+    fn hold_checkpoint(&mut self, from: WorkerId, step: u64, image: Vec<u8>) -> Result<(), Problem> {
+        self.checkpoint_asked = Instant::now();
+        self.ending_goes_on();
+        if let Some(ending) = &mut self.ending
+            && ending.state_from == Some(from)
+        {
+            // Asked for when all that are left had stopped and their digests were compared. (Who was cut off inside an
+            // evaluation has none.)
+            ending.state_from = None;
+            return self.write_checkpoint(image);
         }
-        Ok(())
+        self.held = Some((step, image));
+        self.write_agreed()
+    }
+
+    /// Hands the held state to the writer, if all members' digests of it agree or it has none.
+    fn write_agreed(&mut self) -> Result<(), Problem> {
+        let (agreed, digest_steps) = (self.digests.agreed(), self.parts.file.run.digest_steps);
+        let may_be_written = |step: u64| agreed >= step || !self.schedule.digests_after(step, digest_steps);
+        match self.held.take_if(|(step, _)| may_be_written(*step)) {
+            Some((_, image)) => self.write_checkpoint(image),
+            None => Ok(()),
+        }
+    }
+
+    fn write_checkpoint(&mut self, image: Vec<u8>) -> Result<(), Problem> {
+        self.writing += 1;
+        self.images.send(image).map_err(|_| Problem::failed("the writer of checkpoints has ended"))
     }
 
     fn checkpoint_written(&mut self, result: WrittenCheckpoint) -> Result<(), Problem> {
         self.writing -= 1;
+        self.ending_goes_on();
         match result {
-            Ok((step, file)) => {
-                self.parts.metrics.checkpoint(Some(step));
-                self.with_status(|status| status.checkpoint_step = Some(step));
-                self.parts.records.checkpoint_written(step, &file)
+            Ok((stage, file)) => {
+                self.parts.metrics.checkpoint(Some(stage.step));
+                self.with_status(|status| status.checkpoint_step = Some(stage.step));
+                self.parts.records.checkpoint_written(stage, file)?;
+                if self.ending.is_none() && self.writing == 0 && stage.step >= self.announced {
+                    self.announce_checkpoint();
+                }
+                Ok(())
             }
             Err(problem) => {
                 self.parts.metrics.checkpoint(None);
                 let sentence = format!("the checkpoint was not written: {problem}");
                 self.parts.screen.notice(&sentence);
-                self.parts.records.journal(&Record::Event { text: sentence })?;
                 if self.ending.is_some() {
                     // Asking again would most likely meet the same obstacle.
                     self.distrust();
                     self.end(Err(problem));
                 }
-                Ok(())
+                self.parts.records.journal(&Record::Event { text: sentence })
             }
         }
     }

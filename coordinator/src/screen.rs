@@ -121,8 +121,9 @@ impl Screen {
             duration(eta)
         );
         if self.form == Form::Live {
-            print!("\r\x1b[2K{line}");
-            let _ = std::io::stdout().flush();
+            // As in `line`: a terminal that is gone must not end the run.
+            let mut out = std::io::stdout();
+            let _ = write!(out, "\r\x1b[2K{line}").and_then(|()| out.flush());
             self.dirty = true;
         } else {
             self.line(&line);

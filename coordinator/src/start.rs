@@ -43,7 +43,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// The run's secret.
     pub token: Token,
-    /// Written, atomically, when both ports are bound: `control=HOST:PORT` and `http=HOST:PORT`, a line each.
+    /// Written, atomically, when both ports are bound: `control=HOST:PORT` and `http=HOST:PORT`, a line
+    /// each; once workers train, also `generation=N`.
     pub ready_file: Option<PathBuf>,
     /// How long status and metrics are served after the run's end, for a last scrape.
     pub linger: Duration,
@@ -80,20 +81,27 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         notices.iter().for_each(|notice| screen.notice(notice));
         StartState {
             step: image.progress().step,
+            owes_evaluation: !image.is_whole(),
             epoch_sums: image.control().epoch,
             image: image.into_bytes(),
         }
     });
     if let Some(path) = &config.ready_file {
-        write_atomic(path, format!("control={control_address}\nhttp={http_address}\n").as_bytes())?;
+        write_atomic(path, ready_text(control_address, http_address).as_bytes())?;
     }
     let metrics = Metrics::new(&config.build);
     let status = Arc::new(Mutex::new(first_status(&config, &records, &schedule)));
     tokio::spawn(http::serve(pages, Pages { metrics: metrics.clone(), status: status.clone() }));
 
-    let parts = Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen };
+    let ready = config.ready_file.clone().map(|path| (path, ready_text(control_address, http_address)));
+    let parts =
+        Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen, ready };
     let started = Instant::now();
-    let outcome = if parts.resumed.as_ref().is_some_and(|start| start.step >= schedule.total_steps) {
+    let outcome = if parts
+        .resumed
+        .as_ref()
+        .is_some_and(|start| start.step >= schedule.total_steps && !start.owes_evaluation)
+    {
         already_done(parts)
     } else {
         let (arrivals, arrived) = unbounded_channel();
@@ -110,6 +118,11 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         }
     }
     result
+}
+
+/// What the ready file says when both ports are bound.
+fn ready_text(control: SocketAddr, http: SocketAddr) -> String {
+    format!("control={control}\nhttp={http}\n")
 }
 
 /// Listens; gives the address with the port that was bound.
@@ -196,7 +209,7 @@ fn job_rows(
 }
 
 fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Status {
-    let step = records.checkpoint_step.unwrap_or(0);
+    let step = records.checkpoint.map_or(0, |stage| stage.step);
     Status {
         run_id: records.run_id.clone(),
         preset: config.preset.clone(),
@@ -205,7 +218,7 @@ fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Stat
         total_steps: schedule.total_steps,
         epoch: schedule.position(step).0 + 1,
         steps_per_epoch: schedule.steps_per_epoch,
-        checkpoint_step: records.checkpoint_step,
+        checkpoint_step: records.checkpoint.map(|stage| stage.step),
         shards: config.file.job.shards,
         ..Status::default()
     }
@@ -237,7 +250,7 @@ fn conclude(config: &Config, outcome: Outcome, elapsed: Duration) -> Result<Exit
     if let Some(sums) = validation.filter(|sums| sums.weight > 0) {
         rows.push(("validation", validation_text(config.file.job.task, &sums)));
     }
-    if parts.records.checkpoint_step.is_some() {
+    if parts.records.checkpoint.is_some() {
         rows.push(("checkpoint", config.run_dir.join("latest").display().to_string()));
     }
     rows.push(("metrics", parts.records.dir.metrics_path().display().to_string()));

@@ -17,6 +17,8 @@ pub struct ControlState {
     pub best_validation_loss: f64,
     /// Epochs since [`best_validation_loss`](Self::best_validation_loss) was reached.
     pub epochs_without_improvement: u64,
+    /// Evaluations at epochs' ends that were taken in. One fewer than the epochs done: the last one is still due.
+    pub evaluated_epochs: u64,
     /// Factor on the job's learning rate; 1 while no schedule changes it.
     pub learning_rate_scale: f64,
     /// Steps whose update was left out because the gradient was not finite; 0 while such a step ends the run.
@@ -48,6 +50,7 @@ impl Default for ControlState {
             first_epoch_loss: f64::INFINITY,
             best_validation_loss: f64::INFINITY,
             epochs_without_improvement: 0,
+            evaluated_epochs: 0,
             learning_rate_scale: 1.0,
             skipped_updates: 0,
         }
@@ -55,8 +58,14 @@ impl Default for ControlState {
 }
 
 impl ControlState {
+    /// Whether the evaluation of the last of `epochs` whole epochs is still due: the state is that of a run that was
+    /// cut off between an epoch's last step and the end of its evaluation.
+    pub fn owes_evaluation(&self, epochs: u64) -> bool {
+        self.evaluated_epochs < epochs
+    }
+
     /// Size of [`to_bytes`](Self::to_bytes).
-    pub const BYTES: usize = 8 * 8;
+    pub const BYTES: usize = 9 * 8;
 
     /// Takes in the reduced sums of the step at position `index` of `epoch`.
     pub fn after_step(&mut self, epoch: u64, index: u64, steps_per_epoch: u64, sums: &StepSums) {
@@ -71,9 +80,13 @@ impl ControlState {
         }
     }
 
-    /// Takes in an evaluation at the end of an epoch.
+    /// Takes in an evaluation at the end of an epoch. Without validation data there is nothing to wait to improve.
     pub fn after_epoch(&mut self, validation: &StepSums) {
-        if validation.weight > 0 && validation.mean_loss() < self.best_validation_loss {
+        self.evaluated_epochs += 1;
+        if validation.weight == 0 {
+            return;
+        }
+        if validation.mean_loss() < self.best_validation_loss {
             self.best_validation_loss = validation.mean_loss();
             self.epochs_without_improvement = 0;
         } else {
@@ -81,7 +94,7 @@ impl ControlState {
         }
     }
 
-    /// Eight little-endian 64-bit words in the order of the fields.
+    /// Nine little-endian 64-bit words in the order of the fields.
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
         let words = [
             self.epoch.loss.to_bits(),
@@ -90,6 +103,7 @@ impl ControlState {
             self.first_epoch_loss.to_bits(),
             self.best_validation_loss.to_bits(),
             self.epochs_without_improvement,
+            self.evaluated_epochs,
             self.learning_rate_scale.to_bits(),
             self.skipped_updates,
         ];
@@ -109,8 +123,9 @@ impl ControlState {
             first_epoch_loss: real(3),
             best_validation_loss: real(4),
             epochs_without_improvement: word(5),
-            learning_rate_scale: real(6),
-            skipped_updates: word(7),
+            evaluated_epochs: word(6),
+            learning_rate_scale: real(7),
+            skipped_updates: word(8),
         }
     }
 }
@@ -126,6 +141,7 @@ mod tests {
             first_epoch_loss: 4.5,
             best_validation_loss: f64::INFINITY,
             epochs_without_improvement: 6,
+            evaluated_epochs: 7,
             learning_rate_scale: 0.5,
             skipped_updates: 8,
         };
@@ -153,5 +169,7 @@ mod tests {
         }
         control.after_epoch(&StepSums { loss: f64::NAN, weight: 1, ..Default::default() });
         assert_eq!((control.best_validation_loss, control.epochs_without_improvement), (0.5, 1));
+        control.after_epoch(&StepSums::default());
+        assert_eq!((control.epochs_without_improvement, control.evaluated_epochs), (1, 7));
     }
 }

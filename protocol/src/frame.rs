@@ -180,9 +180,11 @@ mod tests {
 
     #[test]
     fn messages_have_these_bytes() {
-        let message = ToCoordinator::Stopped { generation: 2, step: 300, why: Stop::Drained };
+        let message =
+            ToCoordinator::Stopped { generation: 2, step: 300, owes_evaluation: false, why: Stop::Drained };
         let bytes = encode_message(&message);
-        let golden = [&[0, 6, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[44, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]];
+        let golden =
+            [&[0, 6, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[44, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]];
         assert_eq!(bytes, golden.concat());
         assert_eq!(decode::<ToCoordinator>(bytes), Ok(Frame::Message(message)));
     }

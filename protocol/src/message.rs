@@ -61,6 +61,8 @@ pub enum ToCoordinator {
         generation: Generation,
         /// Steps done.
         step: u64,
+        /// The evaluation that belongs to this step is not done: the state is that of the step, but not whole.
+        owes_evaluation: bool,
         /// Why.
         why: Stop,
     },

@@ -39,13 +39,15 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The work that follows when `done` steps are done, in order, to the end of the run.
-    pub fn after(self, done: u64) -> impl Iterator<Item = Work> {
-        (done..self.total_steps).flat_map(move |step| {
+    /// The work that follows when `done` steps are done, in order, to the end of the run. It begins with the
+    /// evaluation of these steps if that is still `owed`.
+    pub fn after(self, done: u64, owed: bool) -> impl Iterator<Item = Work> {
+        let due = if owed { done } else { 0 };
+        self.evaluation(due).chain((done..self.total_steps).flat_map(move |step| {
             let (epoch, index) = self.position(step);
             let train = Work::Train { step, epoch, index };
             std::iter::once(train).chain(self.evaluation(step + 1))
-        })
+        }))
     }
 
     /// The evaluation that belongs to the state after `done` steps: at each epoch's end and at the run's end.
@@ -64,6 +66,12 @@ impl Schedule {
         self.ends_epoch(done) || done == self.total_steps
     }
 
+    /// Whether all workers send a digest of the state after `done` steps: at each multiple of `digest_steps`, if that
+    /// is not 0, and wherever there is an evaluation. States are only written where digests are compared.
+    pub fn digests_after(self, done: u64, digest_steps: u64) -> bool {
+        (digest_steps > 0 && done.is_multiple_of(digest_steps)) || self.evaluates_after(done)
+    }
+
     /// Whether `done` steps are whole epochs. Only then does an evaluation enter the control state, so that a run
     /// stopped in the middle of an epoch and continued later has the same state as one that never stopped.
     pub fn ends_epoch(self, done: u64) -> bool {
@@ -79,7 +87,7 @@ mod tests {
     fn evaluation_follows_each_epoch_and_the_end() {
         let schedule = Schedule { steps_per_epoch: 2, evaluation_batches: 1, total_steps: 5 };
         let work: Vec<String> = schedule
-            .after(1)
+            .after(1, false)
             .map(|work| match work {
                 Work::Train { step, epoch, index } => format!("t{step}:{epoch}.{index}"),
                 Work::Evaluate { step, index } => format!("e{step}.{index}"),
@@ -91,7 +99,9 @@ mod tests {
     #[test]
     fn nothing_follows_the_end() {
         let schedule = Schedule { steps_per_epoch: 2, evaluation_batches: 1, total_steps: 5 };
-        assert_eq!(schedule.after(5).count(), 0);
+        assert_eq!(schedule.after(5, false).count(), 0);
+        assert_eq!(schedule.after(5, true).collect::<Vec<_>>(), [Work::Evaluate { step: 5, index: 0 }]);
+        assert_eq!(schedule.after(4, true).next(), Some(Work::Evaluate { step: 4, index: 0 }));
         assert!(!schedule.ends_epoch(5) && schedule.evaluates_after(5));
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use model::device::{Device, Result};
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk, encode_message};
 use protocol::message::{Generation, ToCoordinator};
+use protocol::schedule::Schedule;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::metrics::WorkerMetrics;
@@ -28,13 +29,19 @@ pub struct Outbox {
     frames: UnboundedSender<Bytes>,
     requests: Arc<Mutex<Requests>>,
     metrics: WorkerMetrics,
+    schedule: Schedule,
     digest_steps: u64,
 }
 
 impl Outbox {
-    /// An outbox whose frames go to `frames`; digests are sent after each multiple of `digest_steps`.
-    pub fn new(frames: UnboundedSender<Bytes>, metrics: WorkerMetrics, digest_steps: u64) -> Self {
-        Self { frames, requests: Arc::default(), metrics, digest_steps }
+    /// An outbox whose frames go to `frames`; when digests are due is [`Schedule::digests_after`].
+    pub fn new(
+        frames: UnboundedSender<Bytes>,
+        metrics: WorkerMetrics,
+        schedule: Schedule,
+        digest_steps: u64,
+    ) -> Self {
+        Self { frames, requests: Arc::default(), metrics, schedule, digest_steps }
     }
 
     /// Queues a message. When the session has ended there is nobody left to tell, which the loop learns elsewhere.
@@ -80,7 +87,7 @@ impl Outbox {
         generation: Generation,
     ) -> Result<()> {
         let step = replica.progress.step;
-        if self.digest_steps > 0 && step.is_multiple_of(self.digest_steps) {
+        if self.schedule.digests_after(step, self.digest_steps) {
             self.send_digest(device, replica, generation)?;
         }
         let due = {

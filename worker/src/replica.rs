@@ -96,6 +96,11 @@ impl<D: Device> Replica<D> {
         self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
     }
 
+    /// Whether the evaluation of the last whole epoch is still due.
+    pub fn owes_evaluation(&self) -> bool {
+        self.control.owes_evaluation(self.progress.epoch)
+    }
+
     /// The four float parts of the state, in the order of the image.
     fn parts(&self) -> [&D::Buffer; 4] {
         [&self.parameters, &self.first_moment, &self.second_moment, &self.state]

@@ -3,7 +3,7 @@
 //! One task owns the connection; one blocking thread owns device and state while it trains. They meet in a
 //! [`Feed`] (batches in), an [`Outbox`] (frames out) and an abort handle.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
@@ -23,6 +23,7 @@ use crate::connection::{Connection, lost};
 use crate::feed::{BATCHES_AHEAD, Feed};
 use crate::metrics::{self, WorkerMetrics};
 use crate::outbox::Outbox;
+use crate::replica::Replica;
 use crate::trainer::{Task, Trainer};
 
 /// What a worker is told at its start; everything else comes from the coordinator.
@@ -66,7 +67,7 @@ where
     let data_port = data_listener.local_addr().map_err(|e| lost(&e.to_string()))?.port();
     let metrics = WorkerMetrics::new();
     let metrics_address = match config.metrics {
-        Some(address) => Some(metrics::serve(address, metrics.clone()).await?.to_string()),
+        Some(address) => Some(metrics::serve(address, metrics.clone()).await?),
         None => None,
     };
     let hello = Hello {
@@ -77,7 +78,7 @@ where
         threads: backend.threads() as u32,
         data_port,
         advertise: config.advertise.clone(),
-        metrics: metrics_address,
+        metrics: metrics_address.map(|address| reachable(address, host)),
     };
     connection.send(&ToCoordinator::Hello(hello)).await?;
     let first = tokio::select! {
@@ -93,7 +94,7 @@ where
     let device =
         backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
     let (frames, outgoing) = unbounded_channel();
-    let outbox = Outbox::new(frames, metrics.clone(), welcome.run.digest_steps);
+    let outbox = Outbox::new(frames, metrics.clone(), welcome.data.schedule, welcome.run.digest_steps);
     let session = Session {
         connection,
         outgoing,
@@ -107,6 +108,14 @@ where
         waiting_for_state: None,
     };
     session.serve(shutdown).await
+}
+
+/// Where others find what listens at `bound`: an unspecified address means every one of this host's.
+fn reachable(mut bound: SocketAddr, host: IpAddr) -> String {
+    if bound.ip().is_unspecified() {
+        bound.set_ip(host);
+    }
+    bound.to_string()
 }
 
 fn ended(goodbye: Goodbye) -> Result<Exit, Problem> {
@@ -156,28 +165,33 @@ struct Session<D: model::device::Device> {
 }
 
 impl<D: model::device::Device + 'static> Session<D> {
-    async fn serve(mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
-        let result = loop {
+    async fn serve(mut self, shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
+        let result = self.obey_all(shutdown).await;
+        // The thread must not outlive the session: the process waits for it.
+        if let Stage::Training(running) = &mut self.stage {
+            running.end();
+        }
+        result
+    }
+
+    async fn obey_all(&mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
+        loop {
             tokio::select! {
                 frame = self.connection.receive() => match frame {
-                    Some(Ok(Frame::Message(ToWorker::Goodbye(goodbye)))) => break ended(goodbye),
+                    Some(Ok(Frame::Message(ToWorker::Goodbye(goodbye)))) => return ended(goodbye),
                     Some(Ok(Frame::Message(message))) => self.obey(message)?,
                     Some(Ok(Frame::Bulk(header, payload))) => self.take_in(&header, &payload)?,
-                    Some(Err(problem)) => break Err(problem),
-                    None => break Err(lost("it closed the connection")),
+                    Some(Err(problem)) => return Err(problem),
+                    None => return Err(lost("it closed the connection")),
                 },
                 Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
                 Some(()) = shutdown.recv() => match &self.stage {
                     Stage::Training(_) if !self.outbox.drain_requested() => self.outbox.request_drain(),
-                    _ => break Ok(Exit::Requeue),
+                    _ => return Ok(Exit::Requeue),
                 },
             }
-        };
-        if let Stage::Training(running) = &mut self.stage {
-            running.end();
         }
-        result
     }
 
     fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {
@@ -274,10 +288,16 @@ impl<D: model::device::Device + 'static> Session<D> {
             Ok(why) => {
                 if let Some(replica) = &trainer.replica {
                     let failed = |e: model::device::DeviceError| Problem::failed(e.to_string());
-                    self.outbox.send_digest(&trainer.device, replica, trainer.generation).map_err(failed)?;
+                    // Members that were cut off at different points of an evaluation differ, and may.
+                    if !replica.owes_evaluation() {
+                        self.outbox
+                            .send_digest(&trainer.device, replica, trainer.generation)
+                            .map_err(failed)?;
+                    }
                     self.outbox.send(ToCoordinator::Stopped {
                         generation: trainer.generation,
                         step: replica.progress.step,
+                        owes_evaluation: replica.owes_evaluation(),
                         why,
                     });
                 }
@@ -285,7 +305,9 @@ impl<D: model::device::Device + 'static> Session<D> {
             Err(sentence) => {
                 self.outbox.send(ToCoordinator::Failed { sentence, hint: None });
                 let (generation, step) = (trainer.generation, trainer.step());
-                self.outbox.send(ToCoordinator::Stopped { generation, step, why: Stop::Aborted });
+                let owes_evaluation = trainer.replica.as_ref().is_some_and(Replica::owes_evaluation);
+                let why = Stop::Aborted;
+                self.outbox.send(ToCoordinator::Stopped { generation, step, owes_evaluation, why });
             }
         }
         self.stage = Stage::Idle(trainer);

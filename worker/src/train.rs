@@ -105,19 +105,24 @@ impl<D: Device> Generation<D> {
     }
 
     /// Trains until the schedule ends, the fleet drains, or something breaks. The replica is always in the state
-    /// after some whole step.
+    /// after some step; if it was cut off before the evaluation that belongs to it, the control state says so, and
+    /// whoever goes on from there begins with that.
     ///
     /// # Errors
     /// An aborted or broken generation, a failed device.
     pub fn train(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Stop, StepError> {
         let schedule = self.data.schedule;
+        if replica.owes_evaluation() {
+            self.evaluate(device, replica)?;
+            self.outbox.after_step(device, replica, self.form.generation)?;
+        }
         while replica.progress.step < schedule.total_steps {
             let Some(drain) = self.step(device, replica)? else { return Ok(Stop::NonFinite) };
             if schedule.evaluates_after(replica.progress.step) {
                 self.evaluate(device, replica)?;
             }
             self.outbox.after_step(device, replica, self.form.generation)?;
-            if drain {
+            if drain && replica.progress.step < schedule.total_steps {
                 return Ok(Stop::Drained);
             }
         }

@@ -13,7 +13,7 @@ use crate::membership::Event;
 use crate::server::Arrival;
 use crate::store::journal::Record;
 
-/// Once the run is ending, what is still to come must come within this time.
+/// Once the run is ending, something must bring the end nearer within this time.
 const ENDING_LIMIT: Duration = Duration::from_secs(20);
 
 /// Members have this long to finish or drop their step before the last state is asked for without them.
@@ -26,6 +26,8 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(3);
 pub(super) struct Ending {
     pub(super) result: Result<Exit, Problem>,
     since: Instant,
+    /// When something last brought it nearer.
+    progress: Instant,
     /// The replicas' states may be written.
     trusted: bool,
     /// The member that was asked for the last state.
@@ -54,7 +56,8 @@ impl Run {
     }
 
     pub(super) fn tick(&mut self) -> Result<(), Problem> {
-        if self.broken.as_ref().is_some_and(|(deadline, _)| Instant::now() >= *deadline)
+        if self.ending.is_none()
+            && self.broken.as_ref().is_some_and(|(deadline, _)| Instant::now() >= *deadline)
             && let Some((_, cause)) = self.broken.take()
         {
             self.give_up(Problem::failed(cause).hint(GO_ON))?;
@@ -64,11 +67,9 @@ impl Run {
 
     /// Gives the run up for a reason that leaves the states whole. What follows from the first reason is not told.
     pub(super) fn give_up(&mut self, problem: Problem) -> Result<(), Problem> {
-        if self.ending.is_none() {
-            self.parts.records.journal(&Record::Event { text: problem.sentence.clone() })?;
-        }
+        let (is_first, text) = (self.ending.is_none(), problem.sentence.clone());
         self.fail(problem, true);
-        Ok(())
+        if is_first { self.parts.records.journal(&Record::Event { text }) } else { Ok(()) }
     }
 
     pub(super) fn fail(&mut self, problem: Problem, trusted: bool) {
@@ -95,7 +96,8 @@ impl Run {
             }
         } else {
             let since = Instant::now();
-            let ending = Ending { result, since, trusted: true, state_from: None, cut_short: false };
+            let ending =
+                Ending { result, since, progress: since, trusted: true, state_from: None, cut_short: false };
             self.ending = Some(ending);
             self.with_status(|status| status.phase = "ending");
             // Whoever leaves from now on may.
@@ -109,27 +111,41 @@ impl Run {
         self.members.iter().filter(at_work).count()
     }
 
-    /// Once all members rest, or long enough were asked to, asks the most advanced for the last state, if it is not written yet.
+    /// Something brought the end nearer: its limit begins anew.
+    pub(super) fn ending_goes_on(&mut self) {
+        if let Some(ending) = &mut self.ending {
+            ending.progress = Instant::now();
+        }
+    }
+
+    /// Once all members rest, or long enough were asked to, asks the most advanced for the last state, if it is not
+    /// written yet.
     pub(super) fn settle(&mut self) {
         let is_idle = self.writing == 0 && !self.arriving.is_under_way();
         let all_rest = self.training() == 0;
-        let (Some(ending), Some((&id, &step))) = (&mut self.ending, self.stopped.iter().max_by_key(|s| s.1))
-        else {
+        let most_advanced = self.stopped.iter().max_by_key(|(_, stage)| **stage);
+        let (Some(ending), Some((&id, &stage))) = (&mut self.ending, most_advanced) else {
             return;
         };
-        let is_written = self.parts.records.checkpoint_step.is_some_and(|written| written >= step);
+        let is_written = self.parts.records.checkpoint.is_some_and(|written| written >= stage);
         // A member that hangs is not waited for to the end.
         let may_ask = all_rest || ending.since.elapsed() >= REST_LIMIT;
-        if may_ask && is_idle && ending.trusted && ending.state_from.is_none() && !is_written && step > 0 {
+        if may_ask
+            && is_idle
+            && ending.trusted
+            && ending.state_from.is_none()
+            && !is_written
+            && stage.step > 0
+        {
             ending.state_from = Some(id);
-            self.send(id, &ToWorker::SendState { at_step: step });
+            self.send(id, &ToWorker::SendState { at_step: stage.step });
         }
     }
 
     pub(super) fn is_over(&self) -> bool {
         self.ending
             .as_ref()
-            .is_some_and(|ending| self.is_complete() || ending.since.elapsed() >= ENDING_LIMIT)
+            .is_some_and(|ending| self.is_complete() || ending.progress.elapsed() >= ENDING_LIMIT)
     }
 
     /// Nobody trains and nothing is on its way to the disk.
@@ -142,13 +158,15 @@ impl Run {
 
     /// Sends everybody home.
     pub(super) async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
-        let is_complete = self.is_complete();
+        let newest = self.stopped.values().max().filter(|stage| stage.step > 0);
+        let is_written = newest.is_none_or(|newest| self.parts.records.checkpoint >= Some(*newest));
+        let is_done = is_written || self.ending.as_ref().is_some_and(|ending| ending.cut_short);
         let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result).and_then(|exit| {
-            if is_complete {
+            if is_done {
                 return Ok(exit);
             }
             let limit = ENDING_LIMIT.as_secs();
-            let sentence = format!("the last state was not written within {limit} s of the run's end");
+            let sentence = format!("the last state was not written: nothing came for {limit} s");
             Err(Problem::failed(sentence).hint(GO_ON))
         });
         let outcome = match &result {

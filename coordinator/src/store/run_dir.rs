@@ -352,7 +352,7 @@ mod tests {
         let run = open(dir.path(), &[("epochs", "20"), ("workers", "4"), ("data", "b.txt")]).unwrap();
         assert_eq!(
             run.changed_settings(),
-            ["data: \"embedded\" there, \"b.txt\" here", "epochs: 10 there, 20 here"]
+            ["data: \"embedded\" there, \"b.txt\" here", "epochs: 24 there, 20 here"]
         );
         drop(run);
         let text = fs::read_to_string(dir.path().join(JOB)).unwrap();

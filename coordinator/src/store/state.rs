@@ -64,6 +64,11 @@ impl StateImage {
         ControlState::from_bytes(self.tail(Progress::BYTES))
     }
 
+    /// Whether the evaluation that belongs to its last step is done too.
+    pub fn is_whole(&self) -> bool {
+        !self.control().owes_evaluation(self.progress().epoch)
+    }
+
     /// Hash of the flat parameter buffer, 64 lower-case hexadecimal digits.
     pub fn parameter_sha256(&self) -> String {
         let [parameters, ..] = self.layout.image_ranges();

@@ -23,6 +23,7 @@ pub(super) fn control(salt: u64) -> ControlState {
         first_epoch_loss: 0.1 + 0.2,
         best_validation_loss: f64::INFINITY,
         epochs_without_improvement: 1,
+        evaluated_epochs: 2,
         learning_rate_scale: 0.5,
         skipped_updates: 2,
     }
