@@ -63,6 +63,25 @@ fn a_killed_worker_ends_the_run_by_name_and_the_run_can_go_on() {
 }
 
 #[test]
+fn an_evaluation_that_was_cut_off_is_made_up_for() {
+    let folder = Folder::new();
+    // 9 steps are an epoch, and its evaluation is 84 batches: the kill lands in it.
+    let text = folder.text(60_000);
+    let job = format!(
+        "char-lstm --data {text} --set hidden_size=96 --set seq_len=10 --set validation_fraction=0.9"
+    );
+    let run = folder.run("run", &job);
+    let process = run.start("--epochs 3 --workers 2");
+    wait_for_steps(&run, 9);
+    kill(child_with(&process, "--name worker-2"));
+    process.end().expect_failure(1, &["error: worker worker-2 was lost: "]);
+    println!("killed after the evaluations of steps {:?}", run.metric_steps("epoch"));
+    let resumed = run.train("--epochs 3 --workers 2");
+    assert_eq!(resumed, folder.run("undisturbed", &job).train("--epochs 3 --workers 1"));
+    assert_eq!(run.metric_steps("epoch"), [9, 18, 27]);
+}
+
+#[test]
 fn a_worker_killed_before_the_run_begins_is_named() {
     let folder = Folder::new();
     let run = folder.run("run", &job(&folder));
