@@ -68,7 +68,7 @@ impl CheckpointDir {
     /// damaged.
     ///
     /// # Errors
-    /// Any failed file operation. The checkpoints before it are then still there and no part of the new one is.
+    /// Any failed file operation. The checkpoints before it are then still there, and the new one is whole or not there.
     pub fn write(&self, checkpoint: &Checkpoint, keep: usize) -> Result<Entry, Problem> {
         let content = checkpoint.to_bytes();
         let step = checkpoint.image.progress().step;
