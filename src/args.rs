@@ -12,6 +12,8 @@ use protocol::handshake::Token;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
+use crate::commands::inspect::InspectArgs;
+
 const BUILD: &str = env!("CARGO_PKG_VERSION");
 
 /// Trains recurrent networks, data-parallel over worker processes: any fleet, the same bits.
@@ -253,38 +255,6 @@ impl WorkerArgs {
             None => Simd::detect(),
         };
         Ok(CpuBackend::new(simd, self.threads.unwrap_or_else(cores)))
-    }
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct InspectArgs {
-    /// The run directory [default: the newest below runs/]
-    run_dir: Option<PathBuf>,
-    /// As one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-impl InspectArgs {
-    /// The directory to inspect.
-    pub(crate) fn run_dir(&self) -> Result<PathBuf, Problem> {
-        if let Some(dir) = &self.run_dir {
-            return Ok(dir.clone());
-        }
-        let newest = std::fs::read_dir("runs").ok().and_then(|entries| {
-            entries
-                .flatten()
-                .filter_map(|entry| {
-                    Some((
-                        entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?,
-                        entry.path(),
-                    ))
-                })
-                .max()
-        });
-        newest.map(|(_, path)| path).ok_or_else(|| {
-            Problem::usage("there is no run with a checkpoint below runs/").hint("lockstep inspect RUN_DIR")
-        })
     }
 }
 

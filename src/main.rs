@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod commands;
 mod signals;
 mod supervisor;
 
@@ -57,15 +58,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
                 other => other,
             }
         }
-        Command::Inspect(options) => {
-            let inspection = coordinator::store::inspect::inspect(&options.run_dir()?)?;
-            if options.json {
-                println!("{}", inspection.to_json());
-            } else {
-                print!("{inspection}");
-            }
-            Ok(Exit::Done)
-        }
+        Command::Inspect(args) => commands::inspect::run(&args),
     }
 }
 

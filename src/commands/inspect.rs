@@ -1,0 +1,25 @@
+//! `lockstep inspect`: the newest checkpoint of a run, with its hashes.
+
+use clap::Args;
+use protocol::problem::{Exit, Problem};
+
+use super::RunArg;
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    run: RunArg,
+    /// As one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &InspectArgs) -> Result<Exit, Problem> {
+    let inspection = coordinator::store::inspect::inspect(&args.run.resolve("lockstep inspect RUN_DIR")?)?;
+    if args.json {
+        println!("{}", inspection.to_json());
+    } else {
+        print!("{inspection}");
+    }
+    Ok(Exit::Done)
+}
