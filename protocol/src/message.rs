@@ -46,15 +46,6 @@ pub enum ToCoordinator {
         /// The sums over the validation data.
         sums: StepSums,
     },
-    /// What the network wrote at an epoch's end, as [`Welcome::sample`] asked; only rank 0 does.
-    Sample {
-        /// The generation.
-        generation: Generation,
-        /// Steps done.
-        step: u64,
-        /// The text; shorter than asked for where the network is slow.
-        tokens: Vec<u32>,
-    },
     /// The digest of the whole state after a step; must be equal on every worker.
     Digest {
         /// The generation.
@@ -81,6 +72,15 @@ pub enum ToCoordinator {
         sentence: String,
         /// What to do about it.
         hint: Option<String>,
+    },
+    /// What the network wrote at an epoch's end, as [`Welcome::sample`] asked; only rank 0 does.
+    Sample {
+        /// The generation.
+        generation: Generation,
+        /// Steps done.
+        step: u64,
+        /// The text; shorter than asked for where the network is slow.
+        tokens: Vec<u32>,
     },
 }
 
