@@ -59,6 +59,8 @@ fn run(command: Command) -> Result<Exit, Problem> {
             }
         }
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Sample(args) => commands::sample::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
     }
 }
 

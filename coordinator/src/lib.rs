@@ -15,6 +15,7 @@
 pub mod data;
 mod digests;
 mod epoch_clock;
+mod epoch_sample;
 mod feeder;
 mod http;
 pub mod membership;

@@ -4,6 +4,7 @@
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
+//! - [`load`]: one checkpoint to use, of a run or from a file.
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
 //! - [`inspect`]: all of the above, read and summed up.
@@ -14,6 +15,7 @@ pub mod checkpoint_dir;
 pub mod files;
 pub mod inspect;
 pub mod journal;
+pub mod load;
 pub mod metrics_log;
 pub mod run_dir;
 pub mod state;
