@@ -73,7 +73,7 @@ fn draw(plot: &LossPlot<'_>, svg: &mut String) -> Result<(), DrawingError> {
         .x_desc("step")
         .y_desc(if scale.is_logarithmic { "loss, nats (logarithmic)" } else { "loss, nats" })
         .x_label_formatter(&|step| grouped(*step as u64))
-        .y_label_formatter(&|y| short(scale.loss(*y)))
+        .y_label_formatter(&|y| scale.label(*y))
         .label_style((FONT, 14).into_font().color(&INK))
         .axis_desc_style((FONT, 15).into_font().color(&INK))
         .axis_style(FAINT)
@@ -203,7 +203,7 @@ impl Scale {
         scale.ticks = if is_logarithmic {
             logarithmic_ticks(scale.range.clone())
         } else {
-            ticks(scale.range.clone(), 8, 0.0)
+            ticks(scale.range.clone(), 10, 0.0)
         };
         scale
     }
@@ -214,6 +214,18 @@ impl Scale {
 
     fn loss(&self, y: f64) -> f64 {
         if self.is_logarithmic { 10_f64.powf(y) } else { y }
+    }
+
+    /// The loss at a tick; all labels of a straight scale have the same decimals.
+    fn label(&self, y: f64) -> String {
+        let distance = self.ticks.get(1).map_or(0.0, |second| second - self.ticks[0]);
+        match distance {
+            1e-6..1e5 if !self.is_logarithmic && y.abs() < 1e5 => {
+                let decimals = (-(distance * 1.001).log10().floor()).max(0.0) as usize;
+                format!("{y:.decimals$}")
+            }
+            _ => short(self.loss(y)),
+        }
     }
 }
 
@@ -311,6 +323,8 @@ mod tests {
         ] {
             assert!(texts.iter().any(|text| text == wanted), "no '{wanted}' in {texts:?}");
         }
+        let heights = ["1.5", "2.0", "2.5", "3.0", "3.5", "4.0", "4.5"];
+        assert!(heights.iter().all(|height| texts.iter().any(|text| text == height)), "{texts:?}");
         let numbers = texts.iter().filter(|text| text.parse::<f64>().is_ok()).count();
         assert!((8..25).contains(&numbers), "{texts:?}");
     }
@@ -360,7 +374,7 @@ mod tests {
             (0..500).map(|i| (f64::from(i), 2.3 * (-f64::from(i) / 100.0).exp() + 0.03)).collect();
         let scale = Scale::of(&training, &[]);
         assert!(scale.is_logarithmic && scale.cut_off.is_none(), "{scale:?}");
-        let labels: Vec<String> = scale.ticks.iter().map(|tick| short(scale.loss(*tick))).collect();
+        let labels: Vec<String> = scale.ticks.iter().map(|tick| scale.label(*tick)).collect();
         assert_eq!(labels, ["0.05", "0.1", "0.2", "0.5", "1", "2"]);
     }
 

@@ -172,13 +172,13 @@ impl Screen {
     fn draw(&mut self, progress: &Progress) {
         let beside = text::beside_bar(progress, self.columns().unwrap_or(DEFAULT_COLUMNS));
         let bar = self.bar.get_or_insert_with(|| {
-            // How often it is drawn is decided before it is touched; colours are left out where NO_COLOR says so.
             let bar = ProgressBar::with_draw_target(Some(progress.total_steps), ProgressDrawTarget::stdout());
+            // Left without colours where NO_COLOR is set.
             let style = ProgressStyle::with_template("{wide_bar:.cyan/dim} {msg}").expect("a valid template");
-            bar.with_style(style.progress_chars("━╸─"))
+            bar.with_style(style.progress_chars("━╸─")).with_position(progress.step)
         });
-        bar.set_position(progress.step);
         bar.set_message(beside);
+        bar.set_position(progress.step);
     }
 
     /// Columns of the terminal; none where lines may have any length.
@@ -196,12 +196,13 @@ impl Screen {
     /// Writes lines, above the bar if there is one. A reader that closed the pipe, or a terminal that is gone, has
     /// seen enough: the run goes on.
     fn lines(&self, lines: &[String]) {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        let write = || {
+            let _ = stdout().write_all(text.as_bytes());
+        };
         match &self.bar {
-            Some(bar) => bar.println(lines.join("\n")),
-            None => {
-                let _ = stdout()
-                    .write_all(lines.iter().map(|line| format!("{line}\n")).collect::<String>().as_bytes());
-            }
+            Some(bar) => bar.suspend(write),
+            None => write(),
         }
     }
 }
