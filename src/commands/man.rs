@@ -32,17 +32,24 @@ pub(crate) fn run(args: &ManArgs) -> Result<Exit, Problem> {
 
 /// File names and texts, the main page first.
 fn pages() -> Vec<(String, String)> {
-    let mut main = Cli::command().disable_help_subcommand(true);
+    let mut main = Cli::command();
     main.build();
-    let commands = main.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
-    std::iter::once(main.clone()).chain(commands).map(page).collect()
+    with_subcommands(main).into_iter().map(page).collect()
 }
 
+fn with_subcommands(command: Command) -> Vec<Command> {
+    let shown = |command: &&Command| !command.is_hide_set() && command.get_name() != "help";
+    let below: Vec<Command> =
+        command.get_subcommands().filter(shown).cloned().flat_map(with_subcommands).collect();
+    std::iter::once(command).chain(below).collect()
+}
+
+/// Named as `man lockstep-train` finds it.
 fn page(command: Command) -> (String, String) {
-    // As a file is named, and as `man lockstep-train` finds it.
     let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
     let mut text = Vec::new();
-    Man::new(command).render(&mut text).expect("a vector takes all that is written");
+    let man = Man::new(command.disable_help_subcommand(true));
+    man.render(&mut text).expect("a vector takes all that is written");
     (format!("{name}.1"), String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -50,19 +57,31 @@ fn page(command: Command) -> (String, String) {
 mod tests {
     use super::*;
 
+    /// Names as they are typed, without the program's, and what each says of itself.
+    fn commands(above: &str, command: &Command) -> Vec<(String, String)> {
+        let own = command.get_subcommands().flat_map(|command| {
+            let name = format!("{above}-{}", command.get_name());
+            let about = command.get_about().unwrap().to_string();
+            std::iter::once((name.clone(), about)).chain(commands(&name, command)).collect::<Vec<_>>()
+        });
+        own.collect()
+    }
+
     #[test]
     fn every_command_has_a_page() {
         let pages = pages();
         assert_eq!(pages[0].0, "lockstep.1");
-        let commands = Cli::command();
-        assert_eq!(pages.len(), 1 + commands.get_subcommands().count());
-        for command in commands.get_subcommands() {
-            let name = format!("lockstep-{}.1", command.get_name());
-            let (_, text) = pages.iter().find(|page| page.0 == name).unwrap_or_else(|| panic!("no {name}"));
-            let about = command.get_about().unwrap().to_string();
+        let commands = commands("lockstep", &Cli::command());
+        assert_eq!(pages.len(), 1 + commands.len());
+        for (name, about) in commands {
+            let (_, text) = pages.iter().find(|page| page.0 == format!("{name}.1")).unwrap();
             let first_word = about.split_whitespace().next().unwrap();
-            assert!(text.starts_with(".ie") && text.contains(".TH") && text.contains(first_word), "{text}");
-            assert!(pages[0].1.contains(command.get_name()), "the main page lacks {}", command.get_name());
+            assert!(text.contains(&format!(".TH {name} 1")) && text.contains(first_word), "{text}");
         }
+        for command in Cli::command().get_subcommands() {
+            let name = format!("lockstep\\-{}(1)", command.get_name());
+            assert!(pages[0].1.contains(&name), "the main page lacks {name}");
+        }
+        assert!(pages[0].1.contains("Exit codes:"), "{}", pages[0].1);
     }
 }

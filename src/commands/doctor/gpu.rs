@@ -150,7 +150,7 @@ mod tests {
 
         let lib = root.path().join("lib");
         create_dir_all(&lib).unwrap();
-        assert_eq!(library("libnccl", &[lib.clone()]).finding, Finding::Note);
+        assert_eq!(library("libnccl", std::slice::from_ref(&lib)).finding, Finding::Note);
         write(lib.join("libnccl.so.2.21"), "").unwrap();
         write(lib.join("libnccl.so.2"), "").unwrap();
         let found = library("libnccl", &[root.path().join("none"), lib.clone()]);
