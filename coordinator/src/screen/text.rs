@@ -37,7 +37,9 @@ pub(super) fn table(title: &str, rows: &[(&str, String)], width: Option<usize>) 
 /// What stands beside the bar on a terminal of this width: as much as leaves room for the bar, the important first.
 pub(super) fn beside_bar(progress: &Progress, width: usize) -> String {
     let Progress { step, total_steps, epoch, loss, samples_per_second, seconds_left } = *progress;
-    let mut fields = vec![format!("{step}/{total_steps}"), format!("epoch {epoch}")];
+    // As wide as it will ever be, so that nothing jumps.
+    let digits = total_steps.to_string().len();
+    let mut fields = vec![format!("{step:>digits$}/{total_steps}"), format!("epoch {epoch}")];
     fields.push(format!("loss {}", fixed(loss, 4)));
     fields.push(speed(samples_per_second));
     fields.push(left(seconds_left));
@@ -280,12 +282,12 @@ mod tests {
             seconds_left: Some(723.0),
         };
         let cases = [
-            (200, "1234/17000  epoch 3  loss 1.2345  1,234 samples/s  12 min 3 s left"),
-            (80, "1234/17000  epoch 3  loss 1.2345  1,234 samples/s  12 min 3 s left"),
-            (70, "1234/17000  epoch 3  loss 1.2345  12 min 3 s left"),
-            (50, "1234/17000  loss 1.2345  12 min 3 s left"),
-            (40, "1234/17000  loss 1.2345"),
-            (20, "1234/17000"),
+            (200, " 1234/17000  epoch 3  loss 1.2345  1,234 samples/s  12 min 3 s left"),
+            (80, " 1234/17000  epoch 3  loss 1.2345  1,234 samples/s  12 min 3 s left"),
+            (70, " 1234/17000  epoch 3  loss 1.2345  12 min 3 s left"),
+            (50, " 1234/17000  loss 1.2345  12 min 3 s left"),
+            (40, " 1234/17000  loss 1.2345"),
+            (20, " 1234/17000"),
         ];
         for (width, text) in cases {
             assert_eq!(beside_bar(&progress, width), text, "{width} columns");
