@@ -339,7 +339,8 @@ mod tests {
     #[test]
     fn any_numbers_can_be_drawn() {
         let nan = f64::NAN;
-        let cases: [(&[(f64, f64)], &[(f64, f64)]); 12] = [
+        type Points<'a> = &'a [(f64, f64)];
+        let cases: [(Points<'_>, Points<'_>); 12] = [
             (&[], &[]),
             (&[(1.0, 2.5)], &[]),
             (&[(1.0, 2.5)], &[(1.0, 2.5)]),
