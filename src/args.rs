@@ -13,15 +13,32 @@ use protocol::handshake::Token;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
+use crate::commands::completions::CompletionsArgs;
+use crate::commands::doctor::DoctorArgs;
 use crate::commands::eval::EvalArgs;
 use crate::commands::inspect::InspectArgs;
+use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
 
-const BUILD: &str = env!("CARGO_PKG_VERSION");
+/// What this binary is: `0.1.0 (revision 1a2b3c4d5e6f, features: cpu)`.
+pub(crate) const BUILD: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (revision ",
+    env!("LOCKSTEP_REVISION"),
+    ", features: ",
+    env!("LOCKSTEP_FEATURES"),
+    ")"
+);
+
+/// Where `lockstep coordinator` listens for workers.
+pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7171";
+
+/// Where `lockstep coordinator` serves status and metrics.
+pub(crate) const DEFAULT_HTTP: &str = "127.0.0.1:7172";
 
 /// Trains recurrent networks, data-parallel over worker processes: any fleet, the same bits.
 #[derive(Debug, Parser)]
-#[command(name = "lockstep", version, after_help = EXIT_CODES)]
+#[command(name = "lockstep", version = BUILD, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -45,6 +62,12 @@ pub(crate) enum Command {
     Sample(SampleArgs),
     /// Evaluate a checkpoint on validation data
     Eval(EvalArgs),
+    /// Look at this machine: what a run would use, and what is in its way
+    Doctor(DoctorArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write one for each command
+    Man(ManArgs),
 }
 
 /// What is to be computed, and where it is written.
@@ -179,10 +202,10 @@ pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
     job: JobArgs,
     /// Where workers connect
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7171")]
+    #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
     /// Where status and metrics are served
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7172")]
+    #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_HTTP)]
     http: SocketAddr,
     /// File with the run token, instead of LOCKSTEP_TOKEN
     #[arg(long, value_name = "FILE")]
@@ -311,6 +334,20 @@ mod tests {
             Command::Train(args) => args,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn the_version_names_revision_and_features() {
+        let version = Cli::try_parse_from(["lockstep", "--version"]).unwrap_err().to_string();
+        assert_eq!(version, Cli::try_parse_from(["lockstep", "-V"]).unwrap_err().to_string());
+        assert_eq!(version, format!("lockstep {BUILD}\n"));
+        let (revision, features) = BUILD
+            .strip_prefix(concat!(env!("CARGO_PKG_VERSION"), " (revision "))
+            .and_then(|rest| rest.strip_suffix(')')?.split_once(", features: "))
+            .unwrap();
+        let is_commit = revision.len() >= 12 && revision.chars().all(|char| char.is_ascii_hexdigit());
+        assert!(is_commit || revision == "unknown", "{revision}");
+        assert!(features.split(' ').any(|feature| feature == "cpu"), "{features}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod commands;
 mod signals;
 mod supervisor;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -20,14 +21,15 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        // It would be said on standard error, which is what has failed: its terminal may be gone.
+        .log_internal_errors(false)
         .init();
     match run(cli.command) {
         Ok(exit) => ExitCode::from(exit as u8),
         Err(problem) => {
-            eprintln!("error: {problem}");
-            if let Some(hint) = &problem.hint {
-                eprintln!("hint: {hint}");
-            }
+            let hint = problem.hint.as_ref().map_or_else(String::new, |hint| format!("hint: {hint}\n"));
+            // Whether or not anybody can read it any more, the exit code says what happened.
+            let _ = std::io::stderr().write_all(format!("error: {problem}\n{hint}").as_bytes());
             ExitCode::from(problem.exit as u8)
         }
     }
@@ -61,6 +63,9 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Sample(args) => commands::sample::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+        Command::Man(args) => commands::man::run(&args),
     }
 }
 

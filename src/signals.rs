@@ -7,12 +7,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{Receiver, channel};
 
 /// One value for each SIGINT, SIGTERM or SIGUSR1, and, if `watch_stdin`, one when standard input ends: a supervisor
-/// that is gone cannot be heard, but its pipe closes.
+/// that is gone cannot be heard, but its pipe closes. A terminal that goes away (SIGHUP) is no request: the run that
+/// was started from it goes on.
 pub(crate) fn stop_requests(watch_stdin: bool) -> Result<Receiver<()>, Problem> {
     let (requests, received) = channel(8);
+    let listen =
+        |kind| signal(kind).map_err(|error| Problem::failed(format!("cannot listen for signals: {error}")));
+    // Once somebody listens, the signal has lost its default for good.
+    drop(listen(SignalKind::hangup())?);
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::user_defined1()] {
-        let mut signals =
-            signal(kind).map_err(|error| Problem::failed(format!("cannot listen for signals: {error}")))?;
+        let mut signals = listen(kind)?;
         let requests = requests.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {

@@ -1,6 +1,7 @@
 //! What the coordinator shows over HTTP: a status page, metrics, health, and where the workers' metrics are.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -53,6 +54,8 @@ pub(crate) struct WorkerStatus {
 pub(crate) struct Pages {
     pub(crate) metrics: Metrics,
     pub(crate) status: Arc<Mutex<Status>>,
+    /// The picture of the losses, once it is written.
+    pub(crate) loss_plot: PathBuf,
 }
 
 impl Pages {
@@ -69,6 +72,7 @@ pub(crate) async fn serve(listener: TcpListener, pages: Pages) {
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/status.json", get(status))
+        .route("/loss.svg", get(loss_plot))
         .route("/sd", get(service_discovery))
         .with_state(pages);
     if let Err(error) = axum::serve(listener, routes).await {
@@ -103,6 +107,16 @@ async fn service_discovery(State(pages): State<Pages>) -> Response {
         })
         .collect();
     json(&groups)
+}
+
+/// The picture of the losses as it lies in the run directory.
+async fn loss_plot(State(pages): State<Pages>) -> Response {
+    match tokio::task::spawn_blocking(move || std::fs::read(pages.loss_plot)).await {
+        Ok(Ok(svg)) => {
+            ([("content-type", "image/svg+xml"), ("cache-control", "no-cache")], svg).into_response()
+        }
+        _ => (StatusCode::NOT_FOUND, "there is none before the first epoch's end\n").into_response(),
+    }
 }
 
 fn json(value: &impl Serialize) -> Response {

@@ -9,7 +9,8 @@
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
 //! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
-//! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown.
+//! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown; `loss_plot` and `plot`: the
+//!   picture of the losses.
 #![forbid(unsafe_code)]
 
 pub mod data;
@@ -18,8 +19,10 @@ mod epoch_clock;
 mod epoch_sample;
 mod feeder;
 mod http;
+mod loss_plot;
 pub mod membership;
 mod metrics;
+mod plot;
 mod records;
 mod run;
 mod screen;

@@ -24,6 +24,7 @@ use crate::epoch_clock::EpochClock;
 use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
+use crate::loss_plot::LossFile;
 use crate::membership::{Action, Candidate, Event, Membership, membership};
 use crate::metrics::Metrics;
 use crate::records::{CheckpointWriter, Records, Stage};
@@ -49,6 +50,7 @@ pub(crate) struct Parts {
     /// The state to go on from.
     pub(crate) resumed: Option<StartState>,
     pub(crate) metrics: Metrics,
+    pub(crate) losses: LossFile,
     pub(crate) status: Arc<Mutex<Status>>,
     pub(crate) screen: Screen,
     /// The ready file, and what it says before a generation forms.
@@ -385,6 +387,7 @@ impl Run {
         self.last_report = Some(report);
         self.parts.records.step(&report, epoch, self.members.len() as u32)?;
         self.parts.metrics.step(&report);
+        self.parts.losses.step(report.step, report.sums.mean_loss());
         self.parts.screen.step(&report);
         let speed = self.parts.screen.samples_per_second();
         self.with_status(|status| {
@@ -410,7 +413,7 @@ impl Run {
         let validation = (sums.weight > 0).then_some(sums);
         let (loss, accuracy) = (validation.map(StepSums::mean_loss), validation.map(StepSums::accuracy));
         let (seconds, communication) = (self.epoch.seconds(), self.epoch.communication());
-        let workers = self.members.len();
+        let (workers, samples_per_second) = (self.members.len(), self.epoch.rows() as f64 / seconds);
         let (learning_rate, gradient_norm) = self
             .last_report
             .map_or((f64::NAN, f64::NAN), |report| (report.learning_rate, report.gradient_norm));
@@ -422,12 +425,12 @@ impl Run {
             val_loss: loss,
             val_accuracy: accuracy,
             learning_rate,
-            samples_per_second: self.epoch.rows() as f64 / seconds,
+            samples_per_second,
             seconds,
             communication_share: communication,
             workers: workers as u32,
         });
-        self.parts.records.evaluation(step, sums, line)?;
+        self.parts.records.evaluation(step, sums, line.clone())?;
         self.parts.metrics.evaluation(sums);
         self.parts.screen.epoch(&EpochEnd {
             step,
@@ -435,12 +438,17 @@ impl Run {
             validation,
             gradient_norm,
             learning_rate,
+            samples_per_second,
             workers,
             communication,
             seconds,
         });
         self.with_status(|status| (status.val_loss, status.val_accuracy) = (loss, accuracy));
-        if self.schedule.ends_epoch(step) {
+        if let Some(line) = line {
+            // A picture is not worth the run.
+            if let Err(problem) = self.parts.losses.epoch(line) {
+                self.parts.screen.notice(&problem.to_string());
+            }
             self.epoch = EpochClock::new(EpochSums::default());
         }
         Ok(())

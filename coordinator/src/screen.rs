@@ -1,18 +1,28 @@
 //! What the user sees of a run: the job, progress, a line per epoch, the end.
 //!
-//! Three forms: a live line on a terminal, plain lines elsewhere, JSON lines with `--json`.
+//! Three forms: a bar at the foot of a terminal, plain lines elsewhere, JSON lines with `--json`.
 
-use std::io::{IsTerminal, Write};
+mod pace;
+mod text;
+
+use std::io::{IsTerminal, Write, stdout};
 use std::time::{Duration, Instant};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use protocol::job::{JobFile, Task};
 use protocol::message::StepReport;
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
 use serde_json::json;
 
+use pace::Pace;
+pub(crate) use text::{duration, fixed, quality, quoted, short};
+
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
-const LIVE_INTERVAL: Duration = Duration::from_millis(200);
+const LIVE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Columns of a terminal that does not say how many it has.
+const DEFAULT_COLUMNS: usize = 80;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
@@ -28,20 +38,33 @@ pub(crate) struct Screen {
     total_steps: u64,
     steps_per_epoch: u64,
     last_shown: Instant,
-    /// Start of the interval over which speed is measured: time, and samples since then.
-    window: (Instant, u64),
+    pace: Pace,
+    /// At the foot of a terminal, from the first step to the end.
+    bar: Option<ProgressBar>,
+}
+
+/// How far a run is.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    step: u64,
+    total_steps: u64,
+    /// The pass over the data, from 1.
+    epoch: u64,
+    loss: f64,
     samples_per_second: Option<f64>,
-    /// A live line is on the terminal and must be wiped before the next one.
-    dirty: bool,
+    seconds_left: Option<f64>,
 }
 
 /// What is known at an epoch's end, or at the run's.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct EpochEnd<'a> {
     pub(crate) step: u64,
     pub(crate) train_loss: Option<f64>,
     pub(crate) validation: Option<&'a StepSums>,
     pub(crate) gradient_norm: f64,
     pub(crate) learning_rate: f64,
+    /// Rows trained on per second of wall-clock time.
+    pub(crate) samples_per_second: f64,
     pub(crate) workers: usize,
     /// Fraction of the epoch's step time spent waiting for the collective.
     pub(crate) communication: f64,
@@ -50,7 +73,9 @@ pub(crate) struct EpochEnd<'a> {
 
 impl Screen {
     pub(crate) fn new(json: bool, task: Task, schedule: &Schedule) -> Self {
-        let form = match (json, std::io::stdout().is_terminal()) {
+        // A terminal that cannot move its cursor gets lines.
+        let can_redraw = stdout().is_terminal() && std::env::var("TERM").is_ok_and(|term| term != "dumb");
+        let form = match (json, can_redraw) {
             (true, _) => Form::Json,
             (false, true) => Form::Live,
             (false, false) => Form::Plain,
@@ -62,173 +87,134 @@ impl Screen {
             total_steps: schedule.total_steps,
             steps_per_epoch: schedule.steps_per_epoch,
             last_shown: now,
-            window: (now, 0),
-            samples_per_second: None,
-            dirty: false,
+            pace: Pace::new(now),
+            bar: None,
         }
     }
 
     /// Shows the job as a table.
     pub(crate) fn job(&mut self, preset: &str, file: &JobFile, rows: &[(&str, String)]) {
         if self.form == Form::Json {
-            let facts: serde_json::Map<_, _> =
-                rows.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
-            self.line(
-                &json!({"kind": "job", "preset": preset, "job": file.job, "run": file.run, "facts": facts})
-                    .to_string(),
+            let facts = facts(rows);
+            return self.json(
+                &json!({"kind": "job", "preset": preset, "job": file.job, "run": file.run, "facts": facts}),
             );
-            return;
         }
-        let key_width = rows.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
-        let value_width = rows.iter().map(|(_, value)| value.chars().count()).max().unwrap_or(0);
-        let title = format!(" Lockstep: {preset} ");
-        let width = (key_width + value_width + 5).max(title.chars().count() + 2);
-        let value_width = width - key_width - 5;
-        self.line(&format!("╭─{title}{}╮", "─".repeat(width - 1 - title.chars().count())));
-        for (key, value) in rows {
-            self.line(&format!("│ {key:key_width$}   {value:value_width$} │"));
-        }
-        self.line(&format!("╰{}╯", "─".repeat(width)));
+        self.lines(&text::table(&format!("Lockstep: {preset}"), rows, self.columns()));
     }
 
     /// Shows a step, if it is time.
     pub(crate) fn step(&mut self, report: &StepReport) {
         let now = Instant::now();
-        self.window.1 += report.sums.rows;
+        self.pace.add(now, report.sums.rows);
         let interval = if self.form == Form::Live { LIVE_INTERVAL } else { PLAIN_INTERVAL };
         if now - self.last_shown < interval {
             return;
         }
         self.last_shown = now;
-        let seconds = (now - self.window.0).as_secs_f64();
-        let speed = self.window.1 as f64 / seconds;
-        if seconds > 2.0 {
-            self.window = (now, 0);
-            self.samples_per_second = Some(speed);
-        }
-        let steps_left = self.total_steps - report.step;
-        let eta = steps_left as f64 * report.sums.rows as f64 / speed;
-        let (loss, epoch) = (report.sums.mean_loss(), (report.step - 1) / self.steps_per_epoch + 1);
-        if self.form == Form::Json {
-            let line = json!({"kind": "progress", "step": report.step, "total_steps": self.total_steps,
-                "epoch": epoch, "train_loss": loss, "samples_per_second": speed, "eta_seconds": eta});
-            return self.line(&line.to_string());
-        }
-        let line = format!(
-            "epoch {epoch:>3}  step {:>6}/{}  loss {loss:.4}  {speed:.0} samples/s  {} left",
-            report.step,
-            self.total_steps,
-            duration(eta)
-        );
-        if self.form == Form::Live {
-            // As in `line`: a terminal that is gone must not end the run.
-            let mut out = std::io::stdout();
-            let _ = write!(out, "\r\x1b[2K{line}").and_then(|()| out.flush());
-            self.dirty = true;
-        } else {
-            self.line(&line);
+        let samples_per_second = self.pace.samples_per_second(now);
+        let rows_left = (self.total_steps - report.step) as f64 * report.sums.rows as f64;
+        let progress = Progress {
+            step: report.step,
+            total_steps: self.total_steps,
+            epoch: (report.step - 1) / self.steps_per_epoch + 1,
+            loss: report.sums.mean_loss(),
+            samples_per_second,
+            seconds_left: samples_per_second.map(|speed| rows_left / speed),
+        };
+        match self.form {
+            Form::Live => self.draw(&progress),
+            Form::Plain => self.lines(&[text::progress_line(&progress)]),
+            Form::Json => self.json(&json!({"kind": "progress", "step": progress.step,
+                "total_steps": progress.total_steps, "epoch": progress.epoch, "train_loss": progress.loss,
+                "samples_per_second": progress.samples_per_second, "eta_seconds": progress.seconds_left})),
         }
     }
 
     /// Rows per second over the last seconds.
     pub(crate) fn samples_per_second(&self) -> Option<f64> {
-        self.samples_per_second
+        self.pace.samples_per_second(Instant::now())
     }
 
     /// Shows what an evaluation gave.
     pub(crate) fn epoch(&mut self, end: &EpochEnd<'_>) {
-        let (epochs, rest) = (end.step / self.steps_per_epoch, end.step % self.steps_per_epoch);
         if self.form == Form::Json {
-            let line = json!({"kind": "epoch", "step": end.step, "epoch": epochs, "train_loss": end.train_loss,
-                "val_loss": end.validation.map(StepSums::mean_loss),
+            return self.json(
+                &json!({"kind": "epoch", "step": end.step, "epoch": end.step / self.steps_per_epoch,
+                "train_loss": end.train_loss, "val_loss": end.validation.map(StepSums::mean_loss),
                 "val_accuracy": end.validation.map(StepSums::accuracy), "grad_norm": end.gradient_norm,
-                "learning_rate": end.learning_rate, "workers": end.workers,
-                "communication": end.communication, "seconds": end.seconds});
-            return self.line(&line.to_string());
+                "learning_rate": end.learning_rate, "samples_per_second": end.samples_per_second,
+                "workers": end.workers, "communication": end.communication, "seconds": end.seconds}),
+            );
         }
-        let name = if rest == 0 { format!("epoch {epochs:>3}") } else { format!("step {:>4}", end.step) };
-        let mut line = format!("{name}  train {}", end.train_loss.map_or("–".into(), |l| format!("{l:.4}")));
-        if let Some(sums) = end.validation {
-            line += &format!("  val {:.4}", sums.mean_loss());
-            line += &match self.task {
-                Task::Chars => format!("  {:.3} bits/char", sums.mean_loss() / std::f64::consts::LN_2),
-                Task::Rows => format!("  accuracy {:.2} %", 100.0 * sums.accuracy()),
-            };
-        }
-        line += &format!(
-            "  grad {:.3}  lr {}  {} workers  comm {:.0} %  {}",
-            end.gradient_norm,
-            end.learning_rate,
-            end.workers,
-            100.0 * end.communication,
-            duration(end.seconds)
-        );
-        self.line(&line);
+        self.lines(&text::epoch_lines(self.task, self.steps_per_epoch, end, self.columns()));
     }
 
     /// Shows what the network wrote at an epoch's end.
     pub(crate) fn sample(&mut self, step: u64, epoch: u64, text: &str) {
         if self.form == Form::Json {
-            let line = json!({"kind": "sample", "step": step, "epoch": epoch, "text": text});
-            return self.line(&line.to_string());
+            return self.json(&json!({"kind": "sample", "step": step, "epoch": epoch, "text": text}));
         }
-        // What a terminal would obey is shown as something that it shows.
-        let harmless = text.replace('\t', "    ").replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
-        for line in harmless.trim_matches('\n').lines() {
-            self.line(format!("  │ {line}").trim_end());
-        }
+        self.lines(&text::sample_lines(text));
     }
 
     /// Shows a sentence.
     pub(crate) fn notice(&mut self, sentence: &str) {
-        if self.form == Form::Json {
-            self.line(&json!({"kind": "notice", "text": sentence}).to_string());
-        } else {
-            self.line(sentence);
+        match self.form {
+            Form::Json => self.json(&json!({"kind": "notice", "text": sentence})),
+            _ => self.lines(&[sentence.to_owned()]),
         }
     }
 
-    /// Shows how the run ended: rows of what and where.
-    pub(crate) fn summary(&mut self, outcome: &str, rows: &[(&str, String)]) {
-        if self.form == Form::Json {
-            let facts: serde_json::Map<_, _> =
-                rows.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
-            return self.line(&json!({"kind": "end", "outcome": outcome, "facts": facts}).to_string());
+    /// Shows how the run ended: rows of what and where, and the commands that come next.
+    pub(crate) fn summary(&mut self, outcome: &str, rows: &[(&str, String)], next: &[String]) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
         }
-        self.line(outcome);
-        let width = rows.iter().map(|(key, _)| key.chars().count()).max().unwrap_or(0);
-        for (key, value) in rows {
-            self.line(&format!("  {key:width$}  {value}"));
+        match self.form {
+            Form::Json => self.json(&json!({"kind": "end", "outcome": outcome, "facts": facts(rows)})),
+            _ => self.lines(&text::summary(outcome, rows, next)),
         }
     }
 
-    fn line(&mut self, text: &str) {
-        let wipe = if std::mem::take(&mut self.dirty) { "\r\x1b[2K" } else { "" };
-        // A reader that closed the pipe has seen enough; the run goes on.
-        let _ = writeln!(std::io::stdout(), "{wipe}{text}");
+    fn draw(&mut self, progress: &Progress) {
+        let beside = text::beside_bar(progress, self.columns().unwrap_or(DEFAULT_COLUMNS));
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::with_draw_target(Some(progress.total_steps), ProgressDrawTarget::stdout());
+            // Left without colours where NO_COLOR is set.
+            let style = ProgressStyle::with_template("{wide_bar:.cyan/dim} {msg}").expect("a valid template");
+            bar.with_style(style.progress_chars("━╸─")).with_position(progress.step)
+        });
+        bar.set_message(beside);
+        bar.set_position(progress.step);
+    }
+
+    /// Columns of the terminal; none where lines may have any length.
+    fn columns(&self) -> Option<usize> {
+        let of_terminal =
+            || rustix::termios::tcgetwinsize(stdout()).ok().map(|size| usize::from(size.ws_col));
+        (self.form == Form::Live)
+            .then(|| of_terminal().filter(|columns| *columns > 0).unwrap_or(DEFAULT_COLUMNS))
+    }
+
+    fn json(&self, event: &serde_json::Value) {
+        self.lines(&[event.to_string()]);
+    }
+
+    /// Writes lines, above the bar if there is one. A reader that closed the pipe, or a terminal that is gone, has
+    /// seen enough: the run goes on.
+    fn lines(&self, lines: &[String]) {
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        let write = || {
+            let _ = stdout().write_all(text.as_bytes());
+        };
+        match &self.bar {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
     }
 }
 
-/// Seconds for people: `0.8 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
-pub(crate) fn duration(seconds: f64) -> String {
-    let whole = seconds.max(0.0).round() as u64;
-    match whole {
-        0..10 => format!("{seconds:.1} s"),
-        10..60 => format!("{whole} s"),
-        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
-        _ => format!("{} h {} min", whole / 3600, whole / 60 % 60),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_read_well() {
-        let cases = [(0.84, "0.8 s"), (12.4, "12 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 5 min")];
-        for (seconds, text) in cases {
-            assert_eq!(duration(seconds), text);
-        }
-    }
+fn facts(rows: &[(&str, String)]) -> serde_json::Map<String, serde_json::Value> {
+    rows.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect()
 }

@@ -17,10 +17,11 @@ use tokio::sync::mpsc::{Receiver, unbounded_channel};
 
 use crate::data::{self, Dataset, grouped};
 use crate::http::{self, Pages, Status};
+use crate::loss_plot::LossFile;
 use crate::metrics::Metrics;
 use crate::records::{Records, Resumed};
 use crate::run::{Outcome, Parts, Run, StartState};
-use crate::screen::{Screen, duration};
+use crate::screen::{Screen, duration, fixed, quality, quoted};
 use crate::server;
 use crate::store::files::write_atomic;
 
@@ -73,6 +74,9 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
     let (pages, http_address) = bind(config.http, "status and metrics", "--http").await?;
     let (records, resumed) =
         Records::open(&config.run_dir, config.fresh, &config.file, data.facts(), &layout, &config.build)?;
+    let title = format!("{}: {}", config.preset, network(&config.file.job));
+    let (plot, numbers) = (records.dir.loss_plot_path(), records.dir.metrics_path());
+    let losses = LossFile::open(plot.clone(), &numbers, title, config.file.job.task)?;
     let schedule = data.shape().schedule;
     let mut screen = Screen::new(config.json, config.file.job.task, &schedule);
     let rows = job_rows(&config, &*data, &layout, control_address, http_address);
@@ -91,11 +95,24 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
     }
     let metrics = Metrics::new(&config.build);
     let status = Arc::new(Mutex::new(first_status(&config, &records, &schedule)));
-    tokio::spawn(http::serve(pages, Pages { metrics: metrics.clone(), status: status.clone() }));
+    tokio::spawn(http::serve(
+        pages,
+        Pages { metrics: metrics.clone(), status: status.clone(), loss_plot: plot },
+    ));
 
     let ready = config.ready_file.clone().map(|path| (path, ready_text(control_address, http_address)));
-    let parts =
-        Parts { file: config.file.clone(), data, layout, records, resumed, metrics, status, screen, ready };
+    let parts = Parts {
+        file: config.file.clone(),
+        data,
+        layout,
+        records,
+        resumed,
+        metrics,
+        losses,
+        status,
+        screen,
+        ready,
+    };
     let started = Instant::now();
     let outcome = if parts
         .resumed
@@ -175,7 +192,6 @@ fn job_rows(
         Clip::None => "no clipping".to_owned(),
     };
     let dropout = if job.keep_prob < 1.0 { format!(", keep {}", job.keep_prob) } else { String::new() };
-    let cell = format!("{:?}", job.cell).to_lowercase();
     vec![
         ("data", facts.name.clone()),
         (
@@ -188,7 +204,7 @@ fn job_rows(
                 grouped(facts.skipped_per_epoch)
             ),
         ),
-        ("network", format!("{} × {cell} {}, {reads}", job.num_layers, job.hidden_size)),
+        ("network", format!("{}, {reads}", network(job))),
         ("parameters", grouped(layout.parameters() as u64)),
         ("batch", format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
         ("training", format!("Adam {}, {clip}{dropout}, seed {}", job.learning_rate, job.seed)),
@@ -206,6 +222,12 @@ fn job_rows(
         ("status", format!("http://{http}/")),
         ("run directory", config.run_dir.display().to_string()),
     ]
+}
+
+/// `2 × lstm 128`.
+fn network(job: &JobSpec) -> String {
+    let cell = format!("{:?}", job.cell).to_lowercase();
+    format!("{} × {cell} {}", job.num_layers, job.hidden_size)
 }
 
 fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Status {
@@ -245,26 +267,30 @@ fn conclude(config: &Config, outcome: Outcome, elapsed: Duration) -> Result<Exit
     };
     let mut rows = Vec::new();
     if let Some(loss) = train_loss {
-        rows.push(("train loss", format!("{loss:.4}")));
+        rows.push(("train loss", format!("{} nats", fixed(loss, 4))));
     }
     if let Some(sums) = validation.filter(|sums| sums.weight > 0) {
         rows.push(("validation", validation_text(config.file.job.task, &sums)));
     }
+    let dir = config.run_dir.display().to_string();
+    rows.push(("run directory", dir.clone()));
+    let mut next = Vec::new();
     if parts.records.checkpoint.is_some() {
         rows.push(("checkpoint", config.run_dir.join("latest").display().to_string()));
+        let commands = ["sample", "inspect"].into_iter();
+        let usable = commands.filter(|name| *name != "sample" || config.file.job.task == Task::Chars);
+        next.extend(usable.map(|name| format!("lockstep {name} {}", quoted(&dir))));
     }
     rows.push(("metrics", parts.records.dir.metrics_path().display().to_string()));
-    parts.screen.summary(&sentence, &rows);
+    match parts.losses.write() {
+        Ok(path) => rows.extend(path.map(|path| ("losses", path.display().to_string()))),
+        Err(problem) => parts.screen.notice(&problem.to_string()),
+    }
+    parts.screen.summary(&sentence, &rows, &next);
     result
 }
 
+/// The last evaluation, for the summary.
 fn validation_text(task: Task, sums: &StepSums) -> String {
-    match task {
-        Task::Chars => format!(
-            "{:.4} nats, {:.3} bits per character",
-            sums.mean_loss(),
-            sums.mean_loss() / std::f64::consts::LN_2
-        ),
-        Task::Rows => format!("{:.4} nats, accuracy {:.2} %", sums.mean_loss(), 100.0 * sums.accuracy()),
-    }
+    format!("{} nats, {}", fixed(sums.mean_loss(), 4), quality(task, sums))
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use protocol::problem::{Exit, Problem};
 
-use super::RunArg;
+use super::{RunArg, print};
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
@@ -16,10 +16,6 @@ pub(crate) struct InspectArgs {
 
 pub(crate) fn run(args: &InspectArgs) -> Result<Exit, Problem> {
     let inspection = coordinator::store::inspect::inspect(&args.run.resolve("lockstep inspect RUN_DIR")?)?;
-    if args.json {
-        println!("{}", inspection.to_json());
-    } else {
-        print!("{inspection}");
-    }
+    print(&if args.json { format!("{}\n", inspection.to_json()) } else { inspection.to_string() })?;
     Ok(Exit::Done)
 }

@@ -1,14 +1,30 @@
-//! The commands that read what a run has left: each file has its words and what it does.
+//! The commands besides training: what a run has left, and what is around the program itself. Each file has its words
+//! and what it does.
 
+pub(crate) mod completions;
+pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod inspect;
+pub(crate) mod man;
 pub(crate) mod sample;
 
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 
 use clap::Args;
 use coordinator::store::load::{Loaded, load};
 use protocol::problem::Problem;
+
+/// Writes to standard output. A reader that has seen enough, such as `head`, is no failure.
+pub(crate) fn print(text: &str) -> Result<(), Problem> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Problem::failed(format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Which run a command reads.
 #[derive(Debug, Args)]

@@ -130,6 +130,18 @@ pub(super) fn locate(task: Task, data: &str, places: &Places) -> Result<Source, 
     }
 }
 
+/// Where the data that `data` names lies: a file, or a folder with the files; none if it is compiled in.
+///
+/// # Errors
+/// Nothing is there, or it is data of the other task.
+pub fn place_of(task: Task, data: &str, places: &Places) -> Result<Option<PathBuf>, Problem> {
+    Ok(match locate(task, data, places)? {
+        Source::EmbeddedText | Source::EmbeddedDigits => None,
+        Source::Text { path, .. } => Some(path),
+        Source::Images { train, .. } => train.images.parent().map(Path::to_owned),
+    })
+}
+
 fn wrong_task(what: &str, task: Task, instead: &str) -> Problem {
     let (reads, other) = match task {
         Task::Chars => ("task \"chars\" reads a text", "\"rows\""),
@@ -339,6 +351,8 @@ mod tests {
             panic!("the folder holds images")
         };
         assert_eq!(train.sha256, None, "a path is not verified");
+        assert_eq!(place_of(Task::Rows, "mnist", &places).unwrap(), Some(folder));
+        assert_eq!(place_of(Task::Chars, "embedded", &places).unwrap(), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! job.toml       the job, all keys resolved       journal        what happened
 //! data.toml      digest of the data               metrics.jsonl  numbers of steps and epochs
 //! checkpoints/   states and their manifest        lock           held while a coordinator runs
-//! latest         link to the newest state
+//! latest         link to the newest state      loss.svg       picture of the losses
 //! ```
 //! A directory belongs to one `[job]` over one data set. `[run]` may change when it is resumed, `[fleet]` always.
 
@@ -28,11 +28,12 @@ const JOB: &str = "job.toml";
 const DATA: &str = "data.toml";
 const JOURNAL: &str = "journal";
 const METRICS: &str = "metrics.jsonl";
+const LOSS_PLOT: &str = "loss.svg";
 const LOCK: &str = "lock";
 
 /// What `--fresh` deletes besides checkpoints, in this order: while `job.toml` is there, a deletion that a crash
 /// interrupted is still seen as a run directory of the old job.
-const DELETED_BY_FRESH: [&str; 5] = [LATEST, METRICS, JOURNAL, DATA, JOB];
+const DELETED_BY_FRESH: [&str; 6] = [LATEST, LOSS_PLOT, METRICS, JOURNAL, DATA, JOB];
 
 const MISSING: &str = "it has no job.toml and lock";
 
@@ -123,6 +124,11 @@ impl RunDir {
     /// Where the numbers of steps and epochs are.
     pub fn metrics_path(&self) -> PathBuf {
         self.path.join(METRICS)
+    }
+
+    /// Where the picture of the losses is.
+    pub fn loss_plot_path(&self) -> PathBuf {
+        self.path.join(LOSS_PLOT)
     }
 }
 
@@ -325,6 +331,7 @@ mod tests {
         let (mut journal, _) = Journal::open(&run.journal_path()).unwrap();
         journal.append(&Record::Event { text: "x".to_owned() }).unwrap();
         fs::write(run.metrics_path(), "{}\n").unwrap();
+        fs::write(run.loss_plot_path(), "<svg/>\n").unwrap();
     }
 
     #[test]
