@@ -16,6 +16,7 @@ pub mod data;
 mod digests;
 mod epoch_clock;
 mod feeder;
+mod hex;
 mod http;
 pub mod membership;
 mod metrics;

@@ -1,6 +1,6 @@
 //! What a run leaves on disk, and how it is read back after any crash. In reading order:
 //!
-//! - [`run_dir`]: one directory per run, one process per directory.
+//! - [`run_dir`]: one directory per run, one process per directory; [`identity`]: what it is of.
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
@@ -12,10 +12,11 @@
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod files;
+pub mod identity;
 pub mod inspect;
 pub mod journal;
 pub mod metrics_log;
 pub mod run_dir;
 pub mod state;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
