@@ -9,9 +9,11 @@
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
 //! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
+//! - [`audit`](mod@audit): whether a run used the rows that its job and data prescribe.
 //! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown.
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod data;
 mod digests;
 mod epoch_clock;
