@@ -12,6 +12,7 @@ use protocol::handshake::Token;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
+use crate::commands::diff::DiffArgs;
 use crate::commands::inspect::InspectArgs;
 
 const BUILD: &str = env!("CARGO_PKG_VERSION");
@@ -38,6 +39,8 @@ pub(crate) enum Command {
     Worker(WorkerArgs),
     /// Show the newest checkpoint of a run, with its hashes
     Inspect(InspectArgs),
+    /// Say whether two runs hold the same bits, and where they part
+    Diff(DiffArgs),
 }
 
 /// What is to be computed, and where it is written.

@@ -59,6 +59,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
             }
         }
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Diff(args) => commands::diff::run(&args),
     }
 }
 

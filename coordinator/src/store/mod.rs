@@ -7,16 +7,20 @@
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
 //! - [`inspect`]: all of the above, read and summed up.
+//! - [`diff`]: two runs compared: [`record_diff`] step by step, [`state_diff`] element by element.
 //! - [`files`]: atomic replacement and appended lines, used by all of them.
 
 pub mod checkpoint;
 pub mod checkpoint_dir;
+pub mod diff;
 pub mod files;
 pub mod identity;
 pub mod inspect;
 pub mod journal;
 pub mod metrics_log;
+pub mod record_diff;
 pub mod run_dir;
 pub mod state;
+pub mod state_diff;
 #[cfg(test)]
 pub(crate) mod testing;
