@@ -14,6 +14,7 @@ use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
 use crate::commands::completions::CompletionsArgs;
+use crate::commands::diff::DiffArgs;
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::eval::EvalArgs;
 use crate::commands::inspect::InspectArgs;
@@ -68,6 +69,8 @@ pub(crate) enum Command {
     Completions(CompletionsArgs),
     /// Print the manual page, or write one for each command
     Man(ManArgs),
+    /// Say whether two runs hold the same bits, and where they part
+    Diff(DiffArgs),
 }
 
 /// What is to be computed, and where it is written.

@@ -66,6 +66,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Doctor(args) => commands::doctor::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),
+        Command::Diff(args) => commands::diff::run(&args),
     }
 }
 

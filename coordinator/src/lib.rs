@@ -9,15 +9,18 @@
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
 //! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
+//! - [`audit`](mod@audit): whether a run used the rows that its job and data prescribe.
 //! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown; `loss_plot` and `plot`: the
 //!   picture of the losses.
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod data;
 mod digests;
 mod epoch_clock;
 mod epoch_sample;
 mod feeder;
+mod hex;
 mod http;
 mod loss_plot;
 pub mod membership;

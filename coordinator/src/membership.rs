@@ -8,10 +8,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use protocol::message::{Generation, Member, WorkerId};
+use protocol::problem::Problem;
 use protocol::slots::shards_of_rank;
 
 /// Gathering takes this long before it is worth a word to the user.
 const NOTICE_AFTER: Duration = Duration::from_secs(10);
+
+/// What to do when a run has ended for a reason that may not come again.
+pub(crate) const GO_ON: &str = "start the same command again to go on from the newest checkpoint";
+
+const OTHER_BUILD: &str = "build the version that wrote the run, or give --fresh to start over";
 
 /// The fleet as the coordinator sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +32,10 @@ pub struct Membership {
     generation: Generation,
     phase: Phase,
     last_notice: Duration,
+    /// What the state to go on from was computed with, if there is such a state and it is known.
+    recorded_bits: Option<String>,
+    /// Workers sent away because they compute with something else.
+    refused: u32,
 }
 
 /// A worker that could be a member.
@@ -77,8 +87,8 @@ pub enum Action {
     Form(Generation, Vec<Member>),
     /// Tell these workers to drop the partial step of this generation.
     Abort(Generation, Vec<WorkerId>),
-    /// Give the run up with this sentence.
-    Fail(String),
+    /// Give the run up.
+    Fail(Problem),
     /// Tell the user.
     Notice(String),
 }
@@ -88,8 +98,14 @@ pub type Decision = (Membership, Vec<Action>, String);
 
 impl Membership {
     /// A run that waits for `expected` workers to share `shards` shards. Generations are numbered from
-    /// `last_generation + 1`.
-    pub fn new(expected: u32, shards: u32, last_generation: Generation) -> Self {
+    /// `last_generation + 1`. `recorded_bits` is what the state that the run goes on from was computed with, where
+    /// there is one and that is known.
+    pub fn new(
+        expected: u32,
+        shards: u32,
+        last_generation: Generation,
+        recorded_bits: Option<String>,
+    ) -> Self {
         Self {
             expected,
             shards,
@@ -97,7 +113,14 @@ impl Membership {
             generation: last_generation,
             phase: Phase::Gathering,
             last_notice: Duration::ZERO,
+            recorded_bits,
+            refused: 0,
         }
+    }
+
+    /// Everything that the workers' bits depend on, equal for all of them; `None` while there is none.
+    pub fn bits(&self) -> Option<&str> {
+        self.workers.values().next().map(|worker| worker.bits.as_str())
     }
 
     /// Members of the generation, by rank; empty before there is one.
@@ -151,6 +174,13 @@ pub fn membership(now: Duration, state: &Membership, event: Event) -> Decision {
 }
 
 fn joined(mut next: Membership, id: WorkerId, candidate: Candidate) -> Decision {
+    if let Some(recorded) = next.recorded_bits.as_ref().filter(|recorded| **recorded != candidate.bits) {
+        let sentence = format!(
+            "this run was computed with {recorded}, worker {} computes with {}: going on would change the result",
+            candidate.name, candidate.bits
+        );
+        return other_build(next, id, sentence);
+    }
     if let Some(other) = next.workers.values().find(|other| other.bits != candidate.bits) {
         let sentence = format!(
             "worker {} computes other bits ({}) than worker {} ({}): the result would depend on the fleet",
@@ -169,6 +199,19 @@ fn joined(mut next: Membership, id: WorkerId, candidate: Candidate) -> Decision 
         return (next, vec![Action::Welcome(id)], reason);
     }
     form(next, id)
+}
+
+/// Refuses a worker that would change the result. When that befell as many as the run waits for, and nobody else
+/// is there, it would wait in vain.
+fn other_build(mut next: Membership, id: WorkerId, sentence: String) -> Decision {
+    next.refused += 1;
+    let mut actions = vec![Action::Refuse(id, sentence.clone())];
+    let is_hopeless = next.workers.is_empty() && next.refused >= next.expected;
+    if is_hopeless && next.phase == Phase::Gathering {
+        next.phase = Phase::Ending;
+        actions.push(Action::Fail(Problem::failed(sentence.clone()).hint(OTHER_BUILD)));
+    }
+    (next, actions, sentence)
 }
 
 /// Gives the first workers contiguous ranges of shards; the rest stand by.
@@ -214,7 +257,8 @@ fn left(mut next: Membership, id: WorkerId, cause: &str) -> Decision {
         Phase::Formed { members, .. } if members.contains(&id) => {
             let survivors = members.iter().copied().filter(|&other| other != id).collect();
             let sentence = format!("worker {name} was lost: {cause}");
-            let actions = vec![Action::Abort(next.generation, survivors), Action::Fail(sentence.clone())];
+            let problem = Problem::failed(sentence.clone()).hint(GO_ON);
+            let actions = vec![Action::Abort(next.generation, survivors), Action::Fail(problem)];
             next.phase = Phase::Ending;
             (next, actions, sentence)
         }
@@ -249,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_generation_forms_when_all_are_there() {
-        let (state, actions, reason) = play(Membership::new(3, 8, 4), join(1..=3));
+        let (state, actions, reason) = play(Membership::new(3, 8, 4, None), join(1..=3));
         let [.., Action::Welcome(3), Action::Form(5, members)] = &actions[..] else { panic!("{actions:?}") };
         let shards: Vec<_> = members.iter().map(|m| m.shards.clone()).collect();
         assert_eq!(shards, [0..2, 2..5, 5..8]);
@@ -259,7 +303,7 @@ mod tests {
 
     #[test]
     fn surplus_workers_stand_by_with_a_hint() {
-        let (state, actions, _) = play(Membership::new(8, 7, 0), join(1..=8));
+        let (state, actions, _) = play(Membership::new(8, 7, 0, None), join(1..=8));
         assert_eq!(actions[7..9], [Action::Welcome(8), Action::StandBy(8)]);
         let Action::Notice(notice) = &actions[9] else { panic!("{actions:?}") };
         assert_eq!(notice, "1 of 8 workers stand by: there are only 7 shards (hint: --shards 8)");
@@ -272,11 +316,12 @@ mod tests {
     fn losing_a_member_ends_the_run_and_names_it() {
         let mut events = join(1..=2);
         events.extend([Event::Connected(1, 1), Event::Connected(2, 1)]);
-        let (state, _, reason) = play(Membership::new(2, 8, 0), events);
+        let (state, _, reason) = play(Membership::new(2, 8, 0, None), events);
         assert_eq!(reason, "generation 1 is connected and trains");
         let (state, actions, _) = play(state, vec![Event::Left(2, "connection reset".into())]);
         let sentence = "worker w2 was lost: connection reset".to_owned();
-        assert_eq!(actions, [Action::Abort(1, vec![1]), Action::Fail(sentence)]);
+        let problem = Problem::failed(sentence).hint(GO_ON);
+        assert_eq!(actions, [Action::Abort(1, vec![1]), Action::Fail(problem)]);
         let (_, actions, reason) = play(state, vec![Event::Left(1, "closed".into())]);
         assert_eq!((actions.len(), reason.as_str()), (0, "worker w1 is gone, as expected"));
     }
@@ -285,11 +330,45 @@ mod tests {
     fn a_worker_of_other_bits_is_refused_with_both_values() {
         let mut other = candidate(2);
         other.bits = "cuda sm_90".into();
-        let (state, actions, _) =
-            play(Membership::new(2, 8, 0), vec![Event::Joined(1, candidate(1)), Event::Joined(2, other)]);
+        let (state, actions, _) = play(
+            Membership::new(2, 8, 0, None),
+            vec![Event::Joined(1, candidate(1)), Event::Joined(2, other)],
+        );
         let [Action::Welcome(1), Action::Refuse(2, sentence)] = &actions[..] else { panic!("{actions:?}") };
         assert!(sentence.contains("cuda sm_90") && sentence.contains("cpu 1"), "{sentence}");
         assert_eq!(state.connected(), 1);
+    }
+
+    #[test]
+    fn a_state_is_gone_on_with_only_by_what_computed_it() {
+        let sentence = |id: WorkerId| {
+            format!(
+                "this run was computed with cpu 1, worker w{id} computes with cpu 2: going on would change the \
+                 result"
+            )
+        };
+        let refuse = |id| Action::Refuse(id, sentence(id));
+        let fail = |id| Action::Fail(Problem::failed(sentence(id)).hint(OTHER_BUILD));
+        let welcome = Action::Welcome;
+        // What is recorded, whose words come one after another, and what follows until the first generation.
+        let cases: [(Option<&str>, &[&str], Vec<Action>); 6] = [
+            (None, &["cpu 2"], vec![welcome(1)]),
+            (Some("cpu 1"), &["cpu 1"], vec![welcome(1)]),
+            (Some("cpu 1"), &["cpu 2"], vec![refuse(1)]),
+            (Some("cpu 1"), &["cpu 2", "cpu 2"], vec![refuse(1), refuse(2), fail(2)]),
+            // One that fits may be followed by another.
+            (Some("cpu 1"), &["cpu 1", "cpu 2", "cpu 2"], vec![welcome(1), refuse(2), refuse(3)]),
+            (Some("cpu 1"), &["cpu 2", "cpu 1", "cpu 2"], vec![refuse(1), welcome(2), refuse(3)]),
+        ];
+        for (recorded, words, expected) in cases {
+            let events = words
+                .iter()
+                .zip(1..)
+                .map(|(bits, id)| Event::Joined(id, Candidate { bits: (*bits).to_owned(), ..candidate(id) }));
+            let state = Membership::new(2, 8, 4, recorded.map(str::to_owned));
+            let (_, actions, _) = play(state, events.collect());
+            assert_eq!(actions, expected, "recorded {recorded:?}, came {words:?}");
+        }
     }
 
     #[test]
@@ -297,14 +376,14 @@ mod tests {
         let mut events = join(1..=1);
         events.push(Event::Left(1, "gone".into()));
         events.extend(join(2..=3));
-        let (state, actions, _) = play(Membership::new(2, 8, 0), events);
+        let (state, actions, _) = play(Membership::new(2, 8, 0, None), events);
         assert_eq!(actions.len(), 4, "three welcomes and a generation");
         assert_eq!(state.members(), [2, 3]);
     }
 
     #[test]
     fn long_gathering_is_noticed_every_ten_seconds() {
-        let state = Membership::new(2, 8, 0);
+        let state = Membership::new(2, 8, 0, None);
         let (state, actions, _) = membership(Duration::from_secs(9), &state, Event::Tick);
         assert_eq!(actions, []);
         let (state, actions, _) = membership(Duration::from_secs(10), &state, Event::Tick);

@@ -11,6 +11,8 @@ use protocol::sums::StepSums;
 use crate::data::DataFacts;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
+use crate::store::files::LineSync;
+use crate::store::identity::{Identity, START_OVER};
 use crate::store::journal::{Journal, Record, Replay};
 use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, SampleLine, StepLine};
 use crate::store::run_dir::{OpenMode, RunDir};
@@ -38,10 +40,16 @@ pub(crate) struct Records {
     journal: Journal,
     metrics: MetricsLog,
     replay: Replay,
-    make_checkpoint: Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>,
+    make_checkpoint: MakeCheckpoint,
+    /// What the state that the run goes on from was computed with; `None` if it starts from the seed, or if that
+    /// was not recorded.
+    pub(crate) bits: Option<String>,
     /// The newest checkpoint.
     pub(crate) checkpoint: Option<Stage>,
 }
+
+/// From a state image to all that is kept with it.
+type MakeCheckpoint = Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>;
 
 /// The state that a run goes on from.
 pub(crate) struct Resumed {
@@ -69,7 +77,8 @@ impl Records {
         let mut metrics = MetricsLog::open(&dir.metrics_path())?;
         let newest = dir.checkpoints().newest_verified()?;
         if let Some(newest) = &newest {
-            check_fits(newest, file, facts, layout)?;
+            let ours = Identity { job: &file.job, data_digest: &facts.digest };
+            check_fits(newest, ours, layout)?;
         }
         let checkpoint = newest.as_ref().map(|newest| Stage::of(&newest.checkpoint.image));
         let step = checkpoint.map_or(0, |stage| stage.step);
@@ -97,7 +106,7 @@ impl Records {
         });
         let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
         let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
-        let make_checkpoint = Arc::new(move |bytes: Vec<u8>| {
+        let make_checkpoint: MakeCheckpoint = Arc::new(move |bytes: Vec<u8>| {
             Ok(Checkpoint {
                 image: StateImage::new(&layout, bytes)?,
                 job: job.clone(),
@@ -110,6 +119,8 @@ impl Records {
             run_id,
             coordinator_epoch,
             last_generation: replay.last_generation,
+            // Where nothing was kept, any build may begin.
+            bits: replay.bits.clone().filter(|_| checkpoint.is_some()),
             journal,
             metrics,
             replay,
@@ -170,7 +181,8 @@ impl Records {
 
     /// What writes a state image as a checkpoint, on another thread.
     pub(crate) fn checkpoint_writer(&self) -> CheckpointWriter {
-        CheckpointWriter { dir: self.dir.checkpoints(), make: self.make_checkpoint.clone() }
+        let lines = [self.journal.on_disk(), self.metrics.on_disk()];
+        CheckpointWriter { dir: self.dir.checkpoints(), make: self.make_checkpoint.clone(), lines }
     }
 
     /// Records that a checkpoint was written.
@@ -183,12 +195,17 @@ impl Records {
 /// Writes one checkpoint.
 pub(crate) struct CheckpointWriter {
     dir: CheckpointDir,
-    make: Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>,
+    make: MakeCheckpoint,
+    /// Journal and metrics file.
+    lines: [LineSync; 2],
 }
 
 impl CheckpointWriter {
     /// Writes the image; gives how far it is and the file's name.
     pub(crate) fn write(&self, image: Vec<u8>) -> Result<(Stage, String), Problem> {
+        // A state on the disk is never computed again. Were the lines of the steps before it still in memory, a power
+        // loss would tear a hole into ledger and metrics that no resume mends.
+        self.lines.iter().try_for_each(LineSync::sync)?;
         let checkpoint = (self.make)(image)?;
         let entry = self.dir.write(&checkpoint, KEEP)?;
         Ok((Stage::of(&checkpoint.image), entry.file))
@@ -196,22 +213,13 @@ impl CheckpointWriter {
 }
 
 /// A checkpoint of another job can only have been put there by hand.
-fn check_fits(
-    newest: &Newest,
-    file: &JobFile,
-    facts: &DataFacts,
-    layout: &StateLayout,
-) -> Result<(), Problem> {
-    let Checkpoint { job, data_digest, image, .. } = &newest.checkpoint;
-    if *job == file.job && *data_digest == facts.digest && image.layout() == layout {
+fn check_fits(newest: &Newest, ours: Identity<'_>, layout: &StateLayout) -> Result<(), Problem> {
+    ours.check(&newest.file, newest.checkpoint.identity())?;
+    if newest.checkpoint.image.layout() == layout {
         return Ok(());
     }
-    let mut differences = file.job.differences(job);
-    if *data_digest != facts.digest {
-        differences.push(format!("data: {data_digest} there, {} here", facts.digest));
-    }
-    Err(Problem::usage(format!("{} belongs to another run: {}", newest.file, differences.join("; ")))
-        .hint("give --fresh to start over in this directory, or another --run-dir"))
+    Err(Problem::usage(format!("{} has tensors of other shapes than this job over this data", newest.file))
+        .hint(START_OVER))
 }
 
 /// A name that no other run has: 12 random hexadecimal digits.
@@ -219,4 +227,36 @@ fn new_run_id() -> Result<String, Problem> {
     let token = protocol::handshake::Token::generate()
         .map_err(|e| Problem::failed(format!("the system has no randomness to name the run: {e}")))?;
     Ok(token[..12].to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::testing;
+    use std::path::Path;
+
+    #[test]
+    fn no_checkpoint_is_written_before_the_lines_of_its_steps() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoint = testing::checkpoint(5, 0);
+        let image = checkpoint.image.bytes().to_vec();
+        let writer = |lines| CheckpointWriter {
+            dir: CheckpointDir::new(dir.path()),
+            make: Arc::new({
+                let checkpoint = checkpoint.clone();
+                move |_| Ok(checkpoint.clone())
+            }),
+            lines,
+        };
+        let good = || LineSync::open(&dir.path().join("lines")).unwrap();
+        // A device cannot be synced; a disk that fails answers the same way.
+        let bad = || LineSync::open(Path::new("/dev/null")).unwrap();
+        for lines in [[bad(), good()], [good(), bad()]] {
+            let problem = writer(lines).write(image.clone()).unwrap_err();
+            assert!(problem.sentence.starts_with("cannot sync /dev/null: "), "{problem}");
+            assert!(CheckpointDir::new(dir.path()).newest_verified().unwrap().is_none());
+        }
+        writer([good(), good()]).write(image).unwrap();
+        assert!(CheckpointDir::new(dir.path()).newest_verified().unwrap().is_some());
+    }
 }

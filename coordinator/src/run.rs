@@ -39,8 +39,6 @@ use ending::Ending;
 /// A lost peer's own connection has this long to say more than its neighbours can.
 const BROKEN_GRACE: Duration = Duration::from_secs(2);
 
-const GO_ON: &str = "start the same command again to go on from the newest checkpoint";
-
 /// What the run is made of.
 pub(crate) struct Parts {
     pub(crate) file: JobFile,
@@ -154,7 +152,12 @@ impl Run {
         Self {
             schedule: parts.data.shape().schedule,
             started: Instant::now(),
-            membership: Membership::new(fleet.workers, parts.file.job.shards, last_generation),
+            membership: Membership::new(
+                fleet.workers,
+                parts.file.job.shards,
+                last_generation,
+                parts.records.bits.clone(),
+            ),
             workers: HashMap::new(),
             feeders: HashMap::new(),
             generation: last_generation,
@@ -324,7 +327,7 @@ impl Run {
                         self.send(id, &ToWorker::Abort { generation });
                     }
                 }
-                Action::Fail(sentence) => self.give_up(Problem::failed(sentence).hint(GO_ON))?,
+                Action::Fail(problem) => self.give_up(problem)?,
                 Action::Notice(sentence) => self.parts.screen.notice(&sentence),
             }
         }
@@ -339,6 +342,7 @@ impl Run {
             generation,
             members: members.iter().map(MemberLine::from).collect(),
             reason: reason.to_owned(),
+            bits: self.membership.bits().map(str::to_owned),
         })?;
         self.parts.metrics.generation();
         let resumed = self.parts.resumed.as_ref();

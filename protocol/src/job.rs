@@ -4,6 +4,8 @@
 //! given; a later one wins. The merged table
 //! is checked against the known keys before it is read, so a misspelt key is named and never ignored.
 
+use std::fmt;
+
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -209,19 +211,36 @@ impl JobFile {
     }
 }
 
-impl JobSpec {
-    /// The keys in which two jobs differ, with both values: `hidden_size: 128 there, 256 here`.
-    pub fn differences(&self, other: &Self) -> Vec<String> {
-        let table = |job: &Self| Table::try_from(job).expect("a job of plain values is a TOML table");
-        let (ours, theirs) = (table(self), table(other));
-        ours.iter()
-            .filter(|(key, value)| theirs.get(*key) != Some(*value))
-            .map(|(key, value)| {
-                let there = theirs.get(key).map_or("unset".to_owned(), Value::to_string);
-                format!("{key}: {there} there, {value} here")
-            })
-            .collect()
+/// A key in which two of one section differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// The key.
+    pub key: String,
+    /// Our value, as TOML.
+    pub here: String,
+    /// The other one.
+    pub there: String,
+}
+
+/// `hidden_size: 128 there, 256 here`
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} there, {} here", self.key, self.there, self.here)
     }
+}
+
+/// The keys in which two sections, both `[job]` or both `[run]`, differ.
+pub fn differences<S: Serialize>(here: &S, there: &S) -> Vec<Difference> {
+    let table = |section: &S| Table::try_from(section).expect("a section of plain values is a TOML table");
+    let (here, there) = (table(here), table(there));
+    here.iter()
+        .filter(|(key, value)| there.get(*key) != Some(*value))
+        .map(|(key, value)| Difference {
+            key: key.clone(),
+            here: value.to_string(),
+            there: there.get(key).map_or("unset".to_owned(), Value::to_string),
+        })
+        .collect()
 }
 
 fn parse_embedded(text: &str) -> Table {
@@ -374,7 +393,10 @@ mod tests {
     #[test]
     fn differences_name_the_keys() {
         let (a, b) = (with(&[]).unwrap().job, with(&[("seed", "2"), ("clip", "none")]).unwrap().job);
-        assert_eq!(a.differences(&a), Vec::<String>::new());
-        assert_eq!(b.differences(&a), ["clip: \"global\" there, \"none\" here", "seed: 1 there, 2 here"]);
+        let named = |here: &JobSpec, there: &JobSpec| -> Vec<String> {
+            differences(here, there).iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(named(&a, &a), [""; 0]);
+        assert_eq!(named(&b, &a), ["clip: \"global\" there, \"none\" here", "seed: 1 there, 2 here"]);
     }
 }

@@ -9,7 +9,7 @@ use coordinator::data::vocabulary::Vocabulary;
 use coordinator::data::{self, Dataset};
 use coordinator::store::checkpoint::Checkpoint;
 use coordinator::store::load::Loaded;
-use coordinator::store::run_dir::stored_run;
+use coordinator::store::run_dir::StoredRun;
 use model::cpu::CpuDevice;
 use model::device::DeviceError;
 use model::evaluate::evaluate;
@@ -20,7 +20,7 @@ use protocol::schedule::Work;
 use protocol::sums::StepSums;
 use serde_json::json;
 
-use super::CheckpointArg;
+use super::{CheckpointArg, print};
 use crate::args::{SimdArg, cores};
 
 #[derive(Debug, Args)]
@@ -72,9 +72,9 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
         seconds,
     };
     if args.json {
-        println!("{}", evaluation.to_json());
+        print(&format!("{}\n", evaluation.to_json()))?;
     } else {
-        print!("{evaluation}");
+        print(&evaluation.to_string())?;
     }
     Ok(Exit::Done)
 }
@@ -83,7 +83,7 @@ impl EvalArgs {
     /// Which data, and how a run over it is cut.
     fn run_spec(&self, loaded: &Loaded) -> Result<RunSpec, Problem> {
         let run = match (&loaded.run_dir, &self.data) {
-            (Some(run_dir), _) => stored_run(run_dir)?,
+            (Some(run_dir), _) => StoredRun::of(run_dir)?.settings(run_dir)?,
             (None, Some(_)) => JobFile::resolve("char-lstm", None, &[])?.run,
             (None, None) => {
                 return Err(Problem::usage(format!(

@@ -4,6 +4,8 @@
 //! - [`run`]: one run directory: train in it, inspect it, read its metrics.
 //! - [`process`]: one started process: its output while it runs, how it ended. Killed when dropped.
 //! - [`by_hand`]: a coordinator and workers started one by one.
+//! - [`in_process`]: a coordinator and workers inside the test, on devices of the test's own.
+//! - [`meddling`]: a device that hands other rows to the kernels, or says that it computes other bits.
 //! - [`http`]: one GET.
 
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
@@ -11,12 +13,16 @@
 mod by_hand;
 mod folder;
 mod http;
+mod in_process;
+mod meddling;
 mod process;
 mod run;
 
 pub(crate) use by_hand::Coordinator;
 pub(crate) use folder::Folder;
 pub(crate) use http::{Answer, get};
+pub(crate) use in_process::train_in_process;
+pub(crate) use meddling::{Meddling, Rows};
 pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
 pub(crate) use run::{Hashes, Run};
 

@@ -272,12 +272,12 @@ impl Canvas {
 
 #[cfg(test)]
 mod tests {
-    use super::super::file::sha256;
     use super::*;
+    use crate::hex::sha256_hex;
 
     #[test]
     fn the_drawings_are_the_frozen_ones() {
-        let digest = |set: ImageSet| sha256([&set.pixels[..], &set.labels]);
+        let digest = |set: ImageSet| sha256_hex([&set.pixels[..], &set.labels]);
         let expected = [
             "62d8daa6882ec6ff2f779a6bda2a4adddba0d880a200f24ea59bc2759ec6d7a3",
             "66a836104c8c1fde9d8d06154c9d3f32c8aa8ed116256a071f06e9663dc53c45",

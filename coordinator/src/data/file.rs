@@ -6,7 +6,8 @@ use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
 use protocol::problem::Problem;
-use sha2::{Digest, Sha256};
+
+use crate::hex::sha256_hex;
 
 /// No data file may unpack to more: a few kilobytes of gzip can otherwise fill any memory.
 pub(super) const LIMIT_BYTES: u64 = 1 << 30;
@@ -48,21 +49,12 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, Problem> {
 /// # Errors
 /// The digests differ; both are named.
 pub(super) fn verify(path: &Path, bytes: &[u8], expected: &str) -> Result<(), Problem> {
-    let found = sha256([bytes]);
+    let found = sha256_hex([bytes]);
     if found == expected {
         return Ok(());
     }
     Err(Problem::usage(format!("{} has content with sha256 {found}, expected {expected}", path.display()))
         .hint("get the file again, or name your own data by its path: --data PATH"))
-}
-
-/// Hex sha256 of the parts, one after another.
-pub(super) fn sha256<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update(part);
-    }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What `bytes` look like as a gzip file.
@@ -127,10 +119,9 @@ mod tests {
     fn another_content_is_refused_with_both_digests() {
         // FIPS 180-2, appendix B.1
         let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(sha256([&b"a"[..], b"bc"]), abc);
         assert_eq!(verify(Path::new("x"), b"abc", abc), Ok(()));
         let (sentence, hint) = refusal(verify(Path::new("x"), b"abd", abc));
-        let found = sha256([&b"abd"[..]]);
+        let found = sha256_hex([&b"abd"[..]]);
         assert_eq!(sentence, format!("x has content with sha256 {found}, expected {abc}"));
         assert!(hint.ends_with("--data PATH"), "{hint}");
     }

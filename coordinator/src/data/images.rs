@@ -13,7 +13,8 @@ use protocol::problem::Problem;
 use protocol::schedule::Work;
 use protocol::slots::Deal;
 
-use super::{BatchCut, DataFacts, Dataset, file, grouped, schedule, shard_batches};
+use super::{BatchCut, DataFacts, Dataset, grouped, schedule, shard_batches};
+use crate::hex::sha256_hex;
 
 /// Sample ids of the test set have this bit, so that they never equal one of the training set.
 const TEST_SAMPLE: u64 = 1 << 32;
@@ -184,7 +185,7 @@ fn usable_samples(name: &str, available: usize, job: &JobSpec) -> Result<u32, Pr
 fn digest(train: &ImageSet, test: &ImageSet) -> String {
     let size = |set: &ImageSet| [set.rows, set.cols].map(|pixels| (pixels as u32).to_le_bytes()).concat();
     let (train_size, test_size) = (size(train), size(test));
-    file::sha256([&train_size[..], &train.pixels, &train.labels, &test_size, &test.pixels, &test.labels])
+    sha256_hex([&train_size[..], &train.pixels, &train.labels, &test_size, &test.pixels, &test.labels])
 }
 
 #[cfg(test)]

@@ -264,6 +264,7 @@ mod tests {
     use super::super::testing::{job, refusal, run};
     use super::super::{file, open_in};
     use super::*;
+    use crate::hex::sha256_hex;
     use std::fs;
 
     fn touch(path: PathBuf) -> PathBuf {
@@ -401,7 +402,7 @@ mod tests {
         let places = Places { data_dir: Some(root.path().to_owned()), ..Places::default() };
         let opened = open_in(&job("char-lstm", &[]), &run("tinyshakespeare"), &places);
         let (sentence, _) = refusal(opened.map(|_| ()));
-        let found = file::sha256([&b"some text"[..]]);
+        let found = sha256_hex([&b"some text"[..]]);
         assert_eq!(
             sentence,
             format!("{} has content with sha256 {found}, expected {TINYSHAKESPEARE_SHA256}", path.display())

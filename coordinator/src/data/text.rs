@@ -14,7 +14,8 @@ use protocol::layout::{Head, Input, ModelShape};
 use protocol::problem::Problem;
 use protocol::schedule::Work;
 
-use super::{BatchCut, DataFacts, Dataset, file, grouped, schedule, shard_batches};
+use super::{BatchCut, DataFacts, Dataset, grouped, schedule, shard_batches};
+use crate::hex::sha256_hex;
 
 /// A snapshot of this repository's own sources, written by `scripts/renew-embedded-text`.
 pub(super) const EMBEDDED_TEXT: &str = include_str!("../../data/embedded.txt");
@@ -78,7 +79,7 @@ impl TextDataset {
         let classes = vocabulary.len();
         let facts = DataFacts {
             name: format!("{name}, {characters} characters, {classes} distinct"),
-            digest: file::sha256([bytes]),
+            digest: sha256_hex([bytes]),
             vocabulary: Some(vocabulary),
             sample_unit: "characters",
             train_samples,
@@ -328,7 +329,7 @@ mod tests {
 
     #[test]
     fn the_embedded_text_is_the_frozen_one() {
-        let digest = file::sha256([EMBEDDED_TEXT.as_bytes()]);
+        let digest = sha256_hex([EMBEDDED_TEXT.as_bytes()]);
         assert_eq!(digest, EMBEDDED_TEXT_SHA256, "renew it with scripts/renew-embedded-text only");
         let (vocabulary, tokens) = tokenize("embedded text", EMBEDDED_TEXT).unwrap();
         assert!(vocabulary.len() <= 100 && tokens.len() <= 460_000, "{} {}", vocabulary.len(), tokens.len());

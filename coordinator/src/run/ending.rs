@@ -8,8 +8,8 @@ use protocol::message::{Goodbye, ToWorker, WorkerId};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::{GO_ON, Outcome, Run};
-use crate::membership::Event;
+use super::{Outcome, Run};
+use crate::membership::{Event, GO_ON};
 use crate::server::Arrival;
 use crate::store::journal::Record;
 

@@ -17,7 +17,9 @@ use protocol::problem::Problem;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::state::{StateImage, hex, sha256_hex, unhex};
+use super::identity::Identity;
+use super::state::StateImage;
+use crate::hex::{hex, sha256_hex, unhex};
 
 /// Version of the metadata and of the tensors' names.
 pub const FORMAT: u32 = 1;
@@ -38,6 +40,11 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// What it is of.
+    pub fn identity(&self) -> Identity<'_> {
+        Identity { job: &self.job, data_digest: &self.data_digest }
+    }
+
     /// The content of the file. Equal checkpoints give equal bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
         let places = tensor_places(self.image.layout());
@@ -163,7 +170,7 @@ impl Metadata {
             },
             content_digest: String::new(),
         };
-        metadata.content_digest = sha256_hex(&[metadata.to_json().as_bytes(), checkpoint.image.bytes()]);
+        metadata.content_digest = sha256_hex([metadata.to_json().as_bytes(), checkpoint.image.bytes()]);
         metadata
     }
 
@@ -194,15 +201,15 @@ impl Metadata {
 }
 
 /// One tensor of a checkpoint.
-struct TensorPlace {
-    name: String,
-    shape: Vec<usize>,
+pub(super) struct TensorPlace {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
     /// Its place in the state image.
-    floats: Range<usize>,
+    pub(super) floats: Range<usize>,
 }
 
 /// All tensors of a checkpoint in the order of the state image.
-fn tensor_places(layout: &StateLayout) -> Vec<TensorPlace> {
+pub(super) fn tensor_places(layout: &StateLayout) -> Vec<TensorPlace> {
     let [parameters, first, second, recurrent] = layout.image_ranges();
     let groups = [("", parameters), ("adam.first_moment.", first), ("adam.second_moment.", second)];
     let mut places: Vec<TensorPlace> = groups

@@ -14,7 +14,7 @@ use super::checkpoint::Checkpoint;
 use super::files::{
     create_dir, io_problem, link_atomic, names_in, read_if_there, remove_if_there, write_atomic,
 };
-use super::state::sha256_hex;
+use crate::hex::sha256_hex;
 
 /// How many checkpoints a run keeps unless told otherwise.
 pub const KEEP: usize = 3;
@@ -75,7 +75,7 @@ impl CheckpointDir {
         let entry = Entry {
             file: file_name(step),
             step,
-            file_digest: sha256_hex(&[&content]),
+            file_digest: sha256_hex([&content[..]]),
             bytes: content.len() as u64,
         };
         create_dir(&self.folder())?;
@@ -110,10 +110,7 @@ impl CheckpointDir {
             skipped.push(reason);
             Vec::new()
         });
-        let mut steps = self.steps_on_disk()?;
-        steps.extend(manifest.iter().map(|entry| entry.step));
-        steps.sort_unstable_by(|a, b| b.cmp(a));
-        steps.dedup();
+        let steps = self.steps()?;
         for &step in &steps {
             match self.read(step, manifest.iter().find(|entry| entry.step == step)) {
                 Ok(checkpoint) => {
@@ -134,12 +131,33 @@ impl CheckpointDir {
         .hint("restore one of these files from a copy, or give --fresh to start over"))
     }
 
+    /// Steps of which there is a file or a line of the manifest, newest first.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>, Problem> {
+        let mut steps = self.steps_on_disk()?;
+        steps.extend(self.manifest().unwrap_or_default().iter().map(|entry| entry.step));
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        steps.dedup();
+        Ok(steps)
+    }
+
+    /// Reads the checkpoint of this step, if it passes every check.
+    ///
+    /// # Errors
+    /// It does not, or there is none.
+    pub fn verified(&self, step: u64) -> Result<Checkpoint, Problem> {
+        let manifest = self.manifest().unwrap_or_default();
+        self.read(step, manifest.iter().find(|entry| entry.step == step))
+    }
+
     /// Reads the checkpoint of a step and checks it against its line of the manifest, if it has one.
     fn read(&self, step: u64, listed: Option<&Entry>) -> Result<Checkpoint, Problem> {
         let path = self.folder().join(file_name(step));
         let content = fs::read(&path).map_err(|error| io_problem("read", &path, &error))?;
         if let Some(entry) = listed {
-            let digest = sha256_hex(&[&content]);
+            let digest = sha256_hex([&content[..]]);
             if content.len() as u64 != entry.bytes {
                 return Err(Problem::failed(format!(
                     "it has {} bytes, the manifest says {}",
@@ -257,7 +275,7 @@ mod tests {
             serde_json::json!({
                 "file": "step-00000300.safetensors",
                 "step": 300,
-                "file_digest": sha256_hex(&[&content]),
+                "file_digest": sha256_hex([&content[..]]),
                 "bytes": content.len(),
             })
         );

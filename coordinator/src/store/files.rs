@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use protocol::problem::Problem;
 
@@ -141,20 +142,38 @@ fn sync_parent(path: &Path) -> Result<(), Problem> {
 /// off before the next one, so only a crash of the machine can leave a torn one, and only at the end.
 #[derive(Debug)]
 pub(super) struct LineFile {
-    path: PathBuf,
-    file: File,
+    disk: LineSync,
     /// Bytes of whole lines.
     length: u64,
     /// Whether a failed write may have left something after them.
     torn: bool,
 }
 
+/// The file of a [`LineFile`], whose lines another thread can wait for.
+#[derive(Debug, Clone)]
+pub(crate) struct LineSync {
+    path: PathBuf,
+    file: Arc<File>,
+}
+
+impl LineSync {
+    /// Opens a file for appending, creating it if need be.
+    pub(crate) fn open(path: &Path) -> Result<Self, Problem> {
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        let file = file.map_err(|error| io_problem("open", path, &error))?;
+        Ok(Self { path: path.to_owned(), file: Arc::new(file) })
+    }
+
+    /// Waits until all lines that were appended before are on the disk.
+    pub(crate) fn sync(&self) -> Result<(), Problem> {
+        self.file.sync_data().map_err(|error| io_problem("sync", &self.path, &error))
+    }
+}
+
 impl LineFile {
     /// Opens a file for appending, creating it if need be, and cuts off what lies after its first `length` bytes.
     pub(super) fn open(path: &Path, length: u64) -> Result<Self, Problem> {
-        let file = OpenOptions::new().append(true).create(true).open(path);
-        let file = file.map_err(|error| io_problem("open", path, &error))?;
-        let mut lines = Self { path: path.to_owned(), file, length, torn: true };
+        let mut lines = Self { disk: LineSync::open(path)?, length, torn: true };
         lines.cut()?;
         sync_parent(path)?;
         Ok(lines)
@@ -166,20 +185,22 @@ impl LineFile {
         line.push('\n');
         self.cut()?;
         self.torn = true;
-        self.file.write_all(line.as_bytes()).map_err(|error| io_problem("write", &self.path, &error))?;
+        let written = (&*self.disk.file).write_all(line.as_bytes());
+        written.map_err(|error| io_problem("write", &self.disk.path, &error))?;
         self.torn = false;
         self.length += line.len() as u64;
         Ok(())
     }
 
-    /// Waits until all lines are on the disk.
-    pub(super) fn sync(&mut self) -> Result<(), Problem> {
-        self.file.sync_data().map_err(|error| io_problem("sync", &self.path, &error))
+    /// What waits for the disk.
+    pub(super) fn on_disk(&self) -> LineSync {
+        self.disk.clone()
     }
 
     fn cut(&mut self) -> Result<(), Problem> {
         if self.torn {
-            self.file.set_len(self.length).map_err(|error| io_problem("write", &self.path, &error))?;
+            let cut = self.disk.file.set_len(self.length);
+            cut.map_err(|error| io_problem("write", &self.disk.path, &error))?;
             self.torn = false;
         }
         Ok(())
@@ -224,10 +245,10 @@ mod tests {
     fn a_full_disk_is_said_with_a_hint() {
         // Every write to this device fails as on a full disk; it cannot be cut, so it is not opened through `open`.
         let path = Path::new("/dev/full");
-        let Ok(file) = OpenOptions::new().append(true).open(path) else {
+        let Ok(disk) = LineSync::open(path) else {
             return;
         };
-        let mut lines = LineFile { path: path.to_owned(), file, length: 0, torn: false };
+        let mut lines = LineFile { disk, length: 0, torn: false };
         let problem = lines.append("record".to_owned()).unwrap_err();
         assert!(problem.sentence.starts_with("cannot write /dev/full: No space left"), "{problem}");
         assert!(problem.hint.unwrap().contains("free some space"));
@@ -261,7 +282,7 @@ mod tests {
         fs::write(&path, "one\ntw").unwrap();
         lines.torn = true;
         lines.append("three".to_owned()).unwrap();
-        lines.sync().unwrap();
+        lines.on_disk().sync().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "one\nthree\n");
     }
 

@@ -38,6 +38,8 @@ pub struct Inspection {
     pub parameter_sha256: String,
     /// Hash of the whole training state, computed from the checkpoint.
     pub state_sha256: String,
+    /// What the run is computed with, as far as its bits depend on it.
+    pub bits: Option<String>,
     /// Number of parameters.
     pub parameters: usize,
     /// What is computed.
@@ -94,6 +96,7 @@ impl Inspection {
             val_accuracy: validation.and_then(accuracy),
             parameter_sha256: image.parameter_sha256(),
             state_sha256: image.state_sha256(),
+            bits: replay.bits.clone(),
             parameters: image.layout().parameters(),
             tensors: image.layout().tensors.iter().map(tensor).collect(),
             job: checkpoint.job,
@@ -125,6 +128,7 @@ impl fmt::Display for Inspection {
             ("run", self.run_dir.clone()),
             ("checkpoint", self.checkpoint.clone()),
             ("network", network.to_lowercase()),
+            ("computed with", self.bits.clone().unwrap_or("unknown".to_owned())),
             ("step", self.step.to_string()),
             ("epochs done", self.epoch.to_string()),
             ("train loss", number(self.train_loss)),
@@ -187,6 +191,7 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&inspection.to_json()).unwrap();
         let keys: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         let expected = [
+            "bits",
             "checkpoint",
             "epoch",
             "job",
@@ -207,9 +212,7 @@ mod tests {
         assert_eq!(json["parameter_sha256"], image.parameter_sha256());
         assert_eq!(json["state_sha256"], image.state_sha256());
         assert_eq!((json["step"].as_u64(), json["epoch"].as_u64()), (Some(10), Some(2)));
-        // Compared as written: this reader of JSON may round the last digit.
-        assert_eq!(inspection.train_loss, Some((10.0 + 10.0 / 3.0) / 10.0));
-        assert!(json["train_loss"].is_f64());
+        assert_eq!(json["train_loss"].as_f64(), Some((10.0 + 10.0 / 3.0) / 10.0));
         assert_eq!((json["val_loss"].as_f64(), json["val_accuracy"].as_f64()), (Some(1.5), Some(0.25)));
         assert_eq!(json["checkpoint"], "checkpoints/step-00000010.safetensors");
         assert_eq!(json["parameters"], image.layout().parameters());
@@ -271,10 +274,17 @@ mod tests {
 
     #[test]
     fn the_table_is_for_people() {
-        let (dir, _run) = run(&[evaluation(10, 12.0)]);
+        let generation = Record::Generation {
+            generation: 1,
+            members: vec![],
+            reason: "first".to_owned(),
+            bits: Some("cpu 1".to_owned()),
+        };
+        let (dir, _run) = run(&[generation, evaluation(10, 12.0)]);
         let table = inspect(dir.path()).unwrap().to_string();
         for line in [
             "network           1 x gru 2, 69 parameters",
+            "computed with     cpu 1",
             "step              10",
             "train loss        1.3333",
             "val accuracy      0.2500",

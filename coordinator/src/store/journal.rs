@@ -15,7 +15,7 @@ use protocol::problem::Problem;
 use protocol::sums::StepSums;
 use serde::{Deserialize, Serialize};
 
-use super::files::{LineFile, io_problem};
+use super::files::{LineFile, LineSync, io_problem};
 
 /// One record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +38,9 @@ pub enum Record {
         members: Vec<MemberLine>,
         /// Why it was formed.
         reason: String,
+        /// Everything that the bits of its members depend on; `None` in the journals of versions that did not
+        /// record it.
+        bits: Option<String>,
     },
     /// A step was done: the ledger of which samples it used.
     Step {
@@ -156,6 +159,8 @@ pub struct Replay {
     pub coordinator_epoch: u64,
     /// The last one formed; 0 before the first.
     pub last_generation: Generation,
+    /// What its bits depended on; `None` before it and where that was not recorded.
+    pub bits: Option<String>,
     /// What each step used, by steps done. Rewound steps are gone.
     pub ledger: BTreeMap<u64, LedgerLine>,
     /// Each evaluation, by steps done. Rewound ones are gone.
@@ -173,11 +178,12 @@ pub struct Replay {
 }
 
 /// What one step used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct LedgerLine {
     /// Rows handed to the kernels.
     pub rows: u64,
     /// Sum of their hashes.
+    #[serde(with = "hex64")]
     pub row_hash: u64,
 }
 
@@ -229,7 +235,9 @@ impl Replay {
                 self.coordinator_epoch = coordinator_epoch;
                 self.run_id = Some(run_id);
             }
-            Record::Generation { generation, .. } => self.last_generation = generation,
+            Record::Generation { generation, bits, .. } => {
+                (self.last_generation, self.bits) = (generation, bits);
+            }
             Record::Step { step, rows, row_hash } => {
                 self.ledger.insert(step, LedgerLine { rows, row_hash });
                 self.finished = None;
@@ -291,7 +299,12 @@ impl Journal {
     /// The file cannot be written. Nothing of the record is then in the journal once it is used again.
     pub fn append(&mut self, record: &Record) -> Result<(), Problem> {
         self.lines.append(record.to_line())?;
-        if record.waits_for_disk() { self.lines.sync() } else { Ok(()) }
+        if record.waits_for_disk() { self.on_disk().sync() } else { Ok(()) }
+    }
+
+    /// What waits until its records are on the disk.
+    pub(crate) fn on_disk(&self) -> LineSync {
+        self.lines.on_disk()
     }
 }
 
@@ -316,7 +329,12 @@ mod tests {
         let member = MemberLine { name: "host:1\nx".to_owned(), shards: [0, 8] };
         vec![
             start(1),
-            Record::Generation { generation: 1, members: vec![member], reason: "first".to_owned() },
+            Record::Generation {
+                generation: 1,
+                members: vec![member],
+                reason: "first".to_owned(),
+                bits: None,
+            },
             step(1),
             step(2),
             evaluation(2, 0.1 + 0.2),
@@ -328,7 +346,12 @@ mod tests {
             start(2),
             Record::Rewind { to_step: 2 },
             Record::Event { text: "epochs: 1 there, 2 here".to_owned() },
-            Record::Generation { generation: 2, members: vec![], reason: "resume".to_owned() },
+            Record::Generation {
+                generation: 2,
+                members: vec![],
+                reason: "resume".to_owned(),
+                bits: Some("cpu 1".to_owned()),
+            },
             step(3),
         ]
     }
@@ -352,6 +375,7 @@ mod tests {
             (replay.run_id.as_deref(), replay.coordinator_epoch, replay.last_generation),
             (Some("r1"), 2, 2)
         );
+        assert_eq!(replay.bits.as_deref(), Some("cpu 1"));
         assert_eq!(replay.ledger.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!(replay.ledger[&3], LedgerLine { rows: 64, row_hash: u64::MAX - 3 });
         assert_eq!((replay.last_step(), replay.last_checkpoint, replay.finished), (3, Some(2), None));
@@ -451,6 +475,15 @@ mod tests {
             "{problem}"
         );
         assert!(fs::read(&path).unwrap() == bytes);
+    }
+
+    #[test]
+    fn generations_without_bits_can_still_be_read() {
+        let (_dir, path) = written(&[]);
+        let json = r#"{"kind":"generation","generation":3,"members":[],"reason":"first"}"#;
+        fs::write(&path, format!("{:08x} {json}\n", crc32fast::hash(json.as_bytes()))).unwrap();
+        let replay = Replay::read(&path).unwrap();
+        assert_eq!((replay.last_generation, replay.bits), (3, None));
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub fn load(path: &Path) -> Result<Loaded, Problem> {
 ///
 /// # Errors
 /// It is not a run directory, has no checkpoint yet, or all its checkpoints are damaged.
-pub(super) fn newest_of_run(run_dir: &Path) -> Result<Newest, Problem> {
+pub(crate) fn newest_of_run(run_dir: &Path) -> Result<Newest, Problem> {
     require_run(run_dir)?;
     CheckpointDir::new(run_dir).newest_verified()?.ok_or_else(|| {
         Problem::usage(format!("{} has no checkpoint yet", run_dir.display())).hint(

@@ -10,7 +10,7 @@ use protocol::message::PhaseSeconds;
 use protocol::problem::Problem;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::files::{LineFile, read_if_there, write_atomic};
+use super::files::{LineFile, LineSync, read_if_there, write_atomic};
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -200,6 +200,11 @@ impl MetricsLog {
             self.last = last;
         }
         Ok(is_new)
+    }
+
+    /// What waits until its lines are on the disk.
+    pub(crate) fn on_disk(&self) -> LineSync {
+        self.lines.on_disk()
     }
 
     fn open_until(path: &Path, most: u64) -> Result<Self, Problem> {

@@ -4,7 +4,7 @@
 //! job.toml       the job, all keys resolved       journal        what happened
 //! data.toml      digest of the data               metrics.jsonl  numbers of steps and epochs
 //! checkpoints/   states and their manifest        lock           held while a coordinator runs
-//! latest         link to the newest state      loss.svg       picture of the losses
+//! latest         link to the newest state         loss.svg       picture of the losses
 //! ```
 //! A directory belongs to one `[job]` over one data set. `[run]` may change when it is resumed, `[fleet]` always.
 
@@ -12,17 +12,18 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use protocol::job::{JobFile, JobSpec, RunSpec};
+use protocol::job::{JobFile, JobSpec, RunSpec, differences};
 use protocol::problem::Problem;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
+use toml::Table;
 
 use super::checkpoint_dir::{CheckpointDir, FOLDER, LATEST, MANIFEST, step_of};
 use super::files::{
     create_dir, io_problem, names_in, read_if_there, remove_if_there, temporary_of, write_atomic,
 };
+use super::identity::{Identity, START_OVER};
 
 const JOB: &str = "job.toml";
 const DATA: &str = "data.toml";
@@ -36,8 +37,6 @@ const LOCK: &str = "lock";
 const DELETED_BY_FRESH: [&str; 6] = [LATEST, LOSS_PLOT, METRICS, JOURNAL, DATA, JOB];
 
 const MISSING: &str = "it has no job.toml and lock";
-
-const START_OVER: &str = "give --fresh to start over in this directory, or another --run-dir";
 
 /// What to do with a directory that has a run in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,10 +82,12 @@ impl RunDir {
         if mode == OpenMode::Fresh {
             delete_run(path)?;
         }
-        let changed_settings = match stored_job(path)? {
-            Some((stored, run)) => {
-                check_same(path, &stored, job, data_digest)?;
-                run.map_or_else(Vec::new, |run| setting_differences(&job.run, &run))
+        let changed_settings = match StoredRun::read(path)? {
+            Some(stored) => {
+                let ours = Identity { job: &job.job, data_digest };
+                ours.check(&path.display(), stored.identity())?;
+                let changes = stored.run.map_or_else(Vec::new, |run| differences(&job.run, &run));
+                changes.iter().map(ToString::to_string).collect()
             }
             None => {
                 check_new(path)?;
@@ -123,12 +124,74 @@ impl RunDir {
 
     /// Where the numbers of steps and epochs are.
     pub fn metrics_path(&self) -> PathBuf {
-        self.path.join(METRICS)
+        metrics_path(&self.path)
     }
 
     /// Where the picture of the losses is.
     pub fn loss_plot_path(&self) -> PathBuf {
         self.path.join(LOSS_PLOT)
+    }
+}
+
+/// What `job.toml` and `data.toml` say.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredRun {
+    /// What is computed.
+    pub job: JobSpec,
+    /// How long and from which data, as it was given last; `None` if another version wrote it.
+    pub run: Option<RunSpec>,
+    /// Identifies the data.
+    pub data_digest: String,
+}
+
+impl StoredRun {
+    /// Reads both files; `None` if there is no `job.toml`.
+    ///
+    /// # Errors
+    /// One of them cannot be read or is not what this program writes.
+    pub fn read(dir: &Path) -> Result<Option<Self>, Problem> {
+        let (job_path, data_path) = (dir.join(JOB), dir.join(DATA));
+        let unreadable = |path: &Path, what: &str, reason: &str| {
+            Problem::usage(format!("{} is not the {what} of a run: {reason}", path.display()))
+                .hint(START_OVER)
+        };
+        let Some(content) = read_if_there(&job_path)? else {
+            return Ok(None);
+        };
+        let not_a_job = |reason: &str| unreadable(&job_path, "job", reason);
+        let text = String::from_utf8(content).map_err(|error| not_a_job(&error.to_string()))?;
+        let mut table: Table = text.parse().map_err(|error: toml::de::Error| not_a_job(error.message()))?;
+        let job = table.remove("job").ok_or_else(|| not_a_job("it has no [job]"))?;
+        let job = job.try_into().map_err(|error: toml::de::Error| not_a_job(error.message()))?;
+        let content = read_if_there(&data_path)?.unwrap_or_default();
+        let DataFile { digest } = toml::from_slice(&content)
+            .map_err(|error| unreadable(&data_path, "data digest", error.message()))?;
+        let run = table.remove("run").and_then(|run| run.try_into().ok());
+        Ok(Some(Self { job, run, data_digest: digest }))
+    }
+
+    /// Reads both files of a directory that must be a run.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), or there is no `job.toml`.
+    pub fn of(dir: &Path) -> Result<Self, Problem> {
+        Self::read(dir)?.ok_or_else(|| Problem::usage(format!("{} has no {JOB}", dir.display())))
+    }
+
+    /// The `[run]` section.
+    ///
+    /// # Errors
+    /// Another version wrote it.
+    pub fn settings(&self, dir: &Path) -> Result<RunSpec, Problem> {
+        self.run.clone().ok_or_else(|| {
+            Problem::usage(format!("the [run] of {} is not of this version", dir.display()))
+                .hint("read it with the version of lockstep that wrote it")
+        })
+    }
+
+    /// What the directory is of.
+    pub fn identity(&self) -> Identity<'_> {
+        Identity { job: &self.job, data_digest: &self.data_digest }
     }
 }
 
@@ -149,22 +212,14 @@ pub fn require_run(path: &Path) -> Result<(), Problem> {
     Ok(())
 }
 
-/// The `[run]` section of a run; keys that an older version did not write have their defaults.
-///
-/// # Errors
-/// `job.toml` is not there or cannot be read.
-pub fn stored_run(dir: &Path) -> Result<RunSpec, Problem> {
-    let path = dir.join(JOB);
-    let text = std::fs::read_to_string(&path).map_err(|error| io_problem("read", &path, &error))?;
-    let file = JobFile::resolve("char-lstm", Some(&text), &[]).map_err(|problem| {
-        Problem::usage(format!("{} is not the job of a run: {problem}", path.display()))
-    })?;
-    Ok(file.run)
+/// Where the journal of a run directory is.
+pub(crate) fn journal_path(run_dir: &Path) -> PathBuf {
+    run_dir.join(JOURNAL)
 }
 
-/// Where the journal of a run directory is.
-pub(super) fn journal_path(run_dir: &Path) -> PathBuf {
-    run_dir.join(JOURNAL)
+/// Where the numbers of steps and epochs of a run directory are.
+pub(super) fn metrics_path(run_dir: &Path) -> PathBuf {
+    run_dir.join(METRICS)
 }
 
 /// Whether a directory with these entries is one of ours. A lone `job.toml` or `lock` may be somebody else's: it
@@ -206,42 +261,6 @@ fn take_lock(dir: &Path) -> Result<File, Problem> {
     file.set_len(0).map_err(failed("write"))?;
     writeln!(file, "{}", std::process::id()).map_err(failed("write"))?;
     Ok(file)
-}
-
-/// The job of `job.toml`, and its `[run]` if this version understands it; `None` if there is no such file.
-fn stored_job(dir: &Path) -> Result<Option<(JobSpec, Option<RunSpec>)>, Problem> {
-    let path = dir.join(JOB);
-    let unreadable = |reason: String| {
-        Problem::usage(format!("{} is not the job of a run: {reason}", path.display())).hint(START_OVER)
-    };
-    let Some(content) = read_if_there(&path)? else {
-        return Ok(None);
-    };
-    let text = String::from_utf8(content).map_err(|error| unreadable(error.to_string()))?;
-    let mut table: Table =
-        text.parse().map_err(|error: toml::de::Error| unreadable(error.message().into()))?;
-    let job = table.remove("job").ok_or_else(|| unreadable("it has no [job]".to_owned()))?;
-    let job = job.try_into().map_err(|error: toml::de::Error| unreadable(error.message().into()))?;
-    Ok(Some((job, table.remove("run").and_then(|run| run.try_into().ok()))))
-}
-
-/// Checks that a directory is of our job and data.
-fn check_same(dir: &Path, stored: &JobSpec, ours: &JobFile, data_digest: &str) -> Result<(), Problem> {
-    let path = dir.join(DATA);
-    let content = read_if_there(&path)?.unwrap_or_default();
-    let data: DataFile = toml::from_slice(&content).map_err(|error| {
-        Problem::usage(format!("{} is not the data digest of a run: {}", path.display(), error.message()))
-            .hint(START_OVER)
-    })?;
-    let mut differences = ours.job.differences(stored);
-    if data.digest != data_digest {
-        differences.push(format!("digest of the data: {} there, {data_digest} here", data.digest));
-    }
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(Problem::usage(format!("{} is of another job: {}", dir.display(), differences.join(", ")))
-        .hint(START_OVER))
 }
 
 /// Checks that a directory without a job has no results either: nothing would say which job's they are.
@@ -291,20 +310,6 @@ fn remove_temporary_files(dir: &Path) -> Result<(), Problem> {
 
 fn is_checkpoint_file(name: &str) -> bool {
     name == MANIFEST || step_of(name).is_some()
-}
-
-/// The keys of `[run]` in which two jobs differ, in the words of [`JobSpec::differences`].
-fn setting_differences(ours: &RunSpec, theirs: &RunSpec) -> Vec<String> {
-    let table =
-        |run: &RunSpec| Table::try_from(run).expect("settings that were read from TOML are a TOML table");
-    let (ours, theirs) = (table(ours), table(theirs));
-    ours.iter()
-        .filter(|(key, value)| theirs.get(*key) != Some(*value))
-        .map(|(key, value)| {
-            let there = theirs.get(key).map_or("unset".to_owned(), Value::to_string);
-            format!("{key}: {there} there, {value} here")
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The training state as bytes: as a worker streams it, as a checkpoint keeps it, as it is hashed.
 
-use std::fmt::Write;
 use std::ops::Range;
 
 use protocol::control::ControlState;
 use protocol::layout::{Progress, StateLayout};
 use protocol::problem::Problem;
-use sha2::{Digest, Sha256};
+
+use crate::hex::sha256_hex;
 
 /// Parameters ‖ first moment ‖ second moment ‖ recurrent state by slot (f32, little-endian) ‖ [`Progress`] ‖
 /// [`ControlState`].
@@ -79,12 +79,12 @@ impl StateImage {
     /// Hash of the flat parameter buffer, 64 lower-case hexadecimal digits.
     pub fn parameter_sha256(&self) -> String {
         let [parameters, ..] = self.layout.image_ranges();
-        sha256_hex(&[self.floats(parameters)])
+        sha256_hex([self.floats(parameters)])
     }
 
     /// Hash of the whole image, 64 lower-case hexadecimal digits.
     pub fn state_sha256(&self) -> String {
-        sha256_hex(&[&self.bytes])
+        sha256_hex([self.bytes()])
     }
 
     /// `N` bytes that start `offset` bytes after the last float.
@@ -92,37 +92,6 @@ impl StateImage {
         let start = self.layout.image_bytes() - Progress::BYTES - ControlState::BYTES + offset;
         self.bytes[start..start + N].try_into().expect("the length was checked when the image was made")
     }
-}
-
-/// SHA-256 of the parts one after another, in lower-case hexadecimal digits.
-pub fn sha256_hex(parts: &[&[u8]]) -> String {
-    let mut hasher = Sha256::new();
-    for part in parts {
-        hasher.update(part);
-    }
-    hex(&hasher.finalize())
-}
-
-/// Lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a string takes any text");
-        text
-    })
-}
-
-/// The inverse of [`hex`] for exactly `N` bytes.
-pub(super) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * N {
-        return None;
-    }
-    let digit = |place: usize| char::from(digits[place]).to_digit(16).map(|value| value as u8);
-    let mut bytes = [0; N];
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        *byte = 16 * digit(2 * index)? + digit(2 * index + 1)?;
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]
@@ -139,10 +108,6 @@ mod tests {
 
     #[test]
     fn hashes_cover_what_they_promise() {
-        assert_eq!(
-            sha256_hex(&[b"a", b"bc"]),
-            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        );
         let image = testing::checkpoint(17, 1).image;
         let layout = image.layout().clone();
         let parameter_bytes = 4 * layout.parameters();
@@ -166,13 +131,5 @@ mod tests {
         let expected = layout.image_bytes();
         let start = format!("state image has {} bytes, expected {expected} (", expected - 1);
         assert!(problem.sentence.starts_with(&start), "{problem}");
-    }
-
-    #[test]
-    fn hexadecimal_digits_come_back() {
-        assert_eq!(unhex(&hex(&[0x00, 0xab, 0xff])), Some([0x00, 0xab, 0xff]));
-        for bad in ["00abf", "00abfg", "00abff0", "", "äab"] {
-            assert_eq!(unhex::<3>(bad), None, "{bad}");
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! Small states and jobs for the tests of this folder.
+//! Small states and jobs for tests.
 
 use protocol::control::{ControlState, EpochSums};
 use protocol::job::JobFile;
@@ -9,7 +9,7 @@ use super::checkpoint::{Checkpoint, layout_of};
 use super::state::StateImage;
 
 /// A job with few parameters, and `KEY=VALUE` settings over it.
-pub(super) fn job_file(preset: &str, settings: &[(&str, &str)]) -> JobFile {
+pub(crate) fn job_file(preset: &str, settings: &[(&str, &str)]) -> JobFile {
     let small = [("hidden_size", "2"), ("num_layers", "1"), ("batch_size", "3"), ("shards", "2")];
     let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
     let settings: Vec<_> = small.iter().chain(settings).map(owned).collect();
@@ -17,7 +17,7 @@ pub(super) fn job_file(preset: &str, settings: &[(&str, &str)]) -> JobFile {
 }
 
 /// Control state with an infinite loss and one that no short decimal number equals.
-pub(super) fn control(salt: u64) -> ControlState {
+pub(crate) fn control(salt: u64) -> ControlState {
     ControlState {
         epoch: EpochSums { loss: 10.0 + salt as f64 / 3.0, weight: 10, correct: 4 },
         first_epoch_loss: 0.1 + 0.2,
@@ -30,7 +30,7 @@ pub(super) fn control(salt: u64) -> ControlState {
 }
 
 /// The state of a small GRU over five characters after `step` steps of epochs of five.
-pub(super) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
+pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
     let job = job_file("char-gru", &[("learning_rate", "0.0012345678901234567")]).job;
     let layout = layout_of(&job, 5, 5);
     Checkpoint {
@@ -42,7 +42,7 @@ pub(super) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
 }
 
 /// The same for a small network that reads rows and carries no recurrent state.
-pub(super) fn rows_checkpoint(step: u64) -> Checkpoint {
+pub(crate) fn rows_checkpoint(step: u64) -> Checkpoint {
     let job = job_file("mnist-rnn", &[]).job;
     let layout = layout_of(&job, 28, 10);
     Checkpoint { image: image(&layout, step, 0), job, data_digest: "d2".to_owned(), vocabulary: None }

@@ -1,0 +1,36 @@
+//! What a run directory and each checkpoint in it are of: one `[job]` over one data set.
+
+use std::fmt;
+
+use protocol::job::{JobSpec, differences};
+use protocol::problem::Problem;
+
+pub(crate) const START_OVER: &str = "give --fresh to start over in this directory, or another --run-dir";
+
+/// One `[job]` over one data set.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Identity<'a> {
+    /// What is computed.
+    pub job: &'a JobSpec,
+    /// Identifies the data.
+    pub data_digest: &'a str,
+}
+
+impl Identity<'_> {
+    /// Checks that what was found at `place` is of this job and data.
+    ///
+    /// # Errors
+    /// It is not; every differing key is named with both values.
+    pub fn check(self, place: &dyn fmt::Display, found: Identity<'_>) -> Result<(), Problem> {
+        let mut named: Vec<String> =
+            differences(self.job, found.job).iter().map(ToString::to_string).collect();
+        if self.data_digest != found.data_digest {
+            let (there, here) = (found.data_digest, self.data_digest);
+            named.push(format!("digest of the data: {there} there, {here} here"));
+        }
+        if named.is_empty() {
+            return Ok(());
+        }
+        Err(Problem::usage(format!("{place} is of another job: {}", named.join(", "))).hint(START_OVER))
+    }
+}
