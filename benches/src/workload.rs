@@ -35,18 +35,11 @@ impl Workload {
     /// An unknown preset or key, or a value that does not fit.
     pub fn new(preset: &str, settings: &[(String, String)]) -> Result<Self, Problem> {
         let job = JobFile::resolve(preset, None, settings)?.job;
-        let (input, classes, head, seq_len) = match job.task {
-            Task::Chars => (Input::OneHot(VOCABULARY), VOCABULARY, Head::EveryStep, job.seq_len as usize),
-            Task::Rows => (Input::Bytes(IMAGE.1), IMAGE.2, Head::Final, IMAGE.0),
+        let (input_size, classes, seq_len) = match job.task {
+            Task::Chars => (VOCABULARY, VOCABULARY, job.seq_len as usize),
+            Task::Rows => (IMAGE.1, IMAGE.2, IMAGE.0),
         };
-        let model = ModelShape {
-            cell: job.cell,
-            num_layers: job.num_layers as usize,
-            hidden_size: job.hidden_size as usize,
-            input,
-            classes,
-            head,
-        };
+        let model = ModelShape::of(&job, input_size, classes);
         let schedule = Schedule { steps_per_epoch: u64::MAX, evaluation_batches: 0, total_steps: u64::MAX };
         let data = DataShape { model, seq_len, schedule };
         let layout = StateLayout::new(model, job.batch_size as usize);
