@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod signals;
 mod supervisor;
+mod warm_start;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,8 @@ fn run(command: Command) -> Result<Exit, Problem> {
             }
         }
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Export(args) => commands::export::run(&args),
+        Command::Import(args) => commands::import::run(&args),
     }
 }
 

@@ -9,6 +9,7 @@
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
 //! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
+//! - `forecast`, `warm_start`: what takes knowledge of networks and devices, and is handed in.
 //! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown.
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ pub mod data;
 mod digests;
 mod epoch_clock;
 mod feeder;
+mod forecast;
 mod http;
 pub mod membership;
 mod metrics;
@@ -26,5 +28,8 @@ mod server;
 mod start;
 mod state_stream;
 pub mod store;
+mod warm_start;
 
-pub use start::{Config, run};
+pub use forecast::Forecast;
+pub use start::{Config, create, run};
+pub use warm_start::InitialParameters;

@@ -70,6 +70,9 @@ pub struct JobSpec {
     pub init: Init,
     pub validation_fraction: f64,
     pub train_samples: u32,
+    /// Left out where it is empty: a run without it is the run it was before the key was known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub init_from: String,
 }
 
 /// The keys that say how long a run is and where its data lies.
@@ -195,6 +198,14 @@ impl JobFile {
                 return Err(Problem::usage(format!("{key} is {value}, the most supported is {most}")));
             }
         }
+        let is_sha256 = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        if !job.init_from.is_empty() && !is_sha256(&job.init_from) {
+            return Err(Problem::usage(format!(
+                "init_from is '{}', it must be the sha256 of parameters",
+                job.init_from
+            ))
+            .hint("it is never set by hand: give --init-from RUN|FILE"));
+        }
         if self.run.epochs == 0 && self.run.steps == 0 {
             return Err(Problem::usage("epochs and steps are both 0: there is nothing to do")
                 .hint("give --epochs or --steps"));
@@ -208,12 +219,12 @@ impl JobSpec {
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let table = |job: &Self| Table::try_from(job).expect("a job of plain values is a TOML table");
         let (ours, theirs) = (table(self), table(other));
-        ours.iter()
-            .filter(|(key, value)| theirs.get(*key) != Some(*value))
-            .map(|(key, value)| {
-                let there = theirs.get(key).map_or("unset".to_owned(), Value::to_string);
-                format!("{key}: {there} there, {value} here")
-            })
+        let shown = |job: &Table, key: &str| job.get(key).map_or("unset".to_owned(), Value::to_string);
+        let only_theirs = theirs.keys().filter(|key| !ours.contains_key(*key));
+        ours.keys()
+            .chain(only_theirs)
+            .filter(|key| ours.get(*key) != theirs.get(*key))
+            .map(|key| format!("{key}: {} there, {} here", shown(&theirs, key), shown(&ours, key)))
             .collect()
     }
 }
@@ -345,6 +356,11 @@ mod tests {
                 "shards is 65 but batch_size is 64: a shard would have no row",
                 "choose --shards 64 or less",
             ),
+            (
+                [("init_from", "runs/a")],
+                "init_from is 'runs/a', it must be the sha256 of parameters",
+                "it is never set by hand: give --init-from RUN|FILE",
+            ),
             ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
             ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
             (
@@ -368,5 +384,9 @@ mod tests {
         let (a, b) = (with(&[]).unwrap().job, with(&[("seed", "2"), ("clip", "none")]).unwrap().job);
         assert_eq!(a.differences(&a), Vec::<String>::new());
         assert_eq!(b.differences(&a), ["clip: \"global\" there, \"none\" here", "seed: 1 there, 2 here"]);
+        let warm = with(&[("init_from", &"ab".repeat(32))]).unwrap().job;
+        let hash = format!("\"{}\"", warm.init_from);
+        assert_eq!(warm.differences(&a), [format!("init_from: unset there, {hash} here")]);
+        assert_eq!(a.differences(&warm), [format!("init_from: {hash} there, unset here")]);
     }
 }

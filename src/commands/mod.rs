@@ -1,5 +1,7 @@
 //! The commands that read what a run has left: each file has its words and what it does.
 
+pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod inspect;
 
 use std::path::PathBuf;

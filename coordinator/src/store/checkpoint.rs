@@ -22,7 +22,7 @@ use super::state::{StateImage, hex, sha256_hex, unhex};
 /// Version of the metadata and of the tensors' names.
 pub const FORMAT: u32 = 1;
 
-const METADATA_KEY: &str = "lockstep";
+pub(super) const METADATA_KEY: &str = "lockstep";
 
 /// A training state and what must be known to go on from it or to use it.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,6 +4,7 @@
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
+//! - [`torch`]: parameters alone, from and for PyTorch.
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
 //! - [`inspect`]: all of the above, read and summed up.
@@ -19,3 +20,4 @@ pub mod run_dir;
 pub mod state;
 #[cfg(test)]
 mod testing;
+pub mod torch;
