@@ -33,6 +33,15 @@ pub enum Pass {
     Evaluate,
 }
 
+/// What a row reads at one time step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepInput<'a> {
+    /// A token id, below the width of the one-hot input.
+    Token(u32),
+    /// `[I]`, to be divided by 255.
+    Bytes(&'a [u8]),
+}
+
 /// The optimizer's numbers for one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Update {
@@ -98,6 +107,9 @@ pub trait Device: Send {
     /// A flat f32 buffer on the device.
     type Buffer: Send;
 
+    /// A trained network on its way along one row, see [`reader`](Self::reader).
+    type Reader: Send;
+
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Result<Self::Buffer>;
 
@@ -126,6 +138,17 @@ pub trait Device: Send {
         state_in: &Self::Buffer,
         state_out: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// Begins to read one row with these parameters `[P]`, from a recurrent state of zeros. The weights are prepared
+    /// here, once; later changes of the buffer do not reach the reader.
+    fn reader(&mut self, parameters: &Self::Buffer) -> Result<Self::Reader>;
+
+    /// Reads one time step, without dropout. `logits` `[V]` becomes the head's output for the state after it, with
+    /// the bits that [`step`](Self::step) computes in an evaluation; where the head reads the final state only, those
+    /// after the last step are the network's answer.
+    ///
+    /// The input must fit the network: a token below the number of tokens, or as many bytes as the input is wide.
+    fn read(&mut self, reader: &mut Self::Reader, input: StepInput<'_>, logits: &mut [f32]) -> Result<()>;
 
     /// Completes one bucket (see [`StateLayout::buckets`](protocol::layout::StateLayout::buckets)) of the last
     /// training step: `partials[i][range of the bucket]` becomes the gradient of the *sum* of the losses of the

@@ -12,7 +12,9 @@ use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
 use kernels::cpu::softmax::{softmax_cross_entropy, softmax_cross_entropy_forward};
 use kernels::{Simd, gemm};
-use protocol::layout::{Cell, Head, ModelShape, StateLayout};
+use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+
+use crate::device::StepInput;
 
 use super::weights::{InputWeights, LayerWeights, Weights};
 
@@ -145,6 +147,59 @@ impl RowBlock {
         let shape = &layout.shape;
         self.read(shape, inputs);
         self.load_state(shape, state);
+        self.layers_forward(simd, shape, weights, dropout);
+        self.project_output(simd, shape, weights);
+        let Self { logits, targets, losses, correct, .. } = self;
+        if backward {
+            softmax_cross_entropy(simd, shape.classes, targets, logits, losses, correct);
+        } else {
+            softmax_cross_entropy_forward(simd, shape.classes, targets, logits, losses, correct);
+        }
+    }
+
+    /// One step of a block of one row and one step, from the state in which the step before has left it (zeros at
+    /// first), without dropout. Gives the logits `[V]`. Once its memory has grown, it allocates nothing.
+    pub(super) fn forward_one_step(
+        &mut self,
+        simd: Simd,
+        shape: &ModelShape,
+        weights: &Weights,
+        input: StepInput<'_>,
+    ) -> &[f32] {
+        assert!(
+            (self.len(), self.seq_len) == (1, 1),
+            "forward_one_step: the block has more than one step of one row"
+        );
+        match (input, shape.input) {
+            (StepInput::Token(token), Input::OneHot(_)) => {
+                self.tokens.resize(1, 0);
+                self.tokens[0] = token;
+            }
+            (StepInput::Bytes(bytes), Input::Bytes(width)) if bytes.len() == width => {
+                self.dense.resize(width, 0.0);
+                scale_bytes(bytes, &mut self.dense);
+            }
+            (input, expected) => panic!("forward_one_step: the input is {input:?}, expected {expected:?}"),
+        }
+        for layer in &mut self.layers {
+            layer.h.copy_within(shape.hidden_size.., 0);
+            if shape.cell == Cell::Lstm {
+                layer.c.copy_within(shape.hidden_size.., 0);
+            }
+        }
+        self.layers_forward(simd, shape, weights, None);
+        self.project_output(simd, shape, weights);
+        &self.logits
+    }
+
+    /// Through all layers, one after the other, each through all steps.
+    fn layers_forward(
+        &mut self,
+        simd: Simd,
+        shape: &ModelShape,
+        weights: &Weights,
+        dropout: Option<Dropout>,
+    ) {
         for index in 0..shape.num_layers {
             self.project_input(simd, shape, &weights.layers[index], index);
             self.layer_forward(simd, shape, &weights.layers[index], index);
@@ -153,7 +208,6 @@ impl RowBlock {
                 _ => self.layers[index].dropped.clear(),
             }
         }
-        self.head_forward(simd, layout, weights, backward);
     }
 
     /// Copies inputs and targets to time-major order.
@@ -175,7 +229,7 @@ impl RowBlock {
                 for (row, bytes) in bytes.chunks_exact(seq_len * width).enumerate() {
                     for (t, bytes) in bytes.chunks_exact(width).enumerate() {
                         let place = &mut self.dense[(t * n + row) * width..][..width];
-                        place.iter_mut().zip(bytes).for_each(|(x, &byte)| *x = f32::from(byte) / 255.0);
+                        scale_bytes(bytes, place);
                     }
                     self.targets[row] = u32::from(labels[row]);
                 }
@@ -267,19 +321,13 @@ impl RowBlock {
         }
     }
 
-    /// Logits and loss; the logits' gradient in their place if `backward`.
-    fn head_forward(&mut self, simd: Simd, layout: &StateLayout, weights: &Weights, backward: bool) {
-        let shape = &layout.shape;
+    /// The logits of every target.
+    fn project_output(&mut self, simd: Simd, shape: &ModelShape, weights: &Weights) {
         let (unit, classes) = (self.len() * shape.hidden_size, shape.classes);
-        let Self { layers, logits, targets, losses, correct, .. } = self;
+        let Self { layers, logits, targets, .. } = self;
         let output = head_input(shape, layers, unit);
         broadcast_rows(&weights.head_bias, logits);
         gemm(simd, targets.len(), output, shape.hidden_size, &weights.head, logits, classes, true);
-        if backward {
-            softmax_cross_entropy(simd, classes, targets, logits, losses, correct);
-        } else {
-            softmax_cross_entropy_forward(simd, classes, targets, logits, losses, correct);
-        }
     }
 
     /// Back through head, layers and steps to the gates' gradients.
@@ -428,6 +476,11 @@ impl LayerTrace {
     fn output(&self, unit: usize) -> &[f32] {
         if self.dropped.is_empty() { &self.h[unit..] } else { &self.dropped }
     }
+}
+
+/// What the network reads of bytes.
+fn scale_bytes(bytes: &[u8], scaled: &mut [f32]) {
+    scaled.iter_mut().zip(bytes).for_each(|(x, &byte)| *x = f32::from(byte) / 255.0);
 }
 
 /// What the head reads: the last layer's output at all steps, or at the last one.

@@ -2,10 +2,12 @@
 //!
 //! Rows are the parallelism. The rows of all shards are cut into blocks, one task each; a task runs its rows through
 //! all layers, steps and back ([`block`]) without meeting another task. Then the weight gradients are summed per
-//! shard ([`gradient`]), whatever blocks its rows were in. Weights are packed once per step ([`weights`]).
+//! shard ([`gradient`]), whatever blocks its rows were in. Weights are packed once per step ([`weights`]). A trained
+//! network is read one step at a time by a block of one row ([`reader`]).
 
 mod block;
 mod gradient;
+mod reader;
 mod weights;
 
 use std::ops::Range;
@@ -19,10 +21,12 @@ use protocol::layout::{Input, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use rayon::prelude::*;
 
-use crate::device::{Backend, Device, DeviceError, Pass, Result, Update};
+use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update};
 use block::{BlockInputs, Dropout, RowBlock};
 use gradient::{GradientTask, Scratch};
 use weights::Weights;
+
+pub use reader::CpuReader;
 
 /// Changes whenever a change of the code changes a bit of any result.
 const NUMERICS_VERSION: u32 = 1;
@@ -113,7 +117,7 @@ impl CpuDevice {
         Ok(Self {
             simd,
             pool,
-            weights: Weights::new(&layout.shape),
+            weights: Weights::new(&layout.shape, true),
             buckets: layout.buckets(),
             layout,
             seq_len,
@@ -161,6 +165,7 @@ impl CpuDevice {
 
 impl Device for CpuDevice {
     type Buffer = Vec<f32>;
+    type Reader = CpuReader;
 
     fn zeros(&self, len: usize) -> Result<Vec<f32>> {
         Ok(vec![0.0; len])
@@ -216,6 +221,15 @@ impl Device for CpuDevice {
             block.store_state(&layout.shape, &mut state_out[start..start + block.rows.len() * state_size]);
         }
         self.add_up(batch);
+        Ok(())
+    }
+
+    fn reader(&mut self, parameters: &Vec<f32>) -> Result<CpuReader> {
+        Ok(self.pool.install(|| CpuReader::new(&self.layout, parameters)))
+    }
+
+    fn read(&mut self, reader: &mut CpuReader, input: StepInput<'_>, logits: &mut [f32]) -> Result<()> {
+        reader.read(self.simd, &self.layout.shape, input, logits);
         Ok(())
     }
 

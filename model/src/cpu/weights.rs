@@ -1,4 +1,5 @@
-//! Weights in the forms that the kernels read, derived from the flat parameters once per step.
+//! Weights in the forms that the kernels read, derived from the flat parameters once per step (once in all for a
+//! reader).
 
 use kernels::PackedMatrix;
 use kernels::cpu::input::token_table;
@@ -44,8 +45,9 @@ pub(super) enum InputWeights {
 }
 
 impl Weights {
-    /// Room for the weights of a network.
-    pub(super) fn new(shape: &ModelShape) -> Self {
+    /// Room for the weights of a network; for the forms that only the backward pass reads, if there will be one.
+    pub(super) fn new(shape: &ModelShape, backward: bool) -> Self {
+        let backward = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
         let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
         let layer = |layer: usize| {
             let width = shape.layer_input_size(layer);
@@ -53,13 +55,13 @@ impl Weights {
                 Input::OneHot(_) if layer == 0 => InputWeights::Table(vec![0.0; width * gates]),
                 _ => InputWeights::Dense {
                     forward: PackedMatrix::new(width, gates),
-                    backward: PackedMatrix::new(gates, width),
+                    backward: backward(gates, width),
                 },
             };
             LayerWeights {
                 input,
                 hidden: PackedMatrix::new(hidden, gates),
-                hidden_backward: PackedMatrix::new(gates, hidden),
+                hidden_backward: backward(gates, hidden),
                 bias: vec![0.0; gates],
                 bias_hh: vec![0.0; gates],
             }
@@ -67,12 +69,12 @@ impl Weights {
         Self {
             layers: (0..shape.num_layers).map(layer).collect(),
             head: PackedMatrix::new(hidden, shape.classes),
-            head_backward: PackedMatrix::new(shape.classes, hidden),
+            head_backward: backward(shape.classes, hidden),
             head_bias: vec![0.0; shape.classes],
         }
     }
 
-    /// Packs the parameters; the forms that only the backward pass reads, if it will run.
+    /// Packs the parameters; the forms that only the backward pass reads, if it will run (and there is room).
     pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
         let (shape, hidden) = (&layout.shape, layout.shape.hidden_size);
         self.head_bias.copy_from_slice(&parameters[layout.head().1]);

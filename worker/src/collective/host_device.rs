@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use model::device::{Device, DeviceError, Pass, Result, Update};
+use model::device::{Device, DeviceError, Pass, Result, StepInput, Update};
 use protocol::batch::Batch;
 use protocol::sums::StepSums;
 
@@ -16,6 +16,7 @@ fn cannot<T>(what: &str) -> Result<T> {
 
 impl Device for HostDevice {
     type Buffer = Vec<f32>;
+    type Reader = ();
 
     fn zeros(&self, len: usize) -> Result<Vec<f32>> {
         Ok(vec![0.0; len])
@@ -32,6 +33,14 @@ impl Device for HostDevice {
     }
 
     fn step(&mut self, _: Pass, _: &Vec<f32>, _: &Batch, _: &Vec<f32>, _: &mut Vec<f32>) -> Result<()> {
+        cannot("run a network")
+    }
+
+    fn reader(&mut self, _: &Vec<f32>) -> Result<()> {
+        cannot("run a network")
+    }
+
+    fn read(&mut self, (): &mut (), _: StepInput<'_>, _: &mut [f32]) -> Result<()> {
         cannot("run a network")
     }
 

@@ -1,0 +1,55 @@
+//! Prints how many characters a second one stream reads: `cargo run --release --example reading_rate [LEVEL]`.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use kernels::Simd;
+use model::cpu::CpuBackend;
+use model::device::{Backend, Device, StepInput};
+use model::init::initial_parameters;
+use protocol::batch::DataShape;
+use protocol::job::JobFile;
+use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::schedule::Schedule;
+
+const STEPS: u32 = 20_000;
+const TOKENS: usize = 65;
+
+fn main() {
+    let simd = match std::env::args().nth(1) {
+        Some(name) => name.parse().unwrap_or_else(|error| panic!("{error}")),
+        None => Simd::detect(),
+    };
+    println!("{simd}, one thread, characters per second, best of 5");
+    for (cell, num_layers, hidden_size) in
+        [(Cell::Lstm, 2, 128), (Cell::Gru, 2, 128), (Cell::Rnn, 2, 128), (Cell::Lstm, 2, 512)]
+    {
+        let model = ModelShape {
+            cell,
+            num_layers,
+            hidden_size,
+            input: Input::OneHot(TOKENS),
+            classes: TOKENS,
+            head: Head::EveryStep,
+        };
+        let schedule = Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 1 };
+        let data = DataShape { model, seq_len: 50, schedule };
+        let job = JobFile::resolve("char-lstm", None, &[]).expect("the preset is whole").job;
+        let layout = StateLayout::new(model, 1);
+        let parameters = initial_parameters(&layout, job.init, job.seed);
+        let mut device = CpuBackend::new(simd, 1).open(&layout, &job, &data).expect("a thread starts");
+        let mut reader = device.reader(&parameters).expect("a reader opens");
+        let mut logits = vec![0.0; TOKENS];
+        let rate = (0..5)
+            .map(|_| {
+                let start = Instant::now();
+                for step in 0..STEPS {
+                    let input = StepInput::Token(step % TOKENS as u32);
+                    device.read(&mut reader, input, black_box(&mut logits)).expect("it reads");
+                }
+                f64::from(STEPS) / start.elapsed().as_secs_f64()
+            })
+            .fold(0.0, f64::max);
+        println!("  {num_layers} x {cell:?} {hidden_size}, V {TOKENS}: {rate:.0}");
+    }
+}
