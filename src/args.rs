@@ -16,6 +16,7 @@ use protocol::problem::Problem;
 use crate::commands::export::ExportArgs;
 use crate::commands::import::ImportArgs;
 use crate::commands::inspect::InspectArgs;
+use crate::forecast::Estimate;
 use crate::warm_start::WarmStart;
 
 const BUILD: &str = env!("CARGO_PKG_VERSION");
@@ -245,6 +246,9 @@ pub(crate) struct CoordinatorArgs {
     /// Stop when standard input ends
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
+    /// All workers will be on this machine, with this many threads each
+    #[arg(long, value_name = "N", hide = true)]
+    local_threads: Option<usize>,
 }
 
 impl CoordinatorArgs {
@@ -253,6 +257,7 @@ impl CoordinatorArgs {
         Ok(coordinator::Config {
             init_from,
             change_learning_rate: self.start.change_learning_rate,
+            forecast: Some(Arc::new(Estimate::new(self.local_threads))),
             listen: self.listen,
             http: self.http,
             token: token(self.token_file.as_deref())?,

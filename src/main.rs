@@ -3,6 +3,8 @@
 
 mod args;
 mod commands;
+mod forecast;
+mod memory;
 mod signals;
 mod supervisor;
 mod warm_start;
