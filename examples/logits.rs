@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use coordinator::store::torch::read_checkpoint;
+use coordinator::store::load::load;
 use kernels::Simd;
 use model::cpu::CpuDevice;
 use model::device::{Device, StepInput};
@@ -25,11 +25,9 @@ pub(crate) enum Step {
 
 /// The logits after each step, `[T][V]`, from a recurrent state of zeros.
 pub(crate) fn logits(path: &Path, steps: &[Step]) -> Result<Vec<Vec<f32>>, Problem> {
-    let checkpoint = read_checkpoint(path)?;
+    let checkpoint = load(path)?.checkpoint;
     let layout = checkpoint.image.layout().clone();
-    let bytes = checkpoint.image.floats(0..layout.parameters());
-    let parameters: Vec<f32> =
-        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let parameters = checkpoint.image.parameters();
     let failed = |error: model::device::DeviceError| Problem::failed(error.to_string());
     let classes = layout.shape.classes;
     let mut device = CpuDevice::new(Simd::detect(), 1, layout, &checkpoint.job, 1).map_err(failed)?;

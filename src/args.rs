@@ -8,14 +8,17 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use kernels::Simd;
+use kernels::cpu::simd::SimdError;
 use model::cpu::CpuBackend;
 use protocol::handshake::Token;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
+use crate::commands::eval::EvalArgs;
 use crate::commands::export::ExportArgs;
 use crate::commands::import::ImportArgs;
 use crate::commands::inspect::InspectArgs;
+use crate::commands::sample::SampleArgs;
 use crate::forecast::Estimate;
 use crate::warm_start::WarmStart;
 
@@ -47,6 +50,10 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// Make a run that starts from PyTorch's weights, without training it
     Import(ImportArgs),
+    /// Write text with a trained network
+    Sample(SampleArgs),
+    /// Evaluate a checkpoint on validation data
+    Eval(EvalArgs),
 }
 
 /// What is to be computed, and where it is written.
@@ -276,9 +283,8 @@ pub(crate) struct WorkerArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
-    #[arg(long, value_name = "LEVEL")]
-    simd: Option<String>,
+    #[command(flatten)]
+    simd: SimdArg,
     /// Name for people [default: host name and process id]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -309,13 +315,25 @@ impl WorkerArgs {
     }
 
     pub(crate) fn backend(&self) -> Result<CpuBackend, Problem> {
-        let simd = match &self.simd {
-            Some(level) => level
-                .parse()
-                .map_err(|e: kernels::cpu::simd::SimdError| Problem::usage(format!("--simd: {e}")))?,
-            None => Simd::detect(),
-        };
-        Ok(CpuBackend::new(simd, self.threads.unwrap_or_else(cores)))
+        Ok(CpuBackend::new(self.simd.resolve()?, self.threads.unwrap_or_else(cores)))
+    }
+}
+
+/// Which instructions compute.
+#[derive(Debug, Args)]
+pub(crate) struct SimdArg {
+    /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
+    #[arg(long, value_name = "LEVEL")]
+    simd: Option<String>,
+}
+
+impl SimdArg {
+    /// The level that was asked for, else the best of this CPU.
+    pub(crate) fn resolve(&self) -> Result<Simd, Problem> {
+        self.simd.as_deref().map_or_else(
+            || Ok(Simd::detect()),
+            |level| level.parse().map_err(|e: SimdError| Problem::usage(format!("--simd: {e}"))),
+        )
     }
 }
 

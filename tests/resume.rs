@@ -79,6 +79,7 @@ fn interrupted_runs_end_in_the_same_bits() {
     assert!(stops >= 3, "only {stops} interruptions hit the run");
     assert_eq!(run.train(&format!("{length} --workers 2")), expected);
     assert_complete_metrics(&run, 640, 16);
+    assert_eq!(run.metric_steps("sample"), run.metric_steps("epoch"));
     assert!(run.checkpoint() == undisturbed.checkpoint(), "the checkpoint files differ");
 }
 

@@ -16,6 +16,7 @@
 pub mod data;
 mod digests;
 mod epoch_clock;
+mod epoch_sample;
 mod feeder;
 mod forecast;
 mod http;

@@ -13,7 +13,7 @@ use crate::data::DataFacts;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
 use crate::store::journal::{Journal, Record, Replay};
-use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, StepLine};
+use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, SampleLine, StepLine};
 use crate::store::run_dir::{OpenMode, RunDir};
 use crate::store::state::StateImage;
 use crate::warm_start::FirstState;
@@ -226,6 +226,11 @@ impl Records {
             self.metrics.append(&MetricLine::Epoch(line))?;
         }
         Ok(())
+    }
+
+    /// Records what the network wrote at an epoch's end; false if there is such a text already.
+    pub(crate) fn sample(&mut self, step: u64, epoch: u64, text: &str) -> Result<bool, Problem> {
+        self.metrics.append(&MetricLine::Sample(SampleLine { step, epoch, text: text.to_owned() }))
     }
 
     /// What writes a state image as a checkpoint, on another thread.

@@ -21,6 +21,7 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 use crate::data::Dataset;
 use crate::digests::Digests;
 use crate::epoch_clock::EpochClock;
+use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
 use crate::membership::{Action, Candidate, Event, Membership, membership};
@@ -100,6 +101,8 @@ pub(crate) struct Run {
     epoch: EpochClock,
     /// Mean loss of the running epoch so far, or of the one that has just ended.
     train_loss: Option<f64>,
+    /// The texts that the network writes, if any.
+    sample: Option<EpochSample>,
     digests: Digests,
     arriving: Arriving,
     /// A state that is written when all members' digests of it agree.
@@ -160,6 +163,7 @@ impl Run {
             evaluated_at: None,
             epoch: EpochClock::new(EpochSums::default()),
             train_loss: None,
+            sample: EpochSample::new(&parts.file, parts.data.facts()),
             digests: Digests::default(),
             arriving: Arriving::default(),
             held: None,
@@ -225,6 +229,7 @@ impl Run {
             job: self.parts.file.job.clone(),
             run: self.parts.file.run.clone(),
             data: self.parts.data.shape().clone(),
+            sample: self.sample.as_ref().map(EpochSample::request),
         }))
     }
 
@@ -253,6 +258,11 @@ impl Run {
             ToCoordinator::Step(report) => self.step_done(report)?,
             ToCoordinator::Evaluation { generation, step, sums } if generation == self.generation => {
                 self.evaluated(step, &sums)?;
+            }
+            ToCoordinator::Sample { generation, step, tokens }
+                if generation == self.generation && self.members.first() == Some(&id) =>
+            {
+                self.sampled(step, &tokens)?;
             }
             ToCoordinator::Digest { generation, step, digest } if generation == self.generation => {
                 let parted = self.digests.take(id, step, digest, &self.members);
@@ -432,6 +442,18 @@ impl Run {
         self.with_status(|status| (status.val_loss, status.val_accuracy) = (loss, accuracy));
         if self.schedule.ends_epoch(step) {
             self.epoch = EpochClock::new(EpochSums::default());
+        }
+        Ok(())
+    }
+
+    /// Takes in what the network wrote at an epoch's end. Faster members may have reported later steps meanwhile.
+    fn sampled(&mut self, step: u64, tokens: &[u32]) -> Result<(), Problem> {
+        let Some(sample) = self.sample.as_ref().filter(|_| self.schedule.ends_epoch(step)) else {
+            return Ok(());
+        };
+        let (epoch, text) = (step / self.schedule.steps_per_epoch, sample.text(tokens));
+        if self.parts.records.sample(step, epoch, &text)? {
+            self.parts.screen.sample(step, epoch, &text);
         }
         Ok(())
     }

@@ -166,6 +166,19 @@ impl Screen {
         self.line(&line);
     }
 
+    /// Shows what the network wrote at an epoch's end.
+    pub(crate) fn sample(&mut self, step: u64, epoch: u64, text: &str) {
+        if self.form == Form::Json {
+            let line = json!({"kind": "sample", "step": step, "epoch": epoch, "text": text});
+            return self.line(&line.to_string());
+        }
+        // What a terminal would obey is shown as something that it shows.
+        let harmless = text.replace('\t', "    ").replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
+        for line in harmless.trim_matches('\n').lines() {
+            self.line(format!("  │ {line}").trim_end());
+        }
+    }
+
     /// Shows a sentence.
     pub(crate) fn notice(&mut self, sentence: &str) {
         if self.form == Form::Json {

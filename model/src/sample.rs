@@ -33,10 +33,10 @@ impl SampleOptions {
                 "the temperature is {}, it must be a number above 0",
                 self.temperature
             ))
-            .hint("top_n 1 always takes the likeliest character"));
+            .hint("--greedy always takes the likeliest character"));
         }
         if self.top_n == Some(0) {
-            return Err(Problem::usage("top_n is 0, it must be at least 1"));
+            return Err(Problem::usage("top_n is 0: there is no character to choose from"));
         }
         Ok(())
     }

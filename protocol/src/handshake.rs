@@ -207,14 +207,14 @@ mod tests {
     #[test]
     fn the_first_bytes_never_change() {
         let (opener, answerer) = pair("secret", "secret");
-        assert_eq!(opener.hello()[..11], *b"LOCKSTEP\x01\x00\x01");
-        assert_eq!(answerer.hello()[..11], *b"LOCKSTEP\x01\x00\x00");
+        assert_eq!(opener.hello()[..11], *b"LOCKSTEP\x02\x00\x01");
+        assert_eq!(answerer.hello()[..11], *b"LOCKSTEP\x02\x00\x00");
         let proofs = opener.proofs(&answerer.hello()).unwrap();
         assert_eq!(proofs.ours[..4], GOLDEN_PROOF);
     }
 
     /// The start of HMAC-SHA256("secret", "opener" ‖ hellos), computed with Python's hmac module.
-    const GOLDEN_PROOF: [u8; 4] = [0, 5, 120, 250];
+    const GOLDEN_PROOF: [u8; 4] = [123, 74, 227, 28];
 
     #[test]
     fn equal_tokens_agree_and_others_do_not() {
@@ -235,7 +235,7 @@ mod tests {
         hello[8] = 9;
         assert_eq!(
             opener.proofs(&hello).unwrap_err().sentence,
-            "the other side speaks protocol 9, this one 1"
+            "the other side speaks protocol 9, this one 2"
         );
         let mut hello = answerer.hello();
         hello[0] = b'H';

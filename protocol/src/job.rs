@@ -85,6 +85,8 @@ pub struct RunSpec {
     pub steps: u64,
     pub checkpoint_seconds: u64,
     pub digest_steps: u64,
+    pub sample_chars: u32,
+    pub sample_temperature: f64,
 }
 
 /// The keys that say who computes.
@@ -179,9 +181,12 @@ impl JobFile {
         unit("validation_fraction", job.validation_fraction, false)?;
         unit("beta1", job.beta1, false)?;
         unit("beta2", job.beta2, false)?;
-        for (key, value) in
-            [("learning_rate", job.learning_rate), ("clip_norm", job.clip_norm), ("epsilon", job.epsilon)]
-        {
+        for (key, value) in [
+            ("learning_rate", job.learning_rate),
+            ("clip_norm", job.clip_norm),
+            ("epsilon", job.epsilon),
+            ("sample_temperature", self.run.sample_temperature),
+        ] {
             if !(value > 0.0 && value.is_finite()) {
                 return Err(Problem::usage(format!("{key} is {value}, it must be a number above 0")));
             }
@@ -192,6 +197,7 @@ impl JobFile {
             ("batch_size", job.batch_size, 65_536),
             ("seq_len", job.seq_len, 65_536),
             ("shards", job.shards, 16_384),
+            ("sample_chars", self.run.sample_chars, 10_000),
         ];
         for (key, value, most) in limits {
             if value > most {
@@ -363,6 +369,8 @@ mod tests {
             ),
             ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
             ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
+            ([("sample_chars", "10001")], "sample_chars is 10001, the most supported is 10000", ""),
+            ([("sample_temperature", "0")], "sample_temperature is 0, it must be a number above 0", ""),
             (
                 [("epochs", "0")],
                 "epochs and steps are both 0: there is nothing to do",

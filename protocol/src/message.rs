@@ -1,6 +1,6 @@
 //! Control messages between the coordinator and its workers.
 //!
-//! Version ledger: 1 — first.
+//! Version ledger: 1 — first; 2 — a text that the network writes at each epoch's end.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -10,7 +10,7 @@ use crate::job::{JobSpec, RunSpec};
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -72,6 +72,15 @@ pub enum ToCoordinator {
         sentence: String,
         /// What to do about it.
         hint: Option<String>,
+    },
+    /// What the network wrote at an epoch's end, as [`Welcome::sample`] asked; only rank 0 does.
+    Sample {
+        /// The generation.
+        generation: Generation,
+        /// Steps done.
+        step: u64,
+        /// The text; shorter than asked for where the network is slow.
+        tokens: Vec<u32>,
     },
 }
 
@@ -193,6 +202,21 @@ pub struct Welcome {
     pub run: RunSpec,
     /// What the data looks like.
     pub data: DataShape,
+    /// The text to be written at each epoch's end, if any.
+    pub sample: Option<SampleRequest>,
+}
+
+/// A text that the network is to write, for people. It changes nothing of the training.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct SampleRequest {
+    /// What it continues, at least one token.
+    pub prime: Vec<u32>,
+    /// Number of tokens besides the prime.
+    pub length: u32,
+    /// What logits are divided by, above 0.
+    pub temperature: f64,
+    /// Another seed, another text.
+    pub seed: u64,
 }
 
 /// A worker's place in a generation.

@@ -4,15 +4,15 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use coordinator::store::files::write_atomic;
-use coordinator::store::torch::{read_checkpoint, to_torch};
+use coordinator::store::torch::to_torch;
 use protocol::problem::{Exit, Problem};
 
-use super::RunArg;
+use super::CheckpointArg;
 
 #[derive(Debug, Args)]
 pub(crate) struct ExportArgs {
     #[command(flatten)]
-    run: RunArg,
+    checkpoint: CheckpointArg,
     /// For which program
     #[arg(long, value_enum, default_value_t = Program::Torch)]
     to: Program,
@@ -32,7 +32,7 @@ enum Program {
 
 pub(crate) fn run(args: &ExportArgs) -> Result<Exit, Problem> {
     let out = args.out.display();
-    let checkpoint = read_checkpoint(&args.run.resolve("lockstep export RUN_DIR --out FILE")?)?;
+    let checkpoint = args.checkpoint.load("lockstep export RUN_DIR --out FILE")?.checkpoint;
     if args.out.is_dir() || args.out.file_name().is_none() {
         return Err(
             Problem::usage(format!("{out} is a folder")).hint("name a file in it: --out FILE.safetensors")

@@ -1,12 +1,15 @@
 //! The commands that read what a run has left: each file has its words and what it does.
 
+pub(crate) mod eval;
 pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod inspect;
+pub(crate) mod sample;
 
 use std::path::PathBuf;
 
 use clap::Args;
+use coordinator::store::load::{Loaded, load};
 use protocol::problem::Problem;
 
 /// Which run a command reads.
@@ -19,22 +22,41 @@ pub(crate) struct RunArg {
 impl RunArg {
     /// The directory. `usage` is how the command is given one: `lockstep inspect RUN_DIR`.
     pub(crate) fn resolve(&self, usage: &str) -> Result<PathBuf, Problem> {
-        if let Some(dir) = &self.run_dir {
-            return Ok(dir.clone());
-        }
-        let newest = std::fs::read_dir("runs").ok().and_then(|entries| {
-            entries
-                .flatten()
-                .filter_map(|entry| {
-                    Some((
-                        entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?,
-                        entry.path(),
-                    ))
-                })
-                .max()
-        });
-        newest
-            .map(|(_, path)| path)
-            .ok_or_else(|| Problem::usage("there is no run with a checkpoint below runs/").hint(usage))
+        self.run_dir.clone().map_or_else(|| newest_run(usage), Ok)
     }
+}
+
+/// Which checkpoint a command uses.
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointArg {
+    /// A run directory, whose newest checkpoint is used, or a checkpoint file [default: the newest run below runs/]
+    #[arg(value_name = "RUN_DIR")]
+    path: Option<PathBuf>,
+}
+
+impl CheckpointArg {
+    /// The checkpoint; newer ones that were passed over are named on standard error. `usage` as for
+    /// [`RunArg::resolve`].
+    pub(crate) fn load(&self, usage: &str) -> Result<Loaded, Problem> {
+        let loaded = load(&self.path.clone().map_or_else(|| newest_run(usage), Ok)?)?;
+        for skipped in &loaded.skipped {
+            eprintln!("note: passed over {skipped}");
+        }
+        Ok(loaded)
+    }
+}
+
+/// The run below `runs/` with the newest checkpoint.
+fn newest_run(usage: &str) -> Result<PathBuf, Problem> {
+    let newest = std::fs::read_dir("runs").ok().and_then(|entries| {
+        entries
+            .flatten()
+            .filter_map(|entry| {
+                Some((entry.path().join("latest").symlink_metadata().ok()?.modified().ok()?, entry.path()))
+            })
+            .max()
+    });
+    newest
+        .map(|(_, path)| path)
+        .ok_or_else(|| Problem::usage("there is no run with a checkpoint below runs/").hint(usage))
 }

@@ -2,12 +2,13 @@
 //! report. One worker or many run the same lines.
 
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model::device::{Device, DeviceError, Pass, Update};
+use model::sample::{SampleOptions, Sampler};
 use protocol::batch::{Batch, DataShape};
 use protocol::job::{Clip, JobSpec};
-use protocol::message::{Form, PhaseSeconds, StepReport, Stop, ToCoordinator};
+use protocol::message::{Form, PhaseSeconds, SampleRequest, StepReport, Stop, ToCoordinator};
 use protocol::schedule::Work;
 use protocol::slots::slots_of;
 use protocol::sums::StepSums;
@@ -21,6 +22,9 @@ use crate::sums_exchange::exchange_sums;
 
 /// Shards' sums of an evaluation that are exchanged together: few messages, each below a frame's limit.
 const SUMS_PER_EXCHANGE: usize = 16_384;
+
+/// A text that takes longer is cut off: the other workers wait meanwhile.
+const SAMPLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a generation's loop ended early.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,7 @@ pub struct Generation<D: Device> {
     form: Form,
     job: JobSpec,
     data: DataShape,
+    sample: Option<SampleRequest>,
     collective: Box<dyn Collective<D>>,
     feed: Feed,
     outbox: Outbox,
@@ -93,6 +98,7 @@ impl<D: Device> Generation<D> {
             form,
             job,
             data,
+            sample: None,
             collective,
             feed,
             outbox,
@@ -102,6 +108,11 @@ impl<D: Device> Generation<D> {
             partials,
             state_parts,
         })
+    }
+
+    /// Has the network write a text at each epoch's end, if one is asked for and this worker is the one to do it.
+    pub fn with_sample(self, request: Option<SampleRequest>) -> Self {
+        Self { sample: request.filter(|_| self.form.rank == 0), ..self }
     }
 
     /// Trains until the schedule ends, the fleet drains, or something breaks. The replica is always in the state
@@ -241,10 +252,29 @@ impl<D: Device> Generation<D> {
                     by_batch.iter().map(|by_shard| StepSums::total(by_shard)).fold(sums, StepSums::combine);
             }
         }
-        if self.data.schedule.ends_epoch(step) {
+        let ends_epoch = self.data.schedule.ends_epoch(step);
+        if ends_epoch {
             replica.control.after_epoch(&sums);
         }
         self.outbox.send(ToCoordinator::Evaluation { generation: self.form.generation, step, sums });
+        if let Some(request) = self.sample.as_ref().filter(|_| ends_epoch) {
+            let tokens = write_sample(device, replica, request)?;
+            self.outbox.send(ToCoordinator::Sample { generation: self.form.generation, step, tokens });
+        }
         Ok(())
     }
+}
+
+/// What the network writes after so much training. Reads the parameters and nothing else of the replica.
+fn write_sample<D: Device>(
+    device: &mut D,
+    replica: &Replica<D>,
+    request: &SampleRequest,
+) -> Result<Vec<u32>, DeviceError> {
+    let started = Instant::now();
+    let options = SampleOptions { temperature: request.temperature, top_n: None, seed: request.seed };
+    Sampler::new(device, &replica.layout.shape, &replica.parameters, &request.prime, options)?
+        .take(request.length as usize)
+        .take_while(|_| started.elapsed() < SAMPLE_LIMIT)
+        .collect()
 }

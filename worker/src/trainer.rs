@@ -85,7 +85,8 @@ impl<D: Device> Trainer<D> {
 
         let links = (collective, feed, outbox);
         let mut generation = Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| error.to_string())?
+            .with_sample(welcome.sample.clone());
         match generation.train(device, replica) {
             Ok(stop) => Ok(stop),
             Err(StepError::Collective(CollectiveError::Aborted) | StepError::Feed(FeedClosed::Ended)) => {

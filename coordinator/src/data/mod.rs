@@ -5,6 +5,7 @@
 //! - [`locate`]: from the name or path in `[run] data` to files, or to the data that is compiled in.
 //! - [`file`]: a file's bytes, unpacked and bounded, and their digest.
 //! - [`text`]: task `chars` over any UTF-8 text; the embedded text.
+//! - [`vocabulary`]: the characters of a text as tokens and back.
 //! - [`images`]: task `rows` over any labelled images.
 //! - [`idx`]: the file format of MNIST.
 //! - [`digits`]: the embedded digits, drawn when they are opened.
@@ -15,6 +16,7 @@ mod idx;
 mod images;
 pub mod locate;
 mod text;
+pub mod vocabulary;
 
 use std::ops::Range;
 use std::path::Path;

@@ -9,9 +9,10 @@ use protocol::job::JobSpec;
 use protocol::problem::Problem;
 use serde::Serialize;
 
-use super::checkpoint_dir::{CheckpointDir, Newest};
+use super::checkpoint_dir::Newest;
 use super::journal::Replay;
-use super::run_dir::{journal_path, require_run};
+use super::load::newest_of_run;
+use super::run_dir::journal_path;
 
 /// The newest usable checkpoint of a run and what is known about it. Losses are in nats; `None` is unknown or not
 /// finite.
@@ -75,12 +76,7 @@ pub struct EventLine {
 /// It is not a run directory, has no checkpoint yet, or all its checkpoints are damaged. A damaged journal only
 /// leaves the validation unknown.
 pub fn inspect(run_dir: &Path) -> Result<Inspection, Problem> {
-    require_run(run_dir)?;
-    let Some(newest) = CheckpointDir::new(run_dir).newest_verified()? else {
-        return Err(Problem::usage(format!("{} has no checkpoint yet", run_dir.display())).hint(
-            "the first one is written at the first epoch's end, or earlier with --set checkpoint_seconds=SECONDS",
-        ));
-    };
+    let newest = newest_of_run(run_dir)?;
     let (replay, notes) = match Replay::read(&journal_path(run_dir)) {
         Ok(replay) => (replay, Vec::new()),
         Err(problem) => (Replay::default(), vec![problem.sentence]),

@@ -1,4 +1,5 @@
-//! `metrics.jsonl`: the numbers of each step and each epoch, one JSON object a line, for people and plots.
+//! `metrics.jsonl`: the numbers of each step and each epoch and what the network wrote, one JSON object a line, for
+//! people and plots.
 //!
 //! Each step is there exactly once: a report that comes twice is left out, and a resume drops what lies after the
 //! step it goes on from. Nothing is ever computed from this file.
@@ -19,6 +20,8 @@ pub enum MetricLine {
     Step(StepLine),
     /// A finished epoch.
     Epoch(EpochLine),
+    /// A text that the network wrote at an epoch's end.
+    Sample(SampleLine),
 }
 
 /// The numbers of one step. What is not finite is written as `null` and read as not-a-number.
@@ -103,6 +106,17 @@ pub struct EpochLine {
     pub workers: u32,
 }
 
+/// What the network wrote at the end of one epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SampleLine {
+    /// Steps done.
+    pub step: u64,
+    /// The epoch, from 1.
+    pub epoch: u64,
+    /// The text, without what it continues.
+    pub text: String,
+}
+
 fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -119,6 +133,7 @@ struct Place {
 struct Last {
     step: u64,
     epoch: u64,
+    sample: u64,
 }
 
 impl Last {
@@ -127,6 +142,7 @@ impl Last {
         let last = match kind {
             "step" => &mut self.step,
             "epoch" => &mut self.epoch,
+            "sample" => &mut self.sample,
             _ => return true,
         };
         if step <= *last {
@@ -177,6 +193,7 @@ impl MetricsLog {
         let is_new = match line {
             MetricLine::Step(line) => last.advance("step", line.step),
             MetricLine::Epoch(line) => last.advance("epoch", line.step),
+            MetricLine::Sample(line) => last.advance("sample", line.step),
         };
         if is_new {
             self.lines.append(serde_json::to_string(line).expect("plain values can be written as JSON"))?;
@@ -256,8 +273,12 @@ mod tests {
         })
     }
 
+    fn sample(step: u64) -> MetricLine {
+        MetricLine::Sample(SampleLine { step, epoch: step / 2, text: format!("\"é\n\u{1b}{step}") })
+    }
+
     fn story() -> Vec<MetricLine> {
-        vec![step(1), step(2), epoch(2), step(3), step(4), epoch(4), step(5)]
+        vec![step(1), step(2), epoch(2), sample(2), step(3), step(4), epoch(4), sample(4), step(5)]
     }
 
     fn written() -> (tempfile::TempDir, PathBuf, MetricsLog) {
@@ -296,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_resume_drops_later_steps_and_each_step_is_there_once() {
-        for (resumed, kept) in [(0, 0), (1, 1), (2, 3), (3, 4), (4, 6), (5, 7), (9, 7)] {
+        for (resumed, kept) in [(0, 0), (1, 1), (2, 4), (3, 5), (4, 8), (5, 9), (9, 9)] {
             let (dir, path, mut log) = written();
             log.truncate_after(resumed).unwrap();
             assert_eq!(read(&path).unwrap(), story()[..kept], "resumed at {resumed}");

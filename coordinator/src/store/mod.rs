@@ -5,6 +5,7 @@
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
 //! - [`torch`]: parameters alone, from and for PyTorch.
+//! - [`load`]: one checkpoint to use, of a run or from a file.
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
 //! - [`inspect`]: all of the above, read and summed up.
@@ -15,6 +16,7 @@ pub mod checkpoint_dir;
 pub mod files;
 pub mod inspect;
 pub mod journal;
+pub mod load;
 pub mod metrics_log;
 pub mod run_dir;
 pub mod state;

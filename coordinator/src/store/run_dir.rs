@@ -159,6 +159,19 @@ pub fn require_run(path: &Path) -> Result<(), Problem> {
     Ok(())
 }
 
+/// The `[run]` section of a run; keys that an older version did not write have their defaults.
+///
+/// # Errors
+/// `job.toml` is not there or cannot be read.
+pub fn stored_run(dir: &Path) -> Result<RunSpec, Problem> {
+    let path = dir.join(JOB);
+    let text = std::fs::read_to_string(&path).map_err(|error| io_problem("read", &path, &error))?;
+    let file = JobFile::resolve("char-lstm", Some(&text), &[]).map_err(|problem| {
+        Problem::usage(format!("{} is not the job of a run: {problem}", path.display()))
+    })?;
+    Ok(file.run)
+}
+
 /// Where the journal of a run directory is.
 pub(super) fn journal_path(run_dir: &Path) -> PathBuf {
     run_dir.join(JOURNAL)

@@ -65,6 +65,13 @@ impl StateImage {
         &self.bytes[4 * range.start..4 * range.end]
     }
 
+    /// The flat parameter buffer `[P]`.
+    pub fn parameters(&self) -> Vec<f32> {
+        let [parameters, ..] = self.layout.image_ranges();
+        let (floats, _) = self.floats(parameters).as_chunks::<4>();
+        floats.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+    }
+
     /// How far the run is.
     pub fn progress(&self) -> Progress {
         Progress::from_bytes(self.tail(0))

@@ -8,13 +8,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use protocol::layout::{Cell, Tensor};
-use protocol::problem::Problem;
+use protocol::problem::{Exit, Problem};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, METADATA_KEY};
-use super::checkpoint_dir::CheckpointDir;
-use super::run_dir::require_run;
+use super::load::newest_of_run;
 
 const NETWORK_KEY: &str = "network";
 
@@ -77,8 +76,8 @@ impl Weights {
     /// There is nothing of the kind, it is damaged, or a tensor is not of finite f32 numbers.
     pub fn read(path: &Path) -> Result<Self, Problem> {
         if path.is_dir() {
-            let checkpoint = newest_checkpoint(path)?;
-            return Self::of_checkpoint(&path.display().to_string(), &checkpoint);
+            let newest = newest_of_run(path).map_err(|problem| Problem { exit: Exit::Usage, ..problem })?;
+            return Self::of_checkpoint(&path.display().to_string(), &newest.checkpoint);
         }
         let origin = path.display().to_string();
         let bytes =
@@ -211,28 +210,6 @@ impl WeightTensor {
     }
 }
 
-/// The newest usable checkpoint of a run directory, or the checkpoint in a file.
-///
-/// # Errors
-/// There is none, or it is damaged.
-pub fn read_checkpoint(path: &Path) -> Result<Checkpoint, Problem> {
-    if path.is_dir() {
-        return newest_checkpoint(path);
-    }
-    let origin = path.display().to_string();
-    let bytes =
-        std::fs::read(path).map_err(|error| Problem::usage(format!("cannot read {origin}: {error}")))?;
-    Checkpoint::from_bytes(&bytes).map_err(|problem| of_file(&origin, problem))
-}
-
-fn newest_checkpoint(run_dir: &Path) -> Result<Checkpoint, Problem> {
-    require_run(run_dir)?;
-    match CheckpointDir::new(run_dir).newest_verified()? {
-        Some(newest) => Ok(newest.checkpoint),
-        None => Err(Problem::usage(format!("{} has no checkpoint yet", run_dir.display()))),
-    }
-}
-
 /// What is wrong with a file, as a problem of whoever named it.
 fn of_file(origin: &str, problem: Problem) -> Problem {
     Problem { hint: problem.hint, ..Problem::usage(format!("{origin}: {}", problem.sentence)) }
@@ -243,6 +220,7 @@ mod tests {
     use super::*;
     use crate::store::checkpoint_dir::KEEP;
     use crate::store::run_dir::{OpenMode, RunDir};
+    use crate::store::state::StateImage;
     use crate::store::testing;
 
     /// A checkpoint of finite numbers.
@@ -250,7 +228,7 @@ mod tests {
         let mut checkpoint = testing::checkpoint(20, 1);
         let layout = checkpoint.image.layout().clone();
         let parameters: Vec<f32> = (0..layout.parameters()).map(|i| i as f32 / 7.0).collect();
-        checkpoint.image = crate::store::state::StateImage::initial(&layout, &parameters);
+        checkpoint.image = StateImage::initial(&layout, &parameters);
         checkpoint
     }
 
@@ -313,9 +291,6 @@ mod tests {
                 assert_eq!(bytes, checkpoint.image.floats(range.clone()), "{name} of {}", path.display());
             }
         }
-        assert_eq!(read_checkpoint(&paths[0]).unwrap(), checkpoint);
-        assert_eq!(read_checkpoint(&paths[1]).unwrap(), checkpoint);
-        assert!(read_checkpoint(&paths[2]).unwrap_err().sentence.contains("no metadata key 'lockstep'"));
     }
 
     #[test]
@@ -330,12 +305,11 @@ mod tests {
         for (bytes, sentence) in cases {
             let problem = Weights::from_bytes("w", &bytes).unwrap_err();
             assert!(problem.sentence.starts_with(sentence), "{problem}");
-            assert_eq!(problem.exit, protocol::problem::Exit::Usage);
+            assert_eq!(problem.exit, Exit::Usage);
         }
         let mut broken = checkpoint();
         let layout = broken.image.layout().clone();
-        broken.image =
-            crate::store::state::StateImage::initial(&layout, &vec![f32::NAN; layout.parameters()]);
+        broken.image = StateImage::initial(&layout, &vec![f32::NAN; layout.parameters()]);
         let problem = Weights::from_bytes("w", &to_torch(&broken)).unwrap_err();
         assert_eq!(problem.sentence, "tensor head.bias of w holds NaN");
         let problem = Weights::read(Path::new("nowhere.safetensors")).unwrap_err();
