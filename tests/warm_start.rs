@@ -214,3 +214,33 @@ fn a_learning_rate_is_changed_only_where_there_is_a_state_to_go_on_from() {
     }
     assert!(!run.dir().exists());
 }
+
+#[test]
+fn a_run_that_was_cut_off_before_its_first_state_asks_for_the_weights_again() {
+    let folder = Folder::new();
+    let (source, _) = source(&folder);
+    let from = init_from(&source);
+    let run = folder.run("run", &job(&folder));
+    let expected = run.train(&format!("--epochs 1 {from}"));
+    std::fs::remove_dir_all(run.dir().join("checkpoints")).unwrap();
+    run.end("--epochs 1")
+        .expect_failure(2, &["starts from the parameters ", "give --init-from RUN|FILE with"]);
+    assert_eq!(run.train(&format!("--epochs 1 {from}")), expected);
+}
+
+#[test]
+fn going_back_to_before_a_change_of_the_learning_rate_is_said() {
+    let folder = Folder::new();
+    let run = folder.run("run", &job(&folder));
+    run.train("--epochs 1");
+    let expected = run.train("--epochs 2");
+    run.end("--epochs 2 --change-learning-rate 0.5").expect_exit(0);
+    std::fs::write(run.dir().join("latest"), "damaged").unwrap();
+    let ended = run.end("--epochs 2");
+    ended.expect_exit(0);
+    let notice = "the change of the learning rate to 0.5 came after step 24 and is undone";
+    assert!(ended.stdout.contains(notice), "{}", ended.stdout);
+    assert_eq!(run.hashes(), expected);
+    let events = run.inspect()["events"].to_string();
+    assert!(!events.contains("learning rate 0.5"), "{events}");
+}
