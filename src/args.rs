@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -17,9 +18,13 @@ use crate::commands::completions::CompletionsArgs;
 use crate::commands::diff::DiffArgs;
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::eval::EvalArgs;
+use crate::commands::export::ExportArgs;
+use crate::commands::import::ImportArgs;
 use crate::commands::inspect::InspectArgs;
 use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
+use crate::forecast::Estimate;
+use crate::warm_start::WarmStart;
 
 /// What this binary is: `0.1.0 (revision 1a2b3c4d5e6f, features: cpu)`.
 pub(crate) const BUILD: &str = concat!(
@@ -59,6 +64,10 @@ pub(crate) enum Command {
     Worker(WorkerArgs),
     /// Show the newest checkpoint of a run, with its hashes
     Inspect(InspectArgs),
+    /// Write the parameters of a run as a safetensors file for PyTorch
+    Export(ExportArgs),
+    /// Make a run that starts from PyTorch's weights, without training it
+    Import(ImportArgs),
     /// Write text with a trained network
     Sample(SampleArgs),
     /// Evaluate a checkpoint on validation data
@@ -145,6 +154,28 @@ impl JobArgs {
         JobFile::resolve(&self.preset, text.as_deref(), &settings)
     }
 
+    /// A coordinator of this job that nobody can reach yet.
+    pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        Ok(coordinator::Config {
+            preset: self.preset.clone(),
+            file: self.resolve()?,
+            run_dir: self.run_dir(),
+            fresh: self.fresh,
+            init_from: None,
+            change_learning_rate: None,
+            forecast: None,
+            data_dir: self.data_dir.clone(),
+            listen: nowhere,
+            http: nowhere,
+            token: Token::new(""),
+            ready_file: None,
+            linger: Duration::ZERO,
+            json: self.json,
+            build: BUILD.to_owned(),
+        })
+    }
+
     fn run_dir(&self) -> PathBuf {
         self.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&self.preset))
     }
@@ -180,6 +211,31 @@ impl JobArgs {
     }
 }
 
+/// What a run starts or goes on from, besides its seed and its newest checkpoint.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct StartArgs {
+    /// Start from the parameters of another run, of a checkpoint, or of a safetensors file with PyTorch's names
+    #[arg(long, value_name = "RUN|FILE")]
+    init_from: Option<PathBuf>,
+    /// Go on from the newest checkpoint with another learning rate; an event of the run
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    change_learning_rate: Option<f64>,
+}
+
+impl StartArgs {
+    /// The same options as words of a command line.
+    pub(crate) fn to_words(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(path) = &self.init_from {
+            words.extend(["--init-from".into(), path.into()]);
+        }
+        if let Some(rate) = self.change_learning_rate {
+            words.extend(["--change-learning-rate".into(), rate.to_string().into()]);
+        }
+        words
+    }
+}
+
 fn read_job_file(path: &Path) -> Result<String, Problem> {
     std::fs::read_to_string(path).map_err(|error| {
         let presets: Vec<String> = presets().into_iter().map(|(name, _)| name).collect();
@@ -192,6 +248,8 @@ fn read_job_file(path: &Path) -> Result<String, Problem> {
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) job: JobArgs,
+    #[command(flatten)]
+    pub(crate) start: StartArgs,
     /// Threads per worker [default: an equal part of the cores]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -204,6 +262,8 @@ pub(crate) struct TrainArgs {
 pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
     job: JobArgs,
+    #[command(flatten)]
+    start: StartArgs,
     /// Where workers connect
     #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
@@ -219,23 +279,24 @@ pub(crate) struct CoordinatorArgs {
     /// Stop when standard input ends
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
+    /// All workers will be on this machine, with this many threads each
+    #[arg(long, value_name = "N", hide = true)]
+    local_threads: Option<usize>,
 }
 
 impl CoordinatorArgs {
     pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
+        let init_from = self.start.init_from.clone().map(|path| Arc::new(WarmStart::new(path)) as Arc<_>);
         Ok(coordinator::Config {
-            preset: self.job.preset.clone(),
-            file: self.job.resolve()?,
-            run_dir: self.job.run_dir(),
-            fresh: self.job.fresh,
-            data_dir: self.job.data_dir.clone(),
+            init_from,
+            change_learning_rate: self.start.change_learning_rate,
+            forecast: Some(Arc::new(Estimate::new(self.local_threads))),
             listen: self.listen,
             http: self.http,
             token: token(self.token_file.as_deref())?,
             ready_file: self.ready_file.clone(),
             linger: Duration::from_secs(self.job.linger),
-            json: self.job.json,
-            build: BUILD.to_owned(),
+            ..self.job.config()?
         })
     }
 }
@@ -371,12 +432,15 @@ mod tests {
     #[test]
     fn options_survive_the_way_to_the_coordinator() {
         let words = "mnist-rnn --data x=y.txt --data-dir d --run-dir r --steps 3 --epochs 4 --seed 5 --shards 6 \
-                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2";
-        let args = train(words).job;
+                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 \
+                     --init-from runs/a --change-learning-rate 1e-5";
+        let TrainArgs { job: args, start, .. } = train(words);
+        let words = args.to_words().into_iter().chain(start.to_words());
         let again: Vec<OsString> =
-            ["lockstep".into(), "coordinator".into()].into_iter().chain(args.to_words()).collect();
+            ["lockstep".into(), "coordinator".into()].into_iter().chain(words).collect();
         let Command::Coordinator(copy) = Cli::try_parse_from(again).unwrap().command else { panic!() };
         assert_eq!(format!("{:?}", copy.job), format!("{args:?}"));
+        assert_eq!(format!("{:?}", copy.start), format!("{start:?}"));
         assert_eq!(copy.job.resolve().unwrap().run.data, "x=y.txt");
     }
 

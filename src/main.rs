@@ -3,8 +3,11 @@
 
 mod args;
 mod commands;
+mod forecast;
+mod memory;
 mod signals;
 mod supervisor;
+mod warm_start;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -61,6 +64,8 @@ fn run(command: Command) -> Result<Exit, Problem> {
             }
         }
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Export(args) => commands::export::run(&args),
+        Command::Import(args) => commands::import::run(&args),
         Command::Sample(args) => commands::sample::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args),

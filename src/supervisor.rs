@@ -40,8 +40,9 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
 
     let ready = ReadyFile::new(&token);
     let mut command = child("coordinator");
-    command.args(args.job.to_words()).arg("--supervised").stdin(Stdio::piped());
+    command.args(args.job.to_words()).args(args.start.to_words()).arg("--supervised").stdin(Stdio::piped());
     command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
+    command.args(["--local-threads", &threads.to_string()]);
     let mut coordinator = spawn(command.arg("--ready-file").arg(&ready.path), "the coordinator")?;
     let mut asked_to_stop = false;
     // Held open to the end: when this process is gone, however it went, the coordinator sees it close. (Waiting for

@@ -1,8 +1,9 @@
 //! A preset with random data of the right shape: what to measure, without files.
 
+use model::cost::Flop;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::job::{JobFile, JobSpec, Task};
-use protocol::layout::{Head, Input, ModelShape, StateLayout};
+use protocol::layout::{Input, ModelShape, StateLayout};
 use protocol::problem::Problem;
 use protocol::random::{Purpose, Stream};
 use protocol::schedule::{Schedule, Work};
@@ -35,18 +36,11 @@ impl Workload {
     /// An unknown preset or key, or a value that does not fit.
     pub fn new(preset: &str, settings: &[(String, String)]) -> Result<Self, Problem> {
         let job = JobFile::resolve(preset, None, settings)?.job;
-        let (input, classes, head, seq_len) = match job.task {
-            Task::Chars => (Input::OneHot(VOCABULARY), VOCABULARY, Head::EveryStep, job.seq_len as usize),
-            Task::Rows => (Input::Bytes(IMAGE.1), IMAGE.2, Head::Final, IMAGE.0),
+        let (input_size, classes, seq_len) = match job.task {
+            Task::Chars => (VOCABULARY, VOCABULARY, job.seq_len as usize),
+            Task::Rows => (IMAGE.1, IMAGE.2, IMAGE.0),
         };
-        let model = ModelShape {
-            cell: job.cell,
-            num_layers: job.num_layers as usize,
-            hidden_size: job.hidden_size as usize,
-            input,
-            classes,
-            head,
-        };
+        let model = ModelShape::of(&job, input_size, classes);
         let schedule = Schedule { steps_per_epoch: u64::MAX, evaluation_batches: 0, total_steps: u64::MAX };
         let data = DataShape { model, seq_len, schedule };
         let layout = StateLayout::new(model, job.batch_size as usize);
@@ -59,34 +53,9 @@ impl Workload {
         &self.batches[(step % BATCHES) as usize]
     }
 
-    /// Floating-point operations of the matrix products of one training step, in units of 10⁹.
-    ///
-    /// A product of `[m, k]` and `[k, n]` is `2·m·n·k`. With `I_l` the input width of layer l:
-    ///
-    /// | product | for each (row, step) and layer | runs |
-    /// |---|---|---|
-    /// | recurrent, `W_hh h` | `2·G·H·H` | 3 times: forward, gradient of h, gradient of W |
-    /// | input, `W_ih x` | `2·G·H·I_l` | 3 times; in the first layer twice, as nobody asks for x's gradient |
-    /// | head | `2·H·V` per target | 3 times |
-    ///
-    /// Tokens are a table lookup and not a product: their layer's input counts 0 times. Implementations that multiply
-    /// one-hot vectors execute more than this. Pointwise operations and the optimizer are not counted.
+    /// Floating-point operations of one training step, in units of 10⁹, as [`Flop`] counts them.
     pub fn gflop_per_step(&self) -> f64 {
-        let shape = &self.layout.shape;
-        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
-        let layers: usize = (0..shape.num_layers)
-            .map(|layer| {
-                let runs = match (layer, shape.input) {
-                    (0, Input::OneHot(_)) => 0,
-                    (0, Input::Bytes(_)) => 2,
-                    _ => 3,
-                };
-                2 * gates * (3 * hidden + runs * shape.layer_input_size(layer))
-            })
-            .sum();
-        let steps = self.layout.batch_size * self.data.seq_len;
-        let targets = if shape.head == Head::EveryStep { steps } else { self.layout.batch_size };
-        (steps * layers + targets * 3 * 2 * hidden * shape.classes) as f64 / 1e9
+        Flop::of_batch(&self.layout, self.data.seq_len).step() / 1e9
     }
 }
 
@@ -118,15 +87,6 @@ fn random_batch(job: &JobSpec, data: &DataShape, index: u64) -> Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn operations_are_counted_as_by_hand() {
-        let gflop = |preset| Workload::new(preset, &[]).unwrap().gflop_per_step();
-        // 64·50 · 6 · (512·128 + 512·256 + 128·65)
-        assert_eq!(gflop("char-lstm"), 3.934_617_6);
-        // 150·28 · (6·150·150 + 4·150·28) + 150 · 6·150·10
-        assert_eq!(gflop("mnist-rnn"), 0.638_91);
-    }
 
     #[test]
     fn batches_fill_every_slot_and_differ() {

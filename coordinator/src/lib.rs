@@ -10,6 +10,7 @@
 //! - [`server`](mod@server): the control port.
 //! - [`store`]: run directory, journal, checkpoints; `records` ties them to a run.
 //! - [`audit`](mod@audit): whether a run used the rows that its job and data prescribe.
+//! - `forecast`, `warm_start`: what takes knowledge of networks and devices, and is handed in.
 //! - [`screen`](mod@screen), [`http`](mod@http), [`metrics`](mod@metrics): what is shown; `loss_plot` and `plot`: the
 //!   picture of the losses.
 #![forbid(unsafe_code)]
@@ -20,6 +21,7 @@ mod digests;
 mod epoch_clock;
 mod epoch_sample;
 mod feeder;
+mod forecast;
 mod hex;
 mod http;
 mod loss_plot;
@@ -33,5 +35,8 @@ mod server;
 mod start;
 mod state_stream;
 pub mod store;
+mod warm_start;
 
-pub use start::{Config, run};
+pub use forecast::Forecast;
+pub use start::{Config, create, run};
+pub use warm_start::InitialParameters;

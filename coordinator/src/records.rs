@@ -1,8 +1,9 @@
 //! Everything a run writes: journal, metrics file, checkpoints.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use protocol::job::JobFile;
+use protocol::job::{JobFile, JobSpec};
 use protocol::layout::StateLayout;
 use protocol::message::StepReport;
 use protocol::problem::Problem;
@@ -17,6 +18,7 @@ use crate::store::journal::{Journal, Record, Replay};
 use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, SampleLine, StepLine};
 use crate::store::run_dir::{OpenMode, RunDir};
 use crate::store::state::StateImage;
+use crate::warm_start::FirstState;
 
 /// How far a state is: steps done, and whether the evaluation that belongs to the last one is done too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,6 +52,21 @@ pub(crate) struct Records {
 
 /// From a state image to all that is kept with it.
 type MakeCheckpoint = Arc<dyn Fn(Vec<u8>) -> Result<Checkpoint, Problem> + Send + Sync>;
+/// What a run directory is opened for.
+pub(crate) struct Opening<'a> {
+    pub(crate) path: &'a Path,
+    /// Delete what is in it.
+    pub(crate) fresh: bool,
+    pub(crate) file: &'a JobFile,
+    pub(crate) facts: &'a DataFacts,
+    pub(crate) layout: &'a StateLayout,
+    /// What this binary is.
+    pub(crate) build: &'a str,
+    /// The state of step 0, if it is not the seed's.
+    pub(crate) first: Option<FirstState>,
+    /// The learning rate to go on with.
+    pub(crate) learning_rate: Option<f64>,
+}
 
 /// The state that a run goes on from.
 pub(crate) struct Resumed {
@@ -59,20 +76,15 @@ pub(crate) struct Resumed {
 }
 
 impl Records {
-    /// Opens or creates the run directory, and finds the state to go on from.
+    /// Opens or creates the run directory, and finds or writes the state to go on from.
     ///
     /// # Errors
     /// Whatever makes the directory unusable for this job.
-    pub(crate) fn open(
-        path: &std::path::Path,
-        fresh: bool,
-        file: &JobFile,
-        facts: &DataFacts,
-        layout: &StateLayout,
-        build: &str,
-    ) -> Result<(Self, Option<Resumed>), Problem> {
+    pub(crate) fn open(opening: Opening<'_>) -> Result<(Self, Option<Resumed>), Problem> {
+        let Opening { path, fresh, facts, layout, build, first, learning_rate, .. } = opening;
         let mode = if fresh { OpenMode::Fresh } else { OpenMode::Resume };
-        let dir = RunDir::open(path, mode, file, &facts.digest)?;
+        let dir = RunDir::open(path, mode, opening.file, &facts.digest)?;
+        let file = dir.job().clone();
         let (mut journal, replay) = Journal::open(&dir.journal_path())?;
         let mut metrics = MetricsLog::open(&dir.metrics_path())?;
         let newest = dir.checkpoints().newest_verified()?;
@@ -80,6 +92,7 @@ impl Records {
             let ours = Identity { job: &file.job, data_digest: &facts.digest };
             check_fits(newest, ours, layout)?;
         }
+        check_begins(path, &file.job, newest.is_some() || first.is_some())?;
         let checkpoint = newest.as_ref().map(|newest| Stage::of(&newest.checkpoint.image));
         let step = checkpoint.map_or(0, |stage| stage.step);
         let run_id = match &replay.run_id {
@@ -99,11 +112,6 @@ impl Records {
             journal.append(&Record::Rewind { to_step: step })?;
         }
         metrics.truncate_after(step)?;
-        let resumed = newest.map(|newest| {
-            let mut notices = newest.skipped;
-            notices.push(format!("going on from {} ({step} steps done)", newest.file));
-            Resumed { image: newest.checkpoint.image, notices }
-        });
         let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
         let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
         let make_checkpoint: MakeCheckpoint = Arc::new(move |bytes: Vec<u8>| {
@@ -114,7 +122,7 @@ impl Records {
                 vocabulary: vocabulary.clone(),
             })
         });
-        let records = Self {
+        let mut records = Self {
             dir,
             run_id,
             coordinator_epoch,
@@ -127,7 +135,63 @@ impl Records {
             make_checkpoint,
             checkpoint,
         };
+        let mut resumed = match (newest, first) {
+            (Some(newest), _) => {
+                let mut notices = newest.skipped;
+                notices.extend(records.undone_learning_rate(step));
+                notices.push(format!("going on from {} ({step} steps done)", newest.file));
+                Some(Resumed { image: newest.checkpoint.image, notices })
+            }
+            (None, Some(first)) => {
+                records.write(&first.image)?;
+                Some(Resumed { image: first.image, notices: vec![first.notice] })
+            }
+            (None, None) => None,
+        };
+        if let Some(resumed) = &mut resumed {
+            records.learning_rate(resumed, learning_rate, file.job.learning_rate)?;
+        }
         Ok((records, resumed))
+    }
+
+    /// Changes the learning rate of the state that the run goes on from, if another is `wanted`, and notes whatever
+    /// rate the state has where the journal does not say so yet.
+    fn learning_rate(
+        &mut self,
+        resumed: &mut Resumed,
+        wanted: Option<f64>,
+        of_job: f64,
+    ) -> Result<(), Problem> {
+        let step = resumed.image.progress().step;
+        let mut control = resumed.image.control();
+        let before = control.learning_rate(of_job);
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != before) {
+            control.change_learning_rate(of_job, wanted);
+            resumed.image.set_control(&control);
+            // At once: whoever goes on from here without saying it again has it all the same.
+            self.write(&resumed.image)?;
+            resumed.notices.push(format!("the learning rate is {wanted} from here on, it was {before}"));
+        }
+        let now = control.learning_rate(of_job);
+        if self.replay.learning_rate_at(step).unwrap_or(of_job) != now {
+            self.journal(&Record::LearningRate { step, learning_rate: now.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// What to say when the state after `step` is from before a change of the learning rate.
+    fn undone_learning_rate(&self, step: u64) -> Option<String> {
+        let (at, rate) = self.replay.learning_rates.range(step + 1..).next_back()?;
+        Some(format!(
+            "the change of the learning rate to {rate} came after step {at} and is undone; \
+             to make it again: --change-learning-rate {rate}"
+        ))
+    }
+
+    /// Writes a state as a checkpoint before the run is under way.
+    fn write(&mut self, image: &StateImage) -> Result<(), Problem> {
+        let (stage, file) = self.checkpoint_writer().write(image.bytes().to_vec())?;
+        self.checkpoint_written(stage, file)
     }
 
     /// The last evaluation recorded before this start, for a state after `step` steps.
@@ -220,6 +284,19 @@ fn check_fits(newest: &Newest, ours: Identity<'_>, layout: &StateLayout) -> Resu
     }
     Err(Problem::usage(format!("{} has tensors of other shapes than this job over this data", newest.file))
         .hint(START_OVER))
+}
+
+/// A run that starts from given parameters needs them until its first checkpoint is written.
+fn check_begins(path: &Path, job: &JobSpec, has_state: bool) -> Result<(), Problem> {
+    if has_state || job.init_from.is_empty() {
+        return Ok(());
+    }
+    Err(Problem::usage(format!(
+        "{} starts from the parameters {}, which it does not hold",
+        path.display(),
+        job.init_from
+    ))
+    .hint("give --init-from RUN|FILE with these parameters, or --fresh to start over"))
 }
 
 /// A name that no other run has: 12 random hexadecimal digits.

@@ -1,7 +1,7 @@
 //! From a configuration to a run under way: open the data, listen, open the run directory, show the job.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,14 +16,18 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc::{Receiver, unbounded_channel};
 
 use crate::data::{self, Dataset, grouped};
+use crate::forecast::Forecast;
 use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
 use crate::metrics::Metrics;
-use crate::records::{Records, Resumed};
+use crate::records::{Opening, Records, Resumed};
 use crate::run::{Outcome, Parts, Run, StartState};
 use crate::screen::{Screen, duration, fixed, quality, quoted};
 use crate::server;
+use crate::store::checkpoint_dir::CheckpointDir;
 use crate::store::files::write_atomic;
+use crate::store::run_dir::has_job;
+use crate::warm_start::{FirstState, InitialParameters};
 
 /// What a coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -36,6 +40,12 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Delete what is in the run directory and start over.
     pub fresh: bool,
+    /// What a new run starts from instead of its seed.
+    pub init_from: Option<Arc<dyn InitialParameters>>,
+    /// The learning rate to go on with.
+    pub change_learning_rate: Option<f64>,
+    /// What estimates memory and time.
+    pub forecast: Option<Arc<dyn Forecast>>,
     /// Where named data sets lie.
     pub data_dir: Option<PathBuf>,
     /// Where workers connect.
@@ -59,7 +69,7 @@ pub struct Config {
 ///
 /// # Errors
 /// Whatever kept the run from starting, or ended it, as a sentence for the user.
-pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
+pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
     if !config.listen.ip().is_loopback() && config.token.is_empty() {
         return Err(Problem::usage(format!(
             "{} can be reached from other machines and there is no run token: anybody could join the run",
@@ -67,19 +77,18 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         ))
         .hint("make a token with `openssl rand -hex 16` and give it to every process in LOCKSTEP_TOKEN"));
     }
-    let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
-    let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
-    check_batch_size(&config.file.job, &*data)?;
+    let (data, layout) = open_data(&config)?;
+    let mut forecast = forecast(&config, &*data, &layout)?;
     let (control, control_address) = bind(config.listen, "workers", "--listen").await?;
     let (pages, http_address) = bind(config.http, "status and metrics", "--http").await?;
-    let (records, resumed) =
-        Records::open(&config.run_dir, config.fresh, &config.file, data.facts(), &layout, &config.build)?;
+    let (records, resumed) = open_records(&mut config, &*data, &layout)?;
     let title = format!("{}: {}", config.preset, network(&config.file.job));
     let (plot, numbers) = (records.dir.loss_plot_path(), records.dir.metrics_path());
     let losses = LossFile::open(plot.clone(), &numbers, title, config.file.job.task)?;
     let schedule = data.shape().schedule;
     let mut screen = Screen::new(config.json, config.file.job.task, &schedule);
-    let rows = job_rows(&config, &*data, &layout, control_address, http_address);
+    let mut rows = job_rows(&config, &*data, &layout, control_address, http_address);
+    rows.append(&mut forecast);
     screen.job(&config.preset, &config.file, &rows);
     let resumed = resumed.map(|Resumed { image, notices }| {
         notices.iter().for_each(|notice| screen.notice(notice));
@@ -135,6 +144,87 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         }
     }
     result
+}
+
+/// Makes the run directory with the state of step 0 in it, and trains nothing. Gives what the user should know.
+///
+/// # Errors
+/// Whatever keeps such a run from starting; the directory is already one of a run.
+pub fn create(mut config: Config) -> Result<Vec<String>, Problem> {
+    if !config.fresh && has_job(&config.run_dir) {
+        return Err(Problem::usage(format!("{} is already a run", config.run_dir.display()))
+            .hint("give another --run-dir, or --fresh to delete that run"));
+    }
+    let (data, layout) = open_data(&config)?;
+    forecast(&config, &*data, &layout)?;
+    let (_, resumed) = open_records(&mut config, &*data, &layout)?;
+    Ok(resumed.map_or_else(Vec::new, |resumed| resumed.notices))
+}
+
+/// The data set, and where every number of the state lies.
+fn open_data(config: &Config) -> Result<(Box<dyn Dataset>, StateLayout), Problem> {
+    let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
+    let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
+    check_batch_size(&config.file.job, &*data)?;
+    Ok((data, layout))
+}
+
+/// What is known before the start; nothing if nobody knows.
+fn forecast(
+    config: &Config,
+    data: &dyn Dataset,
+    layout: &StateLayout,
+) -> Result<Vec<(&'static str, String)>, Problem> {
+    match &config.forecast {
+        Some(forecast) => forecast.rows(&config.file, data.shape(), layout),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Opens the run directory. The job becomes the one that is in it.
+fn open_records(
+    config: &mut Config,
+    data: &dyn Dataset,
+    layout: &StateLayout,
+) -> Result<(Records, Option<Resumed>), Problem> {
+    let is_new = config.fresh || !has_job(&config.run_dir);
+    let job = &mut config.file.job;
+    if config.init_from.is_none() && is_new && !job.init_from.is_empty() {
+        return Err(Problem::usage("init_from is set, but there are no parameters to start from")
+            .hint("it is never set by hand: give --init-from RUN|FILE"));
+    }
+    if let Some(rate) = config.change_learning_rate {
+        check_learning_rate(rate, is_new, &config.run_dir)?;
+    }
+    let source = config.init_from.as_deref();
+    let first = source.map(|source| FirstState::make(source, job, data.facts(), layout)).transpose()?;
+    let (records, resumed) = Records::open(Opening {
+        path: &config.run_dir,
+        fresh: config.fresh,
+        file: &config.file,
+        facts: data.facts(),
+        layout,
+        build: &config.build,
+        first,
+        learning_rate: config.change_learning_rate,
+    })?;
+    config.file = records.dir.job().clone();
+    Ok((records, resumed))
+}
+
+/// A learning rate can be changed where there is a state to go on from.
+fn check_learning_rate(rate: f64, is_new: bool, run_dir: &Path) -> Result<(), Problem> {
+    if !(rate > 0.0 && rate.is_finite()) {
+        return Err(Problem::usage(format!("--change-learning-rate is {rate}, it must be a number above 0")));
+    }
+    if is_new || CheckpointDir::new(run_dir).is_empty()? {
+        return Err(Problem::usage(format!(
+            "{} has no checkpoint to go on from with another learning rate",
+            run_dir.display()
+        ))
+        .hint(format!("a new run starts with any rate: --set learning_rate={rate}")));
+    }
+    Ok(())
 }
 
 /// What the ready file says when both ports are bound.

@@ -5,10 +5,12 @@
 //! - [`device`]: the seam: one step of a network on a device, behind opaque buffers.
 //! - [`init`]: initial parameters.
 //! - [`cpu`]: the CPU device, built from the kernels of the `kernels` crate.
+//! - [`cost`]: the floating-point operations of a step.
 //! - [`sample`]: text from a trained network.
 //! - [`evaluate`](mod@evaluate): the sums of a trained network over validation data, on one device.
 #![forbid(unsafe_code)]
 
+pub mod cost;
 pub mod cpu;
 pub mod device;
 pub mod evaluate;

@@ -19,7 +19,7 @@ pub struct ControlState {
     pub epochs_without_improvement: u64,
     /// Evaluations at epochs' ends that were taken in. One fewer than the epochs done: the last one is still due.
     pub evaluated_epochs: u64,
-    /// Factor on the job's learning rate; 1 while no schedule changes it.
+    /// Factor on the job's learning rate; 1 until somebody changes it.
     pub learning_rate_scale: f64,
     /// Steps whose update was left out because the gradient was not finite; 0 while such a step ends the run.
     pub skipped_updates: u64,
@@ -62,6 +62,19 @@ impl ControlState {
     /// cut off between an epoch's last step and the end of its evaluation.
     pub fn owes_evaluation(&self, epochs: u64) -> bool {
         self.evaluated_epochs < epochs
+    }
+
+    /// The learning rate of a job with this one in its `[job]`, after what has changed it.
+    pub fn learning_rate(&self, of_job: f64) -> f64 {
+        of_job * self.learning_rate_scale
+    }
+
+    /// Makes [`learning_rate`](Self::learning_rate) of the job `wanted`; to the last bit, where some factor does.
+    pub fn change_learning_rate(&mut self, of_job: f64, wanted: f64) {
+        let quotient = wanted / of_job;
+        let near = [quotient, quotient.next_up(), quotient.next_down()];
+        let exact = near.into_iter().find(|factor| of_job * factor == wanted);
+        self.learning_rate_scale = exact.unwrap_or(quotient);
     }
 
     /// Size of [`to_bytes`](Self::to_bytes).
@@ -158,6 +171,16 @@ mod tests {
         control.after_step(1, 0, 2, &sums(1.0));
         assert_eq!(control.epoch.mean_loss(), Some(0.5));
         assert_eq!(control.first_epoch_loss, 2.0);
+    }
+
+    #[test]
+    fn a_changed_learning_rate_is_the_one_asked_for() {
+        let mut control = ControlState::default();
+        for wanted in [0.0005, 0.0003, 1e-5, 0.7, 0.001] {
+            control.change_learning_rate(0.001, wanted);
+            assert_eq!(control.learning_rate(0.001), wanted);
+        }
+        assert_eq!(control, ControlState::default());
     }
 
     #[test]

@@ -72,6 +72,9 @@ pub struct JobSpec {
     pub init: Init,
     pub validation_fraction: f64,
     pub train_samples: u32,
+    /// Left out where it is empty: a run without it is the run it was before the key was known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub init_from: String,
 }
 
 /// The keys that say how long a run is and where its data lies.
@@ -203,6 +206,14 @@ impl JobFile {
                 return Err(Problem::usage(format!("{key} is {value}, the most supported is {most}")));
             }
         }
+        let is_sha256 = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        if !job.init_from.is_empty() && !is_sha256(&job.init_from) {
+            return Err(Problem::usage(format!(
+                "init_from is '{}', it must be the sha256 of parameters",
+                job.init_from
+            ))
+            .hint("it is never set by hand: give --init-from RUN|FILE"));
+        }
         if self.run.epochs == 0 && self.run.steps == 0 {
             return Err(Problem::usage("epochs and steps are both 0: there is nothing to do")
                 .hint("give --epochs or --steps"));
@@ -233,13 +244,13 @@ impl fmt::Display for Difference {
 pub fn differences<S: Serialize>(here: &S, there: &S) -> Vec<Difference> {
     let table = |section: &S| Table::try_from(section).expect("a section of plain values is a TOML table");
     let (here, there) = (table(here), table(there));
-    here.iter()
-        .filter(|(key, value)| there.get(*key) != Some(*value))
-        .map(|(key, value)| Difference {
-            key: key.clone(),
-            here: value.to_string(),
-            there: there.get(key).map_or("unset".to_owned(), Value::to_string),
-        })
+    let shown = |section: &Table, key: &str| section.get(key).map_or("unset".to_owned(), Value::to_string);
+    // A key that is left out where it is empty may be on one side only.
+    let only_there = there.keys().filter(|key| !here.contains_key(*key));
+    here.keys()
+        .chain(only_there)
+        .filter(|key| here.get(*key) != there.get(*key))
+        .map(|key| Difference { key: key.clone(), here: shown(&here, key), there: shown(&there, key) })
         .collect()
 }
 
@@ -370,6 +381,11 @@ mod tests {
                 "shards is 65 but batch_size is 64: a shard would have no row",
                 "choose --shards 64 or less",
             ),
+            (
+                [("init_from", "runs/a")],
+                "init_from is 'runs/a', it must be the sha256 of parameters",
+                "it is never set by hand: give --init-from RUN|FILE",
+            ),
             ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
             ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
             ([("sample_chars", "10001")], "sample_chars is 10001, the most supported is 10000", ""),
@@ -398,5 +414,9 @@ mod tests {
         };
         assert_eq!(named(&a, &a), [""; 0]);
         assert_eq!(named(&b, &a), ["clip: \"global\" there, \"none\" here", "seed: 1 there, 2 here"]);
+        let warm = with(&[("init_from", &"ab".repeat(32))]).unwrap().job;
+        let hash = format!("\"{}\"", warm.init_from);
+        assert_eq!(named(&warm, &a), [format!("init_from: unset there, {hash} here")]);
+        assert_eq!(named(&a, &warm), [format!("init_from: {hash} there, unset here")]);
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 use crate::control::ControlState;
+use crate::job::{JobSpec, Task};
 
 /// The recurrent cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
@@ -83,6 +84,23 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
+    /// The network that a job means over inputs of width `input_size` and this many classes, which only the data
+    /// knows.
+    pub fn of(job: &JobSpec, input_size: usize, classes: usize) -> Self {
+        let (input, head) = match job.task {
+            Task::Chars => (Input::OneHot(input_size), Head::EveryStep),
+            Task::Rows => (Input::Bytes(input_size), Head::Final),
+        };
+        Self {
+            cell: job.cell,
+            num_layers: job.num_layers as usize,
+            hidden_size: job.hidden_size as usize,
+            input,
+            classes,
+            head,
+        }
+    }
+
     /// Width of the input of `layer`.
     pub fn layer_input_size(&self, layer: usize) -> usize {
         if layer == 0 { self.input.size() } else { self.hidden_size }
@@ -134,6 +152,11 @@ pub struct StateLayout {
 }
 
 impl StateLayout {
+    /// The layout of [`ModelShape::of`] this job.
+    pub fn of(job: &JobSpec, input_size: usize, classes: usize) -> Self {
+        Self::new(ModelShape::of(job, input_size, classes), job.batch_size as usize)
+    }
+
     /// The layout of a network trained with `batch_size` slots.
     pub fn new(shape: ModelShape, batch_size: usize) -> Self {
         let mut tensors: Vec<Tensor> = Vec::new();

@@ -62,6 +62,11 @@ impl Process {
         self.child.id()
     }
 
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Sends a signal, unless the process has ended already.
     pub(crate) fn signal(&mut self, signal: Signal) {
         if self.child.try_wait().unwrap().is_none() {

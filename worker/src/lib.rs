@@ -8,6 +8,7 @@
 //! - [`replica`]: the replicated state.
 //! - [`collective`]: sums and gathers across workers; TCP.
 //! - [`feed`]: batches in; [`outbox`]: messages out.
+//! - [`footprint`]: the bytes that all this takes.
 //! - [`metrics`]: the worker's own metrics.
 #![forbid(unsafe_code)]
 
@@ -15,6 +16,7 @@ mod abort;
 pub mod collective;
 mod connection;
 pub mod feed;
+pub mod footprint;
 pub mod metrics;
 pub mod outbox;
 pub mod replica;

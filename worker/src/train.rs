@@ -186,7 +186,7 @@ impl<D: Device> Generation<D> {
             self.outbox.non_finite(step + 1, sums.mean_loss(), norm);
             return Ok(None);
         }
-        let learning_rate = self.job.learning_rate * replica.control.learning_rate_scale;
+        let learning_rate = replica.control.learning_rate(self.job.learning_rate);
         let update = Update::new(&self.job, step, sums.weight, learning_rate);
         let (gradient, parameters) = (&replica.gradient, &mut replica.parameters);
         device.update(

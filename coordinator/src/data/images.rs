@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use protocol::batch::{Batch, DataShape, Inputs};
 use protocol::job::{JobSpec, RunSpec};
-use protocol::layout::{Head, Input, ModelShape};
+use protocol::layout::ModelShape;
 use protocol::problem::Problem;
 use protocol::schedule::Work;
 use protocol::slots::Deal;
@@ -89,15 +89,9 @@ impl RowsDataset {
             validation_samples: test_samples,
         };
         let last_label = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
+        let classes = FEWEST_CLASSES.max(usize::from(last_label) + 1);
         let shape = DataShape {
-            model: ModelShape {
-                cell: job.cell,
-                num_layers: job.num_layers as usize,
-                hidden_size: job.hidden_size as usize,
-                input: Input::Bytes(train.cols),
-                classes: FEWEST_CLASSES.max(usize::from(last_label) + 1),
-                head: Head::Final,
-            },
+            model: ModelShape::of(job, train.cols, classes),
             seq_len: train.rows,
             schedule: schedule(run, steps_per_epoch, test_samples.div_ceil(job.batch_size.into())),
         };
@@ -192,6 +186,7 @@ fn digest(train: &ImageSet, test: &ImageSet) -> String {
 mod tests {
     use super::super::testing::{job, real_data, refusal, run};
     use super::*;
+    use protocol::layout::{Head, Input};
 
     /// `count` images of 3 x 2 whose pixels all are the sample's number, labelled with its last decimal digit.
     fn numbered(count: u8) -> ImageSet {

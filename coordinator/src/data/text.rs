@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use protocol::batch::{Batch, DataShape, Inputs};
 use protocol::job::{JobSpec, RunSpec};
-use protocol::layout::{Head, Input, ModelShape};
+use protocol::layout::ModelShape;
 use protocol::problem::Problem;
 use protocol::schedule::Work;
 
@@ -87,14 +87,7 @@ impl TextDataset {
             validation_samples: predicted(validation),
         };
         let shape = DataShape {
-            model: ModelShape {
-                cell: job.cell,
-                num_layers: job.num_layers as usize,
-                hidden_size: job.hidden_size as usize,
-                input: Input::OneHot(classes),
-                classes,
-                head: Head::EveryStep,
-            },
+            model: ModelShape::of(job, classes, classes),
             seq_len: job.seq_len as usize,
             schedule: schedule(run, train.windows as u64, validation.windows as u64),
         };
@@ -185,6 +178,7 @@ fn too_short(name: &str, train_len: usize, job: &JobSpec) -> Problem {
 mod tests {
     use super::super::testing::{job, real_data, refusal, run};
     use super::*;
+    use protocol::layout::Input;
 
     /// A data set of `text` whose validation part is its last tenth.
     fn open(text: &str, batch_size: u32, seq_len: u32, shards: u32) -> Result<TextDataset, Problem> {

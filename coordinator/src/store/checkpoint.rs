@@ -11,8 +11,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use protocol::control::ControlState;
-use protocol::job::{JobFile, JobSpec, Task};
-use protocol::layout::{Head, Input, ModelShape, Progress, StateLayout};
+use protocol::job::{JobFile, JobSpec};
+use protocol::layout::{Progress, StateLayout};
 use protocol::problem::Problem;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -24,7 +24,7 @@ use crate::hex::{hex, sha256_hex, unhex};
 /// Version of the metadata and of the tensors' names.
 pub const FORMAT: u32 = 1;
 
-const METADATA_KEY: &str = "lockstep";
+pub(super) const METADATA_KEY: &str = "lockstep";
 
 /// A training state and what must be known to go on from it or to use it.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,23 +85,6 @@ impl Checkpoint {
         }
         Ok(checkpoint)
     }
-}
-
-/// The layout of the network that `job` describes over inputs of this width and this many classes.
-pub(super) fn layout_of(job: &JobSpec, input_size: usize, classes: usize) -> StateLayout {
-    let (input, head) = match job.task {
-        Task::Chars => (Input::OneHot(input_size), Head::EveryStep),
-        Task::Rows => (Input::Bytes(input_size), Head::Final),
-    };
-    let shape = ModelShape {
-        cell: job.cell,
-        num_layers: job.num_layers as usize,
-        hidden_size: job.hidden_size as usize,
-        input,
-        classes,
-        head,
-    };
-    StateLayout::new(shape, job.batch_size as usize)
 }
 
 /// What the metadata key holds.
@@ -250,7 +233,7 @@ fn stored_layout(job: &JobSpec, tensors: &SafeTensors<'_>) -> Result<StateLayout
     let hidden = job.hidden_size as usize;
     let input_size = width("rnn.weight_ih_l0", 1, [Some(job.cell.gates() * hidden), None])?;
     let classes = width("head.weight", 0, [None, Some(hidden)])?;
-    let layout = layout_of(job, input_size, classes);
+    let layout = StateLayout::of(job, input_size, classes);
     let places = tensor_places(&layout);
     for place in &places {
         let tensor = tensors

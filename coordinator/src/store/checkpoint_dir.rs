@@ -2,7 +2,8 @@
 //!
 //! A new file is complete and on the disk before the manifest names it, and the manifest before an older file is
 //! deleted. The manifest holds the digest of each whole file; one that a crash kept out of the manifest, or whose
-//! manifest is lost, is still verified by the digest inside it.
+//! manifest is lost, is still verified by the digest inside it. That is also how a state is replaced by another one of
+//! the same step: the manifest forgets the old file first.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -79,17 +80,19 @@ impl CheckpointDir {
             bytes: content.len() as u64,
         };
         create_dir(&self.folder())?;
+        let mut entries = self.manifest().unwrap_or_default();
+        if entries.iter().any(|old| old.step == step && *old != entry) {
+            entries.retain(|old| old.step != step);
+            self.write_manifest(&entries)?;
+        }
         write_atomic(&self.folder().join(&entry.file), &content)?;
 
         let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(|&other| other <= step).collect();
         kept.sort_unstable_by(|a, b| b.cmp(a));
         kept.truncate(keep.max(1));
-        let listed = self.manifest().unwrap_or_default();
-        let mut entries: Vec<Entry> =
-            listed.into_iter().filter(|old| old.step != step && kept.contains(&old.step)).collect();
+        entries.retain(|old| old.step != step && kept.contains(&old.step));
         entries.push(entry.clone());
-        let json = serde_json::to_string_pretty(&entries).expect("plain values can be written as JSON");
-        write_atomic(&self.folder().join(MANIFEST), format!("{json}\n").as_bytes())?;
+        self.write_manifest(&entries)?;
         link_atomic(&self.run_dir.join(LATEST), &format!("{FOLDER}/{}", entry.file))?;
 
         for other in self.steps_on_disk()? {
@@ -98,6 +101,14 @@ impl CheckpointDir {
             }
         }
         Ok(entry)
+    }
+
+    /// Whether there is no checkpoint at all.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn is_empty(&self) -> Result<bool, Problem> {
+        Ok(self.steps_on_disk()?.is_empty())
     }
 
     /// Reads the newest checkpoint that passes every check; `None` if the run has none at all.
@@ -190,6 +201,11 @@ impl CheckpointDir {
             return Ok(Vec::new());
         }
         serde_json::from_slice(&content).map_err(|error| format!("{FOLDER}/{MANIFEST} is damaged: {error}"))
+    }
+
+    fn write_manifest(&self, entries: &[Entry]) -> Result<(), Problem> {
+        let json = serde_json::to_string_pretty(entries).expect("plain values can be written as JSON");
+        write_atomic(&self.folder().join(MANIFEST), format!("{json}\n").as_bytes())
     }
 
     fn steps_on_disk(&self) -> Result<Vec<u64>, Problem> {
@@ -375,6 +391,23 @@ mod tests {
         assert_eq!(newest_step(&checkpoints), (15, vec![]));
         let names = names_in(&dir.path().join(FOLDER)).unwrap();
         assert_eq!(names, ["manifest.json", "step-00000010.safetensors", "step-00000015.safetensors"]);
+    }
+
+    #[test]
+    fn a_crash_while_a_state_is_replaced_leaves_the_old_one_or_the_new_one() {
+        let (dir, checkpoints) = with_steps(&[10, 20]);
+        // A directory where the new file is prepared: the write fails where a crash would cut it off.
+        let blocked = dir.path().join(FOLDER).join(format!(".{}.tmp", file_name(20)));
+        fs::create_dir(&blocked).unwrap();
+        checkpoints.write(&testing::checkpoint(20, 7), KEEP).unwrap_err();
+        fs::remove_dir(&blocked).unwrap();
+        assert_eq!(newest_step(&checkpoints), (20, vec![]));
+
+        // After the new file, before the new manifest.
+        let path = dir.path().join(FOLDER).join(file_name(20));
+        fs::write(&path, testing::checkpoint(20, 7).to_bytes()).unwrap();
+        let newest = checkpoints.newest_verified().unwrap().unwrap();
+        assert_eq!((newest.checkpoint, newest.skipped), (testing::checkpoint(20, 7), vec![]));
     }
 
     #[test]

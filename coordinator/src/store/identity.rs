@@ -22,8 +22,8 @@ impl Identity<'_> {
     /// # Errors
     /// It is not; every differing key is named with both values.
     pub fn check(self, place: &dyn fmt::Display, found: Identity<'_>) -> Result<(), Problem> {
-        let mut named: Vec<String> =
-            differences(self.job, found.job).iter().map(ToString::to_string).collect();
+        let keys = differences(self.job, found.job);
+        let mut named: Vec<String> = keys.iter().map(ToString::to_string).collect();
         if self.data_digest != found.data_digest {
             let (there, here) = (found.data_digest, self.data_digest);
             named.push(format!("digest of the data: {there} there, {here} here"));
@@ -31,6 +31,14 @@ impl Identity<'_> {
         if named.is_empty() {
             return Ok(());
         }
-        Err(Problem::usage(format!("{place} is of another job: {}", named.join(", "))).hint(START_OVER))
+        let go_on = match &keys[..] {
+            [only] if only.key == "learning_rate" && named.len() == 1 => format!(
+                "leave out --set learning_rate and give --change-learning-rate {} to go on with it; or ",
+                only.here
+            ),
+            _ => String::new(),
+        };
+        Err(Problem::usage(format!("{place} is of another job: {}", named.join(", ")))
+            .hint(format!("{go_on}{START_OVER}")))
     }
 }

@@ -46,6 +46,8 @@ pub struct Inspection {
     pub job: JobSpec,
     /// The parameter tensors in the order of the flat buffer.
     pub tensors: Vec<TensorLine>,
+    /// What was changed or went wrong on the way, in the order of steps.
+    pub events: Vec<EventLine>,
     /// A sentence for each newer checkpoint that was passed over.
     pub skipped_checkpoints: Vec<String>,
     /// A sentence for what else could not be read.
@@ -59,6 +61,15 @@ pub struct TensorLine {
     pub name: String,
     /// Row-major shape.
     pub shape: Vec<usize>,
+}
+
+/// Something that happened to the run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EventLine {
+    /// Steps done when it did.
+    pub step: u64,
+    /// What it was.
+    pub text: String,
 }
 
 /// Reads the newest usable checkpoint of a run directory, and the journal.
@@ -100,6 +111,7 @@ impl Inspection {
             parameters: image.layout().parameters(),
             tensors: image.layout().tensors.iter().map(tensor).collect(),
             job: checkpoint.job,
+            events: events(replay),
             skipped_checkpoints: skipped,
             notes,
         }
@@ -109,6 +121,14 @@ impl Inspection {
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("plain values can be written as JSON")
     }
+}
+
+fn events(replay: &Replay) -> Vec<EventLine> {
+    let rates = replay.learning_rates.iter().map(|(&step, rate)| (step, format!("learning rate {rate}")));
+    let mut events: Vec<_> =
+        rates.chain(replay.events.iter().cloned()).map(|(step, text)| EventLine { step, text }).collect();
+    events.sort_by_key(|event| event.step);
+    events
 }
 
 fn accuracy(sums: EpochSums) -> Option<f64> {
@@ -144,6 +164,9 @@ impl fmt::Display for Inspection {
         writeln!(f, "\n{:<width$}  shape", "tensor")?;
         for TensorLine { name, shape } in &self.tensors {
             writeln!(f, "{name:<width$}  {shape:?}")?;
+        }
+        for EventLine { step, text } in &self.events {
+            writeln!(f, "\nafter step {step}: {text}")?;
         }
         for skipped in &self.skipped_checkpoints {
             writeln!(f, "\nskipped: {skipped}")?;
@@ -194,6 +217,7 @@ mod tests {
             "bits",
             "checkpoint",
             "epoch",
+            "events",
             "job",
             "notes",
             "parameter_sha256",
@@ -247,6 +271,19 @@ mod tests {
             let (dir, _run) = run(&records);
             assert_eq!(inspect(dir.path()).unwrap().val_loss, expected, "{records:?}");
         }
+    }
+
+    #[test]
+    fn changes_on_the_way_are_shown_in_the_order_of_steps() {
+        let rate = |step, rate: &str| Record::LearningRate { step, learning_rate: rate.to_owned() };
+        let done = |step| Record::step(step, &StepSums::default());
+        let event = Record::Event { text: "epochs: 2 there, 3 here".to_owned() };
+        let rewind = Record::Rewind { to_step: 8 };
+        let (dir, _run) = run(&[rate(5, "0.0005"), done(6), event, rate(8, "0.1"), rate(9, "7"), rewind]);
+        let inspection = inspect(dir.path()).unwrap();
+        let shown: Vec<_> = inspection.events.iter().map(|e| format!("{} {}", e.step, e.text)).collect();
+        assert_eq!(shown, ["5 learning rate 0.0005", "6 epochs: 2 there, 3 here", "8 learning rate 0.1"]);
+        assert!(inspection.to_string().contains("\nafter step 5: learning rate 0.0005\n"));
     }
 
     #[test]

@@ -76,6 +76,13 @@ pub enum Record {
         /// Steps done in the state it goes on from.
         to_step: u64,
     },
+    /// The learning rate is another one from here on.
+    LearningRate {
+        /// Steps done.
+        step: u64,
+        /// In decimal digits that read back as the same f64: readers of JSON may round a number.
+        learning_rate: String,
+    },
     /// Something to remember, in words.
     Event {
         /// A sentence.
@@ -126,7 +133,9 @@ impl Record {
             | Self::Checkpoint { .. }
             | Self::Rewind { .. }
             | Self::Finish { .. } => true,
-            Self::Step { .. } | Self::Evaluation { .. } | Self::Event { .. } => false,
+            Self::Step { .. } | Self::Evaluation { .. } | Self::LearningRate { .. } | Self::Event { .. } => {
+                false
+            }
         }
     }
 
@@ -165,6 +174,10 @@ pub struct Replay {
     pub ledger: BTreeMap<u64, LedgerLine>,
     /// Each evaluation, by steps done. Rewound ones are gone.
     pub evaluations: BTreeMap<u64, EpochSums>,
+    /// Changed learning rates, by steps done when they were. Rewound ones are gone.
+    pub learning_rates: BTreeMap<u64, f64>,
+    /// What else was to be remembered: steps done, and the words.
+    pub events: Vec<(u64, String)>,
     /// Steps done in the last checkpoint. After a rewind the one that was rewound to.
     pub last_checkpoint: Option<u64>,
     /// Steps done and outcome, if nothing was computed after the run's end.
@@ -249,10 +262,14 @@ impl Replay {
             Record::Rewind { to_step } => {
                 self.ledger.retain(|&step, _| step <= to_step);
                 self.evaluations.retain(|&step, _| step <= to_step);
+                self.learning_rates.retain(|&step, _| step <= to_step);
                 self.last_checkpoint = (to_step > 0).then_some(to_step);
                 self.finished = None;
             }
-            Record::Event { .. } => {}
+            Record::LearningRate { step, learning_rate } => {
+                self.learning_rates.insert(step, learning_rate.parse().unwrap_or(f64::NAN));
+            }
+            Record::Event { text } => self.events.push((self.last_step(), text)),
             Record::Finish { step, outcome } => self.finished = Some((step, outcome)),
         }
     }
@@ -260,6 +277,11 @@ impl Replay {
     /// Steps done according to the ledger.
     pub fn last_step(&self) -> u64 {
         self.ledger.last_key_value().map_or(0, |(&step, _)| step)
+    }
+
+    /// The learning rate of a state after `step` steps, if it was changed until then.
+    pub fn learning_rate_at(&self, step: u64) -> Option<f64> {
+        self.learning_rates.range(..=step).next_back().map(|(_, &rate)| rate)
     }
 
     /// The last evaluation of a state that is not after `step`.

@@ -4,6 +4,7 @@
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
+//! - [`torch`]: parameters alone, from and for PyTorch.
 //! - [`load`]: one checkpoint to use, of a run or from a file.
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
@@ -26,3 +27,4 @@ pub mod state;
 pub mod state_diff;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod torch;

@@ -51,6 +51,7 @@ pub enum OpenMode {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
+    job: JobFile,
     changed_settings: Vec<String>,
     _lock: File,
 }
@@ -62,7 +63,8 @@ struct DataFile {
 }
 
 impl RunDir {
-    /// Creates a run directory or opens one of the same job and data, and holds its lock.
+    /// Creates a run directory or opens one of the same job and data, and holds its lock. Whoever goes on with a run
+    /// need not say again which parameters it started from: an empty `init_from` means the one that is there.
     ///
     /// # Errors
     /// Another process holds it; it is of another `[job]` or other data; it is some other directory that is not
@@ -82,8 +84,12 @@ impl RunDir {
         if mode == OpenMode::Fresh {
             delete_run(path)?;
         }
+        let mut job = job.clone();
         let changed_settings = match StoredRun::read(path)? {
             Some(stored) => {
+                if job.job.init_from.is_empty() {
+                    job.job.init_from.clone_from(&stored.job.init_from);
+                }
                 let ours = Identity { job: &job.job, data_digest };
                 ours.check(&path.display(), stored.identity())?;
                 let changes = stored.run.map_or_else(Vec::new, |run| differences(&job.run, &run));
@@ -99,12 +105,17 @@ impl RunDir {
             }
         };
         write_atomic(&path.join(JOB), job.to_toml().as_bytes())?;
-        Ok(Self { path: path.to_owned(), changed_settings, _lock: lock })
+        Ok(Self { path: path.to_owned(), job, changed_settings, _lock: lock })
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The job it is opened for.
+    pub fn job(&self) -> &JobFile {
+        &self.job
     }
 
     /// The keys of `[run]` that differ from the last time, with both values, to be journaled as an event.
@@ -193,6 +204,11 @@ impl StoredRun {
     pub fn identity(&self) -> Identity<'_> {
         Identity { job: &self.job, data_digest: &self.data_digest }
     }
+}
+
+/// Whether a directory already belongs to a job.
+pub fn has_job(path: &Path) -> bool {
+    path.join(JOB).exists()
 }
 
 /// Checks that there is a run in a directory that is only to be read. No lock is needed for that.
@@ -382,6 +398,28 @@ mod tests {
         drop(run);
         let text = fs::read_to_string(dir.path().join(JOB)).unwrap();
         assert!(text.contains("epochs = 20") && text.contains("workers = 4"), "{text}");
+    }
+
+    #[test]
+    fn what_a_run_started_from_need_not_be_said_again_and_cannot_be_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["1a".repeat(32), "2b".repeat(32)];
+        assert_eq!(open(dir.path(), &[("init_from", &one)]).unwrap().job().job.init_from, one);
+        assert_eq!(open(dir.path(), &[]).unwrap().job().job.init_from, one);
+        let problem = open(dir.path(), &[("init_from", &other)]).unwrap_err();
+        let difference = format!("init_from: \"{one}\" there, \"{other}\" here");
+        assert!(problem.sentence.ends_with(&difference), "{problem}");
+        assert_eq!(fresh(dir.path(), &[]).unwrap().job().job.init_from, "");
+        let problem = open(dir.path(), &[("init_from", &one)]).unwrap_err();
+        assert!(problem.sentence.ends_with(&format!("init_from: unset there, \"{one}\" here")), "{problem}");
+    }
+
+    #[test]
+    fn another_learning_rate_is_refused_with_the_option_that_changes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path(), &[]).unwrap();
+        let hint = open(dir.path(), &[("learning_rate", "0.0005")]).unwrap_err().hint.unwrap();
+        assert!(hint.contains("--change-learning-rate 0.0005") && hint.contains("--fresh"), "{hint}");
     }
 
     #[test]

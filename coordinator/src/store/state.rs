@@ -34,6 +34,17 @@ impl StateImage {
         Ok(Self { layout: layout.clone(), bytes })
     }
 
+    /// The state at step 0 with these parameters `[P]`: moments and recurrent state are zeros.
+    pub fn initial(layout: &StateLayout, parameters: &[f32]) -> Self {
+        assert_eq!(parameters.len(), layout.parameters(), "initial: one number per parameter");
+        let mut bytes = Vec::with_capacity(layout.image_bytes());
+        bytes.extend(parameters.iter().flat_map(|value| value.to_le_bytes()));
+        bytes.resize(layout.image_bytes() - Progress::BYTES - ControlState::BYTES, 0);
+        bytes.extend(Progress::default().to_bytes());
+        bytes.extend(ControlState::default().to_bytes());
+        Self { layout: layout.clone(), bytes }
+    }
+
     /// Names, shapes and places of what is inside.
     pub fn layout(&self) -> &StateLayout {
         &self.layout
@@ -71,6 +82,12 @@ impl StateImage {
         ControlState::from_bytes(self.tail(Progress::BYTES))
     }
 
+    /// Replaces these numbers.
+    pub fn set_control(&mut self, control: &ControlState) {
+        let start = self.bytes.len() - ControlState::BYTES;
+        self.bytes[start..].copy_from_slice(&control.to_bytes());
+    }
+
     /// Whether the evaluation that belongs to its last step is done too.
     pub fn is_whole(&self) -> bool {
         !self.control().owes_evaluation(self.progress().epoch)
@@ -104,6 +121,30 @@ mod tests {
         let image = testing::checkpoint(17, 1).image;
         assert_eq!(image.progress(), Progress::after(17, 5));
         assert_eq!(image.control(), testing::control(1));
+    }
+
+    #[test]
+    fn an_initial_state_has_its_parameters_and_else_zeros() {
+        let layout = testing::checkpoint(0, 0).image.layout().clone();
+        let parameters: Vec<f32> = (0..layout.parameters()).map(|i| i as f32 - 0.5).collect();
+        let image = StateImage::initial(&layout, &parameters);
+        assert_eq!(image.floats(0..1), (-0.5_f32).to_le_bytes());
+        let [_, first, _, recurrent] = layout.image_ranges();
+        assert!(image.floats(first.start..recurrent.end).iter().all(|&byte| byte == 0));
+        assert_eq!((image.progress(), image.control()), Default::default());
+        assert!(image.is_whole());
+        assert_eq!(StateImage::new(&layout, image.bytes().to_vec()).unwrap(), image);
+    }
+
+    #[test]
+    fn control_is_replaced_and_nothing_else() {
+        let mut image = testing::checkpoint(17, 1).image;
+        let before = image.clone();
+        let control = ControlState { learning_rate_scale: 0.25, ..image.control() };
+        image.set_control(&control);
+        assert_eq!(image.control(), control);
+        image.set_control(&before.control());
+        assert_eq!(image, before);
     }
 
     #[test]

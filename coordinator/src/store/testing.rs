@@ -5,7 +5,7 @@ use protocol::job::JobFile;
 use protocol::layout::{Progress, StateLayout};
 use protocol::random::mix64;
 
-use super::checkpoint::{Checkpoint, layout_of};
+use super::checkpoint::Checkpoint;
 use super::state::StateImage;
 
 /// A job with few parameters, and `KEY=VALUE` settings over it.
@@ -32,7 +32,7 @@ pub(crate) fn control(salt: u64) -> ControlState {
 /// The state of a small GRU over five characters after `step` steps of epochs of five.
 pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
     let job = job_file("char-gru", &[("learning_rate", "0.0012345678901234567")]).job;
-    let layout = layout_of(&job, 5, 5);
+    let layout = StateLayout::of(&job, 5, 5);
     Checkpoint {
         image: image(&layout, step, salt),
         job,
@@ -44,7 +44,7 @@ pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
 /// The same for a small network that reads rows and carries no recurrent state.
 pub(crate) fn rows_checkpoint(step: u64) -> Checkpoint {
     let job = job_file("mnist-rnn", &[]).job;
-    let layout = layout_of(&job, 28, 10);
+    let layout = StateLayout::of(&job, 28, 10);
     Checkpoint { image: image(&layout, step, 0), job, data_digest: "d2".to_owned(), vocabulary: None }
 }
 

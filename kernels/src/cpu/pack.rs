@@ -42,6 +42,11 @@ impl PackedMatrix {
         self.lines.resize(k * n.div_ceil(GRANULE), Line([0.0; GRANULE]));
     }
 
+    /// Bytes of a matrix of shape `[k, n]`, with the padding.
+    pub fn bytes_of(k: usize, n: usize) -> usize {
+        k * n.div_ceil(GRANULE) * size_of::<Line>()
+    }
+
     /// Rows: the length of each dot product.
     pub fn k(&self) -> usize {
         self.k
@@ -143,6 +148,11 @@ impl PackedLeft {
         (self.k, self.m) = (k, m);
         self.data.clear();
         self.data.resize(k * m.next_multiple_of(PANEL_ROWS), 0.0);
+    }
+
+    /// Bytes of a matrix of shape `[k, m]`, with the padding.
+    pub fn bytes_of(k: usize, m: usize) -> usize {
+        k * m.next_multiple_of(PANEL_ROWS) * size_of::<f32>()
     }
 
     /// The number of rows summed over.

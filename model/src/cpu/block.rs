@@ -117,6 +117,44 @@ impl RowBlock {
         self.correct.resize(targets, false);
     }
 
+    /// Bytes of blocks of `rows` rows in all, however they are cut, after a training step.
+    pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize, has_dropout: bool) -> usize {
+        let (unit, steps) = (rows * shape.hidden_size, seq_len * rows * shape.hidden_size);
+        let gates = shape.cell.gates() * steps;
+        let cell = match shape.cell {
+            Cell::Rnn => 0,
+            Cell::Lstm => steps + unit,
+            Cell::Gru => 4 * steps + 3 * unit + 3 * steps,
+        };
+        let layers: usize = (0..shape.num_layers)
+            .map(|index| {
+                let dropped = if has_dropout && drops_output(shape, index) { steps } else { 0 };
+                2 * gates + steps + unit + cell + dropped
+            })
+            .sum();
+        let inputs = match shape.input {
+            Input::OneHot(_) => seq_len * rows,
+            Input::Bytes(width) => seq_len * rows * width,
+        };
+        let targets = if shape.head == Head::EveryStep { seq_len * rows } else { rows };
+        let floats = layers + inputs + targets * (1 + shape.classes) + steps + 2 * unit;
+        size_of::<f32>() * floats + targets * (size_of::<f64>() + size_of::<bool>())
+    }
+
+    /// Bytes that this block holds.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let layer = |layer: &LayerTrace| {
+            let LayerTrace { pre, gates, h_part, h, c, dropped, d_pre, d_h_part } = layer;
+            [pre, gates, h_part, h, c, dropped, d_pre, d_h_part].into_iter().map(Vec::len).sum::<usize>()
+        };
+        let Self { layers, tokens, dense, targets, logits, losses, correct, d_out, d_h, d_c, .. } = self;
+        let floats: usize = [dense, logits, d_out, d_h, d_c].into_iter().map(Vec::len).sum();
+        4 * (layers.iter().map(layer).sum::<usize>() + floats + tokens.len() + targets.len())
+            + 8 * losses.len()
+            + correct.len()
+    }
+
     /// Number of rows.
     fn len(&self) -> usize {
         self.rows.len()

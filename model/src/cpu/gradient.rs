@@ -7,7 +7,7 @@ use std::ops::Range;
 use kernels::cpu::input::scatter_add_rows;
 use kernels::cpu::reduce::column_sum;
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
-use protocol::layout::{Cell, Head, Input, StateLayout};
+use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
 
 use super::block::RowBlock;
 
@@ -114,6 +114,28 @@ impl GradientTask<'_> {
 }
 
 impl Scratch {
+    /// The most bytes of the room for a shard of `rows` rows.
+    pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize) -> usize {
+        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let pairs = seq_len * rows;
+        let head_pairs = if shape.head == Head::EveryStep { pairs } else { rows };
+        let left = PackedLeft::bytes_of(pairs, gates).max(PackedLeft::bytes_of(head_pairs, shape.classes));
+        let (dense, table) = match shape.input {
+            Input::OneHot(width) => (hidden, width * gates),
+            Input::Bytes(width) => (hidden.max(width), 0),
+        };
+        left + PackedMatrix::bytes_of(pairs, dense) + size_of::<f32>() * table
+    }
+
+    /// Bytes that are in use.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let Self { left, right, table } = self;
+        PackedLeft::bytes_of(left.k(), left.m())
+            + PackedMatrix::bytes_of(right.k(), right.n())
+            + 4 * table.len()
+    }
+
     /// Packs the left operand of the products that follow: `pairs` rows of `outputs` numbers.
     fn pack_left<'a>(&mut self, (pairs, outputs): (usize, usize), d: impl Iterator<Item = &'a [f32]>) {
         if (self.left.k(), self.left.m()) != (pairs, outputs) {

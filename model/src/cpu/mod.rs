@@ -3,11 +3,14 @@
 //! Rows are the parallelism. The rows of all shards are cut into blocks, one task each; a task runs its rows through
 //! all layers, steps and back ([`block`]) without meeting another task. Then the weight gradients are summed per
 //! shard ([`gradient`]), whatever blocks its rows were in. Weights are packed once per step ([`weights`]). A trained
-//! network is read one step at a time by a block of one row ([`reader`]).
+//! network is read one step at a time by a block of one row ([`reader`]). What all this takes is known before
+//! ([`footprint`], [`speed`]).
 
 mod block;
+pub mod footprint;
 mod gradient;
 mod reader;
+pub mod speed;
 mod weights;
 
 use std::ops::Range;
@@ -17,7 +20,7 @@ use kernels::cpu::optimizer::{AdamOptions, AdamStep, EpsilonPlacement, adam_upda
 use kernels::cpu::reduce;
 use protocol::batch::{Batch, DataShape, Inputs};
 use protocol::job::JobSpec;
-use protocol::layout::{Input, StateLayout};
+use protocol::layout::{Input, ModelShape, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use rayon::prelude::*;
 
@@ -130,12 +133,15 @@ impl CpuDevice {
         })
     }
 
+    /// Rows that a block should have.
+    fn block_rows(shape: &ModelShape) -> usize {
+        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_size * shape.hidden_size;
+        if weight_bytes <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS }
+    }
+
     /// Cuts the batch's rows into blocks of nearly equal size, equally many for each thread.
     fn cut(&mut self, rows: usize) {
-        let shape = &self.layout.shape;
-        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_size * shape.hidden_size;
-        let block_rows =
-            if weight_bytes <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS };
+        let block_rows = Self::block_rows(&self.layout.shape);
         let threads = self.pool.current_num_threads();
         let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows).max(1);
         self.blocks.resize_with(count, RowBlock::default);

@@ -74,6 +74,38 @@ impl Weights {
         }
     }
 
+    /// Bytes of the weights of a network, with those that only the backward pass reads.
+    pub(super) fn bytes_of(shape: &ModelShape) -> usize {
+        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let both_ways = |k, n| PackedMatrix::bytes_of(k, n) + PackedMatrix::bytes_of(n, k);
+        let layer = |layer: usize| {
+            let width = shape.layer_input_size(layer);
+            let input = match shape.input {
+                Input::OneHot(_) if layer == 0 => size_of::<f32>() * width * gates,
+                _ => both_ways(width, gates),
+            };
+            input + both_ways(hidden, gates) + size_of::<f32>() * 2 * gates
+        };
+        let head = both_ways(hidden, shape.classes) + size_of::<f32>() * shape.classes;
+        (0..shape.num_layers).map(layer).sum::<usize>() + head
+    }
+
+    /// Bytes that these weights hold.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let packed = |matrix: &PackedMatrix| PackedMatrix::bytes_of(matrix.k(), matrix.n());
+        let layer = |layer: &LayerWeights| {
+            let input = match &layer.input {
+                InputWeights::Table(table) => 4 * table.len(),
+                InputWeights::Dense { forward, backward } => packed(forward) + packed(backward),
+            };
+            let biases = 4 * (layer.bias.len() + layer.bias_hh.len());
+            input + packed(&layer.hidden) + packed(&layer.hidden_backward) + biases
+        };
+        let head = packed(&self.head) + packed(&self.head_backward) + 4 * self.head_bias.len();
+        self.layers.iter().map(layer).sum::<usize>() + head
+    }
+
     /// Packs the parameters; the forms that only the backward pass reads, if it will run (and there is room).
     pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
         let (shape, hidden) = (&layout.shape, layout.shape.hidden_size);

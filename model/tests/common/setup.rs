@@ -5,7 +5,7 @@ use std::ops::Range;
 use model::init::initial_parameters;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::job::{JobFile, JobSpec, Task};
-use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::layout::{Cell, Input, ModelShape, StateLayout};
 use protocol::random::{Purpose, Stream};
 use protocol::schedule::{Schedule, Work};
 use protocol::slots::{shards_of_rank, slots_of};
@@ -47,10 +47,6 @@ impl Setup {
 
     /// A job on data of these widths.
     pub(crate) fn with_data(sizes: Sizes, width: usize, classes: usize, settings: &[(&str, &str)]) -> Self {
-        let (input, head) = match sizes.task {
-            Task::Chars => (Input::OneHot(width), Head::EveryStep),
-            Task::Rows => (Input::Bytes(width), Head::Final),
-        };
         let Sizes { cell, num_layers, hidden_size, seq_len, batch_size, shards, .. } = sizes;
         let words = [
             ("task", format!("{:?}", sizes.task).to_lowercase()),
@@ -67,7 +63,7 @@ impl Setup {
             .chain(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())))
             .collect();
         let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
-        let model = ModelShape { cell, num_layers, hidden_size, input, classes, head };
+        let model = ModelShape::of(&job, width, classes);
         let schedule = Schedule { steps_per_epoch: 100, evaluation_batches: 1, total_steps: 100 };
         let layout = StateLayout::new(model, batch_size);
         Self { job, data: DataShape { model, seq_len, schedule }, layout }

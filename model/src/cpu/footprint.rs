@@ -1,0 +1,127 @@
+//! How many bytes a CPU device will hold, before it is opened.
+
+use protocol::job::JobSpec;
+use protocol::layout::StateLayout;
+use protocol::slots::{slots, slots_of};
+use std::ops::Range;
+
+use super::block::RowBlock;
+use super::gradient::Scratch;
+use super::weights::Weights;
+
+/// The bytes of a device that trains the rows of some shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Weights in the forms that kernels read.
+    pub weights: usize,
+    /// Rows on their way through all steps and back.
+    pub blocks: usize,
+    /// Room for packed operands of the weight gradients, of all threads that compute some.
+    pub scratch: usize,
+}
+
+impl Footprint {
+    /// The footprint of a device with this many threads and these shards of the job, over rows of `seq_len` steps.
+    pub fn of(
+        layout: &StateLayout,
+        job: &JobSpec,
+        seq_len: usize,
+        shards: Range<u32>,
+        threads: usize,
+    ) -> Self {
+        let shape = &layout.shape;
+        let rows = slots_of(job.batch_size, job.shards, shards.clone()).len();
+        let largest = shards.clone().map(|shard| slots(job.batch_size, job.shards, shard).len()).max();
+        let busy = threads.min(shards.len());
+        Self {
+            weights: Weights::bytes_of(shape),
+            blocks: RowBlock::bytes_of(shape, seq_len, rows, job.keep_prob < 1.0),
+            scratch: busy * Scratch::bytes_of(shape, seq_len, largest.unwrap_or(0)),
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.weights + self.blocks + self.scratch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::CpuDevice;
+    use crate::device::{Device, Pass};
+    use crate::init::initial_parameters;
+    use kernels::Simd;
+    use protocol::batch::{Batch, Inputs, ShardBatch};
+    use protocol::job::{JobFile, Task};
+    use protocol::schedule::Work;
+
+    /// A device after a training step of the shards 1.. of all.
+    fn trained(job: &JobSpec, layout: &StateLayout, seq_len: usize) -> (CpuDevice, Range<u32>) {
+        let shards = 1..job.shards;
+        let slots_here = slots_of(job.batch_size, job.shards, shards.clone());
+        let rows = slots_here.len();
+        let at = |slot: u32| (slot - slots_here.start) as usize;
+        let inputs = match job.task {
+            Task::Chars => Inputs::Tokens(vec![1; rows * (seq_len + 1)]),
+            Task::Rows => Inputs::Bytes {
+                bytes: vec![9; rows * seq_len * layout.shape.input.size()],
+                labels: vec![1; rows],
+            },
+        };
+        let batch = Batch {
+            work: Work::Train { step: 0, epoch: 0, index: 0 },
+            first_slot: slots_here.start,
+            shards: shards
+                .clone()
+                .map(|shard| {
+                    let slots = slots(job.batch_size, job.shards, shard);
+                    ShardBatch { shard, rows: at(slots.start)..at(slots.end) }
+                })
+                .collect(),
+            sample_ids: vec![0; rows],
+            inputs,
+        };
+        // One thread: which one takes which shard is left to chance.
+        let mut device = CpuDevice::new(Simd::detect(), 1, layout.clone(), job, seq_len).unwrap();
+        let parameters = initial_parameters(layout, job.init, job.seed);
+        let state = vec![0.0; layout.recurrent()];
+        device.step(Pass::Train { step: 0 }, &parameters, &batch, &state, &mut state.clone()).unwrap();
+        let mut partials = vec![vec![0.0; layout.parameters()]; shards.len()];
+        for bucket in 0..layout.buckets().len() {
+            device.finish_bucket(bucket, &mut partials).unwrap();
+        }
+        (device, shards)
+    }
+
+    #[test]
+    fn every_buffer_is_counted() {
+        for task in ["chars", "rows"] {
+            for cell in ["rnn", "lstm", "gru"] {
+                for keep_prob in ["1.0", "0.8"] {
+                    let settings = [
+                        ("task", task),
+                        ("cell", cell),
+                        ("keep_prob", keep_prob),
+                        ("num_layers", "3"),
+                        ("hidden_size", "21"),
+                        ("batch_size", "40"),
+                        ("shards", "7"),
+                    ];
+                    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
+                    let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
+                    let (layout, seq_len) = (StateLayout::of(&job, 13, 11), 6);
+                    let (device, shards) = trained(&job, &layout, seq_len);
+                    let foretold = Footprint::of(&layout, &job, seq_len, shards, 1);
+                    assert_eq!(foretold.weights, device.weights.held_bytes(), "{settings:?}");
+                    let blocks: usize = device.blocks.iter().map(RowBlock::held_bytes).sum();
+                    assert_eq!(foretold.blocks, blocks, "{settings:?}");
+                    // What is in use after the last product is not more than the most there was.
+                    let scratch = device.scratch[0].lock().unwrap().held_bytes();
+                    assert!((scratch..=2 * scratch).contains(&foretold.scratch), "{settings:?}");
+                }
+            }
+        }
+    }
+}

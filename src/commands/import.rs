@@ -1,0 +1,29 @@
+//! `lockstep import`: a run that starts from PyTorch's weights.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use protocol::problem::{Exit, Problem};
+
+use crate::args::JobArgs;
+use crate::warm_start::WarmStart;
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// A safetensors file with PyTorch's names, see docs/pytorch.md; also a checkpoint or a run directory
+    file: PathBuf,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Problem> {
+    let mut config = args.job.config()?;
+    config.init_from = Some(Arc::new(WarmStart::new(args.file.clone())));
+    let run_dir = config.run_dir.clone();
+    for notice in coordinator::create(config)? {
+        println!("{notice}");
+    }
+    println!("{} holds them as the state at step 0", run_dir.display());
+    Ok(Exit::Done)
+}
