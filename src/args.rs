@@ -8,11 +8,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use kernels::Simd;
 use model::cpu::CpuBackend;
-use protocol::handshake::Token;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
 use crate::commands::inspect::InspectArgs;
+use crate::token::TokenArgs;
 
 const BUILD: &str = env!("CARGO_PKG_VERSION");
 
@@ -177,9 +177,8 @@ pub(crate) struct CoordinatorArgs {
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7172")]
     http: SocketAddr,
-    /// File with the run token, instead of LOCKSTEP_TOKEN
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenArgs,
     /// Written when both ports are bound, with their addresses
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -198,7 +197,7 @@ impl CoordinatorArgs {
             data_dir: self.job.data_dir.clone(),
             listen: self.listen,
             http: self.http,
-            token: token(self.token_file.as_deref())?,
+            token: self.token.read_or_make()?,
             ready_file: self.ready_file.clone(),
             linger: Duration::from_secs(self.job.linger),
             json: self.job.json,
@@ -227,9 +226,8 @@ pub(crate) struct WorkerArgs {
     /// Serve this worker's own metrics here
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<SocketAddr>,
-    /// File with the run token, instead of LOCKSTEP_TOKEN
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenArgs,
     /// Leave it to the coordinator to say what went wrong
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -240,7 +238,7 @@ impl WorkerArgs {
         Ok(worker::Config {
             coordinator: self.coordinator.clone(),
             name: self.name.clone().unwrap_or_else(default_name),
-            token: token(self.token_file.as_deref())?,
+            token: self.token.read()?,
             advertise: self.advertise.clone(),
             metrics: self.metrics,
             build: BUILD.to_owned(),
@@ -267,20 +265,6 @@ fn default_name() -> String {
 /// Cores of this machine.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// The run token: from a file, else from the environment, else none.
-fn token(file: Option<&Path>) -> Result<Token, Problem> {
-    let text = match file {
-        Some(path) => std::fs::read_to_string(path).map_err(|error| {
-            Problem::usage(format!("cannot read the token file {}: {error}", path.display()))
-        })?,
-        None => std::env::var("LOCKSTEP_TOKEN").unwrap_or_default(),
-    };
-    if file.is_some() && text.trim().is_empty() {
-        return Err(Problem::usage("the token file is empty").hint("make one with `openssl rand -hex 16`"));
-    }
-    Ok(Token::new(&text))
 }
 
 #[cfg(test)]

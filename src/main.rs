@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod signals;
 mod supervisor;
+mod token;
 
 use std::process::ExitCode;
 

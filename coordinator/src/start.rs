@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use protocol::frame::FRAME_LIMIT_BYTES;
-use protocol::handshake::Token;
+use protocol::handshake::{SHORTEST_TOKEN, Token};
 use protocol::job::{Clip, JobFile, JobSpec, Task};
 use protocol::layout::{Head, Input, StateLayout};
 use protocol::problem::{Exit, Problem};
@@ -59,13 +59,7 @@ pub struct Config {
 /// # Errors
 /// Whatever kept the run from starting, or ended it, as a sentence for the user.
 pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
-    if !config.listen.ip().is_loopback() && config.token.is_empty() {
-        return Err(Problem::usage(format!(
-            "{} can be reached from other machines and there is no run token: anybody could join the run",
-            config.listen
-        ))
-        .hint("make a token with `openssl rand -hex 16` and give it to every process in LOCKSTEP_TOKEN"));
-    }
+    check_token(&config)?;
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
     let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
     check_batch_size(&config.file.job, &*data)?;
@@ -118,6 +112,22 @@ pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Prob
         }
     }
     result
+}
+
+/// A port that other machines can reach needs a secret that nobody can guess.
+fn check_token(config: &Config) -> Result<(), Problem> {
+    let Config { listen, token, .. } = config;
+    if listen.ip().is_loopback() || token.is_strong() {
+        return Ok(());
+    }
+    let weakness = match token.is_empty() {
+        true => "there is no run token: anybody could join the run".to_owned(),
+        false => format!("the run token has less than {SHORTEST_TOKEN} characters: it can be guessed"),
+    };
+    Err(Problem::usage(format!("{listen} can be reached from other machines and {weakness}")).hint(
+        "give every process the same --token-file (the coordinator makes it if it is not there), or a token from \
+         `openssl rand -hex 16` in LOCKSTEP_TOKEN",
+    ))
 }
 
 /// What the ready file says when both ports are bound.

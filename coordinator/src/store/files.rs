@@ -29,6 +29,9 @@ pub fn io_problem(verb: &str, path: &Path, error: &io::Error) -> Problem {
 /// # Errors
 /// Any failed operation; the old content is then still there, and no temporary file.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
+    if path.file_name().is_none() {
+        return Err(io_problem("write", path, &ErrorKind::IsADirectory.into()));
+    }
     let temporary = temporary_path(path);
     let written = (|| {
         let mut file = File::create(&temporary)?;
