@@ -11,6 +11,7 @@ use model::cpu::CpuBackend;
 use protocol::job::{JobFile, presets};
 use protocol::problem::Problem;
 
+use crate::commands::data::DataArgs;
 use crate::commands::inspect::InspectArgs;
 use crate::token::TokenArgs;
 
@@ -38,6 +39,8 @@ pub(crate) enum Command {
     Worker(WorkerArgs),
     /// Show the newest checkpoint of a run, with its hashes
     Inspect(InspectArgs),
+    /// List, verify or download the data sets that go by a name
+    Data(DataArgs),
 }
 
 /// What is to be computed, and where it is written.

@@ -60,6 +60,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
             }
         }
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Data(args) => commands::data::run(args),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The commands that read what a run has left: each file has its words and what it does.
 
+pub(crate) mod data;
 pub(crate) mod inspect;
 
 use std::path::PathBuf;
