@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use kernels::Simd;
 use model::cpu::CpuBackend;
-use protocol::job::{JobFile, presets};
+use protocol::job::{JobFile, MOST_THREADS, presets};
 use protocol::problem::Problem;
 
 use crate::commands::data::DataArgs;
@@ -163,7 +164,7 @@ pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) job: JobArgs,
     /// Threads per worker [default: an equal part of the cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count())]
     pub(crate) threads: Option<usize>,
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
@@ -215,7 +216,7 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "HOST:PORT", env = "LOCKSTEP_COORDINATOR")]
     coordinator: String,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count())]
     threads: Option<usize>,
     /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
     #[arg(long, value_name = "LEVEL")]
@@ -257,6 +258,11 @@ impl WorkerArgs {
         };
         Ok(CpuBackend::new(simd, self.threads.unwrap_or_else(cores)))
     }
+}
+
+/// More threads than any machine has cores would only wait for each other.
+fn thread_count() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=MOST_THREADS)
 }
 
 /// Host name and process id.

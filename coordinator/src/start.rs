@@ -1,7 +1,7 @@
 //! From a configuration to a run under way: open the data, listen, open the run directory, show the job.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,7 @@ pub struct Config {
 /// Whatever kept the run from starting, or ended it, as a sentence for the user.
 pub async fn run(config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
     check_token(&config)?;
+    config.ready_file.as_deref().map_or(Ok(()), check_ready_file)?;
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
     let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
     check_batch_size(&config.file.job, &*data)?;
@@ -128,6 +129,19 @@ fn check_token(config: &Config) -> Result<(), Problem> {
         "give every process the same --token-file (the coordinator makes it if it is not there), or a token from \
          `openssl rand -hex 16` in LOCKSTEP_TOKEN",
     ))
+}
+
+/// The ready file is written when much has begun: a path that cannot be meant is refused before.
+fn check_ready_file(path: &Path) -> Result<(), Problem> {
+    let refuse = |why: &str| {
+        Err(Problem::usage(format!("{} cannot be the ready file: {why}", path.display()))
+            .hint("--ready-file takes the path of a file in a folder that exists"))
+    };
+    match path.parent() {
+        _ if path.is_dir() => refuse("it is a folder"),
+        Some(folder) if folder == Path::new("") || folder.is_dir() => Ok(()),
+        _ => refuse("its folder does not exist"),
+    }
 }
 
 /// What the ready file says when both ports are bound.

@@ -36,9 +36,9 @@ enum DataCommand {
         name: String,
         #[command(flatten)]
         place: PlaceArg,
-        /// Folder on a server that has the files, instead of where they are published
-        #[arg(long, value_name = "URL")]
-        mirror: Option<String>,
+        /// Folder on a server that has the files, instead of where they are published (may be repeated)
+        #[arg(long = "mirror", value_name = "URL")]
+        mirrors: Vec<String>,
     },
 }
 
@@ -59,10 +59,10 @@ pub(crate) fn run(args: DataArgs) -> Result<Exit, Problem> {
     match args.command {
         DataCommand::List { place } => list(&place.places()),
         DataCommand::Verify { name, place } => verify(name.as_deref(), &place.places())?,
-        DataCommand::Fetch { name, place, mirror } => {
+        DataCommand::Fetch { name, place, mirrors } => {
             let places = place.places();
             let mut shown = Shown::default();
-            let request = Request { name, data_dir: place.data_dir, mirror };
+            let request = Request { name, data_dir: place.data_dir, mirrors };
             fetch(&request, &places, &mut |progress| shown.show(&progress))?;
         }
     }
@@ -121,7 +121,7 @@ impl Shown {
         match *progress {
             Progress::Present(path) => println!("already there and right: {}", path.display()),
             Progress::Written(path) => println!("fetched and verified: {}", path.display()),
-            Progress::Failed { url, why } => eprintln!("{url}: {why}"),
+            Progress::Failed { url, why } => eprintln!("{url}: {why}; trying the next mirror"),
             Progress::Received { .. } => {}
         }
     }

@@ -4,6 +4,8 @@
 //! - [`run`]: one run directory: train in it, inspect it, read its metrics.
 //! - [`process`]: one started process: its output while it runs, how it ended. Killed when dropped.
 //! - [`by_hand`]: a coordinator and workers started one by one.
+//! - [`refusal`]: what every refused command has in common.
+//! - [`mounts`]: commands with file systems of their own.
 //! - [`http`]: one GET.
 
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
@@ -11,12 +13,15 @@
 mod by_hand;
 mod folder;
 mod http;
+mod mounts;
 mod process;
+mod refusal;
 mod run;
 
 pub(crate) use by_hand::Coordinator;
-pub(crate) use folder::Folder;
+pub(crate) use folder::{Folder, files_below};
 pub(crate) use http::{Answer, get};
+pub(crate) use mounts::with_own_mounts;
 pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
 pub(crate) use run::{Hashes, Run};
 

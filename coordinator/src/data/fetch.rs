@@ -37,7 +37,7 @@ pub enum Progress<'a> {
         /// Bytes in all.
         total: Option<u64>,
     },
-    /// A mirror was given up.
+    /// A mirror was given up; the next one is tried.
     Failed {
         /// The address that was tried.
         url: &'a str,
@@ -55,8 +55,8 @@ pub struct Request {
     pub name: String,
     /// The folder that is to hold it; else the user's cache, unless it lies in some other known place.
     pub data_dir: Option<PathBuf>,
-    /// A folder on a server, instead of the known ones.
-    pub mirror: Option<String>,
+    /// Folders on servers, one after another, instead of the known ones if there are any.
+    pub mirrors: Vec<String>,
 }
 
 /// One file as it is published.
@@ -91,7 +91,7 @@ pub fn fetch(
             .hint("name one with --data-dir")
     })?;
     let folder = folder.join(known.name());
-    let mirrors = request.mirror.as_ref().map_or(mirrors, |mirror| vec![mirror.clone()]);
+    let mirrors = if request.mirrors.is_empty() { mirrors } else { request.mirrors.clone() };
     for file in files {
         let path = folder.join(&file.name);
         if file::read(&path, LIMIT_BYTES).is_ok_and(|bytes| file::sha256([&bytes[..]]) == file.sha256) {
@@ -139,7 +139,9 @@ fn from_mirrors(
         match download(&url, progress).and_then(|content| verified(content, file)) {
             Ok(content) => return Ok(content),
             Err(why) => {
-                progress(Progress::Failed { url: &url, why: &why });
+                if failures.len() + 1 < mirrors.len() {
+                    progress(Progress::Failed { url: &url, why: &why });
+                }
                 failures.push(format!("{url}: {why}"));
             }
         }
@@ -169,9 +171,10 @@ fn download(url: &str, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Vec<u8>
     let (mut content, mut buffer) = (Vec::new(), [0; 1 << 16]);
     let mut reader = body.as_reader();
     loop {
-        match reader.read(&mut buffer).map_err(|error| error.to_string())? {
-            0 => break,
-            count => content.extend_from_slice(&buffer[..count]),
+        match reader.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => content.extend_from_slice(&buffer[..count]),
+            Err(error) => return Err(format!("it broke off after {} bytes: {error}", content.len())),
         }
         let bytes = content.len() as u64;
         if bytes > LIMIT_BYTES {

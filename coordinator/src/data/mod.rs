@@ -14,6 +14,8 @@
 mod digits;
 pub mod fetch;
 mod file;
+#[doc(hidden)]
+pub mod fuzzing;
 mod idx;
 mod images;
 pub mod known;
