@@ -125,7 +125,7 @@ fn a_text_is_fetched_once_and_then_found() {
     assert_eq!(fetched.stderr, format!("{}input.txt: http status: 404; trying the next mirror\n", empty.url));
     assert_eq!(fetched.stdout, format!("fetched and verified: {}\n", path.display()));
     assert!(std::fs::read(&path).unwrap() == text);
-    assert_eq!(files_below(folder.path()), [path.clone()]);
+    assert_eq!(files_below(folder.path()), std::slice::from_ref(&path));
 
     let again = data(&fetch, folder.path());
     again.expect_exit(0);

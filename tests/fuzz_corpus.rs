@@ -1,5 +1,6 @@
 //! Every file of the fuzzers' corpus is read without a panic, by the functions that the fuzz targets call.
 
+#[allow(unreachable_pub, reason = "the fuzz targets call these from outside")]
 #[path = "../fuzz/src/readers.rs"]
 mod readers;
 

@@ -122,11 +122,11 @@ pub fn checkpoint(bytes: &[u8]) {
 
 /// The journal of a run.
 pub fn journal(bytes: &[u8]) {
-    if let Ok(replay) = Replay::replay(bytes, Path::new("journal")) {
+    if let Ok(replay) = Replay::from_lines(bytes, Path::new("journal")) {
         assert_eq!(replay.intact_bytes + replay.torn_bytes, bytes.len() as u64);
         // What is intact stays what it was when the rest is cut off.
         let intact = &bytes[..replay.intact_bytes as usize];
-        let again = Replay::replay(intact, Path::new("journal"));
+        let again = Replay::from_lines(intact, Path::new("journal"));
         // As texts: a loss may be a NaN, which equals nothing.
         assert_eq!(
             format!("{again:?}"),

@@ -188,7 +188,7 @@ impl Replay {
     /// The file cannot be read, is damaged before an intact record, or has a record this program does not know.
     pub fn read(path: &Path) -> Result<Self, Problem> {
         match File::open(path) {
-            Ok(file) => Self::replay(BufReader::new(file), path),
+            Ok(file) => Self::from_lines(BufReader::new(file), path),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
             Err(error) => Err(io_problem("read", path, &error)),
         }
@@ -198,7 +198,7 @@ impl Replay {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn replay(mut reader: impl BufRead, path: &Path) -> Result<Self, Problem> {
+    pub fn from_lines(mut reader: impl BufRead, path: &Path) -> Result<Self, Problem> {
         let mut replay = Self::default();
         let mut line = Vec::new();
         let mut first_damaged = None;
