@@ -61,10 +61,13 @@ fn worker_against(coordinator: impl FnOnce(&mut TcpStream)) -> Ended {
     ended
 }
 
+/// What a worker finds in its coordinator's place.
+type Played = fn(&mut TcpStream);
+
 #[test]
 fn a_worker_names_what_answers_in_the_coordinators_place() {
     let hint_of_token = "give every process of the run the same token";
-    let cases: [(fn(&mut TcpStream), String, &str); 6] = [
+    let cases: [(Played, String, &str); 6] = [
         (
             |stream| stream.write_all(&hello_of_version(9, 0)).unwrap(),
             format!("the other side speaks protocol 9, this one {PROTOCOL_VERSION}"),
