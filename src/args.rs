@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use kernels::Simd;
 use kernels::cpu::simd::SimdError;
 use model::cpu::CpuBackend;
 use protocol::handshake::Token;
-use protocol::job::{JobFile, presets};
+use protocol::job::{JobFile, MOST_THREADS, presets};
 use protocol::problem::Problem;
 
 use crate::commands::completions::CompletionsArgs;
+use crate::commands::data::DataArgs;
 use crate::commands::diff::DiffArgs;
 use crate::commands::doctor::DoctorArgs;
 use crate::commands::eval::EvalArgs;
@@ -24,6 +26,7 @@ use crate::commands::inspect::InspectArgs;
 use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
 use crate::forecast::Estimate;
+use crate::token::TokenArgs;
 use crate::warm_start::WarmStart;
 
 /// What this binary is: `0.1.0 (revision 1a2b3c4d5e6f, features: cpu)`.
@@ -62,24 +65,26 @@ pub(crate) enum Command {
     Coordinator(CoordinatorArgs),
     /// Work for a coordinator; needs no data, no configuration and no disk
     Worker(WorkerArgs),
-    /// Show the newest checkpoint of a run, with its hashes
-    Inspect(InspectArgs),
-    /// Write the parameters of a run as a safetensors file for PyTorch
-    Export(ExportArgs),
-    /// Make a run that starts from PyTorch's weights, without training it
-    Import(ImportArgs),
     /// Write text with a trained network
     Sample(SampleArgs),
     /// Evaluate a checkpoint on validation data
     Eval(EvalArgs),
+    /// Show the newest checkpoint of a run, with its hashes
+    Inspect(InspectArgs),
+    /// Say whether two runs hold the same bits, and where they part
+    Diff(DiffArgs),
+    /// Write the parameters of a run as a safetensors file for PyTorch
+    Export(ExportArgs),
+    /// Make a run that starts from PyTorch's weights, without training it
+    Import(ImportArgs),
+    /// List, verify or download the data sets that go by a name
+    Data(DataArgs),
     /// Look at this machine: what a run would use, and what is in its way
     Doctor(DoctorArgs),
     /// Print completions for a shell
     Completions(CompletionsArgs),
     /// Print the manual page, or write one for each command
     Man(ManArgs),
-    /// Say whether two runs hold the same bits, and where they part
-    Diff(DiffArgs),
 }
 
 /// What is to be computed, and where it is written.
@@ -251,7 +256,7 @@ pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) start: StartArgs,
     /// Threads per worker [default: an equal part of the cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count())]
     pub(crate) threads: Option<usize>,
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
@@ -270,9 +275,8 @@ pub(crate) struct CoordinatorArgs {
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = DEFAULT_HTTP)]
     http: SocketAddr,
-    /// File with the run token, instead of LOCKSTEP_TOKEN
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenArgs,
     /// Written when both ports are bound, with their addresses
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -287,16 +291,18 @@ pub(crate) struct CoordinatorArgs {
 impl CoordinatorArgs {
     pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
         let init_from = self.start.init_from.clone().map(|path| Arc::new(WarmStart::new(path)) as Arc<_>);
+        // A token file is made for a job that can be used.
+        let of_job = self.job.config()?;
         Ok(coordinator::Config {
             init_from,
             change_learning_rate: self.start.change_learning_rate,
             forecast: Some(Arc::new(Estimate::new(self.local_threads))),
             listen: self.listen,
             http: self.http,
-            token: token(self.token_file.as_deref())?,
+            token: self.token.read_or_make()?,
             ready_file: self.ready_file.clone(),
             linger: Duration::from_secs(self.job.linger),
-            ..self.job.config()?
+            ..of_job
         })
     }
 }
@@ -307,7 +313,7 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "HOST:PORT", env = "LOCKSTEP_COORDINATOR")]
     coordinator: String,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count())]
     threads: Option<usize>,
     #[command(flatten)]
     simd: SimdArg,
@@ -320,9 +326,8 @@ pub(crate) struct WorkerArgs {
     /// Serve this worker's own metrics here
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<SocketAddr>,
-    /// File with the run token, instead of LOCKSTEP_TOKEN
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    token: TokenArgs,
     /// Leave it to the coordinator to say what went wrong
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -333,7 +338,7 @@ impl WorkerArgs {
         Ok(worker::Config {
             coordinator: self.coordinator.clone(),
             name: self.name.clone().unwrap_or_else(default_name),
-            token: token(self.token_file.as_deref())?,
+            token: self.token.read()?,
             advertise: self.advertise.clone(),
             metrics: self.metrics,
             build: BUILD.to_owned(),
@@ -363,6 +368,11 @@ impl SimdArg {
     }
 }
 
+/// More threads than any machine has cores would only wait for each other.
+fn thread_count() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=MOST_THREADS)
+}
+
 /// Host name and process id.
 fn default_name() -> String {
     let host = rustix::system::uname();
@@ -372,20 +382,6 @@ fn default_name() -> String {
 /// Cores of this machine.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// The run token: from a file, else from the environment, else none.
-fn token(file: Option<&Path>) -> Result<Token, Problem> {
-    let text = match file {
-        Some(path) => std::fs::read_to_string(path).map_err(|error| {
-            Problem::usage(format!("cannot read the token file {}: {error}", path.display()))
-        })?,
-        None => std::env::var("LOCKSTEP_TOKEN").unwrap_or_default(),
-    };
-    if file.is_some() && text.trim().is_empty() {
-        return Err(Problem::usage("the token file is empty").hint("make one with `openssl rand -hex 16`"));
-    }
-    Ok(Token::new(&text))
 }
 
 #[cfg(test)]

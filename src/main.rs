@@ -7,6 +7,7 @@ mod forecast;
 mod memory;
 mod signals;
 mod supervisor;
+mod token;
 mod warm_start;
 
 use std::io::Write;
@@ -63,15 +64,16 @@ fn run(command: Command) -> Result<Exit, Problem> {
                 other => other,
             }
         }
-        Command::Inspect(args) => commands::inspect::run(&args),
-        Command::Export(args) => commands::export::run(&args),
-        Command::Import(args) => commands::import::run(&args),
         Command::Sample(args) => commands::sample::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Diff(args) => commands::diff::run(&args),
+        Command::Export(args) => commands::export::run(&args),
+        Command::Import(args) => commands::import::run(&args),
+        Command::Data(args) => commands::data::run(args),
         Command::Doctor(args) => commands::doctor::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),
-        Command::Diff(args) => commands::diff::run(&args),
     }
 }
 

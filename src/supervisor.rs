@@ -27,8 +27,11 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
     let mut requests = signals::stop_requests(false)?;
-    let token = Token::generate()
-        .map_err(|error| Problem::failed(format!("the system has no randomness for a token: {error}")))?;
+    let random = || {
+        Token::generate()
+            .map_err(|error| Problem::failed(format!("the system has no randomness for a token: {error}")))
+    };
+    let token = random()?;
     let program = std::env::current_exe()
         .map_err(|error| Problem::failed(format!("cannot find this program's own file: {error}")))?;
     let child = |name: &str| {
@@ -38,7 +41,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
         command
     };
 
-    let ready = ReadyFile::new(&token);
+    let ready = ReadyFile::new(&random()?);
     let mut command = child("coordinator");
     command.args(args.job.to_words()).args(args.start.to_words()).arg("--supervised").stdin(Stdio::piped());
     command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
@@ -151,10 +154,9 @@ struct ReadyFile {
 }
 
 impl ReadyFile {
-    /// A path that nobody can guess: it is named after a hash of the token.
-    fn new(token: &str) -> Self {
-        let name = format!("lockstep-{}-{:08x}.ready", std::process::id(), short_hash(token));
-        Self { path: std::env::temp_dir().join(name) }
+    /// A path that nobody can guess. `random` is no secret: anybody may list the folder.
+    fn new(random: &str) -> Self {
+        Self { path: std::env::temp_dir().join(format!("lockstep-{}-{random}.ready", std::process::id())) }
     }
 
     /// Whether a generation has formed.
@@ -177,11 +179,4 @@ impl Drop for ReadyFile {
 fn control_address(path: &Path) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;
     text.lines().find_map(|line| line.strip_prefix("control=")).map(str::to_owned)
-}
-
-fn short_hash(text: &str) -> u32 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    hasher.finish() as u32
 }

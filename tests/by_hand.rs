@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::fs::Permissions;
 use std::io::Write;
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 
 use common::{Coordinator, Folder, Process, lockstep};
 
@@ -58,37 +60,36 @@ fn strangers_are_refused_and_change_nothing() {
 }
 
 #[test]
-fn the_token_may_come_from_a_file() {
+fn a_coordinator_makes_the_token_file_that_its_workers_read() {
     let folder = Folder::new();
     let job = format!("char-lstm --data {} {SETTINGS}", folder.text(12_000));
     let token = folder.path().join("token");
-    std::fs::write(&token, "from a file\n").unwrap();
     let option = format!("--token-file {}", token.display());
     let run = folder.run("by-hand", &job);
     let coordinator = Coordinator::start(&run, &format!("--workers 2 {option}"), None);
+    let mode = std::fs::metadata(&token).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let text = std::fs::read_to_string(&token).unwrap();
     let here = folder.empty("worker");
     let workers =
-        [coordinator.worker(&here, &option), coordinator.worker_with_token(&here, "", Some("from a file"))];
+        [coordinator.worker(&here, &option), coordinator.worker_with_token(&here, "", Some(text.trim()))];
+    let mut said = String::new();
     for process in workers.into_iter().chain([coordinator.process]) {
-        process.end().expect_exit(0);
+        let ended = process.end();
+        ended.expect_exit(0);
+        said += &ended.stderr;
     }
+    assert!(said.contains(&format!("made a run token: give every worker {option}")), "{said}");
     assert_eq!(run.hashes().step, 30);
-}
 
-#[test]
-fn an_open_address_without_a_token_is_refused() {
-    let folder = Folder::new();
-    let run = folder.run("run", &format!("char-lstm --data {} {SETTINGS}", folder.text(12_000)));
+    std::fs::set_permissions(&token, Permissions::from_mode(0o644)).unwrap();
     let mut command = lockstep();
-    command.arg("coordinator").args(run.words()).args(["--listen", "0.0.0.0:0", "--http", "127.0.0.1:0"]);
-    Process::start(&mut command).end().expect_failure(
+    command.arg("worker").args(["--coordinator", "127.0.0.1:9"]).args(option.split_whitespace());
+    Process::start(&mut command).end().expect_refusal(
         2,
-        &[
-            "error: 0.0.0.0:0 can be reached from other machines",
-            "hint: make a token with `openssl rand -hex 16`",
-        ],
+        &format!("the token file {} is open to others than its owner (mode 0644)", token.display()),
+        &format!("chmod 600 {}", token.display()),
     );
-    assert!(!run.dir().exists(), "a refused start leaves no run directory");
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use common::{Coordinator, Folder, Process, Run, children_of, eventually, is_alive, lockstep};
@@ -139,77 +138,6 @@ fn a_killed_coordinator_ends_its_workers_and_the_run_can_go_on() {
         assert!(!is_alive(pid), "{line} lives on");
     }
     assert_resumable(&folder, &run);
-}
-
-#[test]
-fn a_run_directory_in_use_is_refused() {
-    let folder = Folder::new();
-    let run = folder.run("run", &job(&folder));
-    let mut process = run.start(&format!("{ENDLESS} --workers 1"));
-    process.line_with("generation 1");
-    let holder = child_with(&process, "coordinator");
-    for options in ["--workers 1", "--workers 1 --fresh"] {
-        run.end(options).expect_failure(2, &[&format!("is in use by process {holder}"), "hint: "]);
-    }
-    wait_for_steps(&run, 20);
-    process.signal(Signal::INT);
-    process.end().expect_exit(75);
-    assert_resumable(&folder, &run);
-}
-
-#[test]
-fn a_port_in_use_is_refused() {
-    let folder = Folder::new();
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap();
-    let run = folder.run("run", &job(&folder));
-    run.end(&format!("--epochs 1 --http {address}"))
-        .expect_failure(2, &[&format!("cannot listen on {address} for status and metrics"), "--http"]);
-    let mut command = lockstep();
-    command.arg("coordinator").args(run.words()).args([
-        "--http",
-        "127.0.0.1:0",
-        "--listen",
-        &address.to_string(),
-    ]);
-    let refused = Process::start(&mut command).end();
-    refused.expect_failure(2, &[&format!("cannot listen on {address} for workers"), "--listen"]);
-    assert!(!run.dir().exists(), "a refused start leaves no run directory");
-}
-
-#[test]
-fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
-    let folder = Folder::new();
-    let run = folder.run("run", &job(&folder));
-    let ended = run.end("--set learning_rate=3e38 --set clip=none --epochs 10 --workers 2");
-    ended.expect_failure(1, &["is not finite", "loss", "gradient norm", "its update was not applied"]);
-    // The state before it is kept, for whoever wants to look.
-    assert_eq!(run.hashes().step, run.steps_so_far());
-    assert!(run.inspect()["step"].as_u64().unwrap() >= 1);
-}
-
-#[test]
-fn what_cannot_be_meant_is_refused_with_a_hint() {
-    let folder = Folder::new();
-    let text = folder.text(12_000);
-    let missing = folder.path().join("missing.txt");
-    let cases = [
-        ("char-lsmt".to_owned(), vec!["unknown preset 'char-lsmt'", "did you mean 'char-lstm'?"]),
-        ("char-lstm --set hiden_size=3".to_owned(), vec!["hiden_size", "hidden_size"]),
-        ("char-lstm --set hidden_size=many".to_owned(), vec!["hidden_size"]),
-        ("char-lstm --set keep_prob=0".to_owned(), vec!["keep_prob is 0", "(0, 1]"]),
-        ("char-lstm --shards 65".to_owned(), vec!["shards is 65 but batch_size is 64", "--shards 64"]),
-        (format!("char-lstm --data {}", missing.display()), vec!["missing.txt", "no such file"]),
-        (format!("mnist-gru --data {text}"), vec!["is a file", "hint: "]),
-        (format!("char-lstm --data {text} --set seq_len=5000"), vec!["text-12000.txt"]),
-    ];
-    for (job, parts) in cases {
-        let run = folder.run("run", &job);
-        let ended = run.end("");
-        println!("{}", ended.stderr);
-        ended.expect_failure(2, &parts);
-        assert!(!run.dir().exists(), "a refused start leaves no run directory: {job}");
-    }
 }
 
 #[test]

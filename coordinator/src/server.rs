@@ -1,5 +1,6 @@
 //! The control port: accepts workers, checks the run token, and turns each connection into events and a queue.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,18 +10,14 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use protocol::frame::{BulkHeader, Frame, codec, decode, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
-use protocol::message::{Hello, ToCoordinator, ToWorker, WorkerId};
+use protocol::message::{Goodbye, Hello, ToCoordinator, ToWorker, WORKER_LIMIT, WorkerId};
 use protocol::problem::Problem;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
 use tokio_util::codec::Framed;
-
-/// A stranger has this long to prove the token.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Connections that may be unproved at once; more wait in the listener's queue.
-const UNPROVED_LIMIT: usize = 256;
 
 /// What a connection brings.
 #[derive(Debug)]
@@ -55,12 +52,35 @@ impl Link {
     }
 }
 
+/// What the control port bears.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// A stranger has this long to prove the token and to say hello.
+    handshake: Duration,
+    /// Connections that may be unproved at once. One more ends the oldest of them: whoever holds connections open
+    /// and says nothing keeps nobody else out.
+    unproved: usize,
+    /// Workers that may be connected at once.
+    workers: usize,
+}
+
+const LIMITS: Limits = Limits { handshake: Duration::from_secs(10), unproved: 256, workers: WORKER_LIMIT };
+
 /// Accepts connections for ever.
 pub(crate) async fn accept(listener: TcpListener, token: Token, arrivals: UnboundedSender<Arrival>) {
+    accept_within(LIMITS, listener, token, arrivals).await;
+}
+
+async fn accept_within(
+    limits: Limits,
+    listener: TcpListener,
+    token: Token,
+    arrivals: UnboundedSender<Arrival>,
+) {
     let next_id = Arc::new(AtomicU32::new(1));
-    let unproved = Arc::new(Semaphore::new(UNPROVED_LIMIT));
+    let places = Arc::new(Semaphore::new(limits.workers));
+    let mut unproved: VecDeque<(SocketAddr, AbortHandle)> = VecDeque::new();
     loop {
-        let permit = unproved.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -70,25 +90,45 @@ pub(crate) async fn accept(listener: TcpListener, token: Token, arrivals: Unboun
                 continue;
             }
         };
+        unproved.retain(|(_, greeting)| !greeting.is_finished());
+        if unproved.len() >= limits.unproved
+            && let Some((oldest, greeting)) = unproved.pop_front()
+        {
+            greeting.abort();
+            tracing::warn!("a connection from {oldest} was closed unproved: too many others wait");
+        }
         let (token, arrivals, next_id) = (token.clone(), arrivals.clone(), next_id.clone());
-        tokio::spawn(async move {
-            match tokio::time::timeout(HANDSHAKE_LIMIT, greet(stream, &token)).await {
-                Ok(Ok((frames, hello))) => {
-                    drop(permit);
+        let places = places.clone();
+        let greeting = tokio::spawn(async move {
+            match tokio::time::timeout(limits.handshake, greet(stream, &token, places)).await {
+                Ok(Ok(Greeted { frames, hello, place })) => {
                     let id = next_id.fetch_add(1, Ordering::Relaxed);
-                    serve(id, frames, hello, peer, arrivals).await;
+                    // A task of its own, since this one may be ended to make room for others.
+                    tokio::spawn(async move {
+                        serve(id, frames, hello, peer, arrivals).await;
+                        drop(place);
+                    });
                 }
                 Ok(Err(problem)) => tracing::warn!("a connection from {peer} was refused: {problem}"),
                 Err(_) => tracing::warn!("a connection from {peer} did not finish its handshake in time"),
             }
         });
+        unproved.push_back((peer, greeting.abort_handle()));
     }
 }
 
 type Frames = Framed<TcpStream, tokio_util::codec::LengthDelimitedCodec>;
 
+/// A worker that has proved the token and said hello.
+struct Greeted {
+    frames: Frames,
+    hello: Hello,
+    /// Its place among the workers that may be connected.
+    place: OwnedSemaphorePermit,
+}
+
 /// The handshake and the hello.
-async fn greet(mut stream: TcpStream, token: &Token) -> Result<(Frames, Hello), Problem> {
+async fn greet(mut stream: TcpStream, token: &Token, places: Arc<Semaphore>) -> Result<Greeted, Problem> {
     let broken =
         |e: std::io::Error| Problem::failed(format!("the connection broke during the handshake: {e}"));
     stream.set_nodelay(true).map_err(broken)?;
@@ -106,11 +146,25 @@ async fn greet(mut stream: TcpStream, token: &Token) -> Result<(Frames, Hello), 
     let mut frames = Framed::new(stream, codec());
     let first =
         frames.next().await.ok_or_else(|| Problem::failed("it closed the connection after the handshake"))?;
-    match decode(first.map_err(broken)?.freeze()) {
-        Ok(Frame::Message(ToCoordinator::Hello(hello))) => Ok((frames, hello)),
-        Ok(_) => Err(Problem::failed("its first message was not a hello")),
-        Err(error) => Err(Problem::failed(format!("it sent {error}"))),
+    let hello = match decode(first.map_err(broken)?.freeze()) {
+        Ok(Frame::Message(ToCoordinator::Hello(hello))) => hello,
+        Ok(_) => return Err(Problem::failed("its first message was not a hello")),
+        Err(error) => return Err(Problem::failed(format!("it sent {error}"))),
+    };
+    match admit(&hello, places) {
+        Ok(place) => Ok(Greeted { frames, hello, place }),
+        Err(problem) => {
+            let goodbye = ToWorker::Goodbye(Goodbye::Failed(problem.sentence.clone()));
+            frames.send(encode_message(&goodbye)).await.map_err(broken)?;
+            Err(problem)
+        }
     }
+}
+
+/// Gives a worker its place, if what it says of itself is fit to be passed on and there is one.
+fn admit(hello: &Hello, places: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
+    hello.check()?;
+    places.try_acquire_owned().map_err(|_| Problem::failed("there is no place for one more worker"))
 }
 
 /// Moves frames both ways until the connection ends.
@@ -154,4 +208,153 @@ async fn serve(
     };
     let cause = tokio::select! { cause = writer => cause, cause = reader => cause };
     let _ = arrivals.send(Arrival::Left(id, cause));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc::UnboundedReceiver;
+    use tokio::time::timeout;
+
+    /// Longer than anything here takes.
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// A control port with these limits and the token `secret`.
+    async fn port(limits: Limits) -> (SocketAddr, UnboundedReceiver<Arrival>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (arrivals, arrived) = unbounded_channel();
+        tokio::spawn(accept_within(limits, listener, Token::new("secret"), arrivals));
+        (address, arrived)
+    }
+
+    fn hello(name: &str) -> Hello {
+        Hello {
+            name: name.to_owned(),
+            build: String::new(),
+            device: String::new(),
+            bits: String::new(),
+            threads: 1,
+            data_port: 1,
+            advertise: None,
+            metrics: None,
+        }
+    }
+
+    /// What a worker does up to its hello.
+    async fn join(address: SocketAddr, hello: Hello) -> Frames {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let own = Handshake::opener(Plane::Control, &Token::new("secret")).unwrap();
+        let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
+        stream.write_all(&own.hello()).await.unwrap();
+        stream.read_exact(&mut theirs).await.unwrap();
+        let proofs = own.proofs(&theirs).unwrap();
+        stream.write_all(&proofs.ours).await.unwrap();
+        stream.read_exact(&mut proof).await.unwrap();
+        proofs.check(&proof).unwrap();
+        let mut frames = Framed::new(stream, codec());
+        frames.send(encode_message(&ToCoordinator::Hello(hello))).await.unwrap();
+        frames
+    }
+
+    /// The name of a worker that joins, and the way to it: whoever drops that lets the worker go.
+    async fn joined(arrived: &mut UnboundedReceiver<Arrival>) -> (String, Link) {
+        match timeout(SOON, arrived.recv()).await {
+            Ok(Some(Arrival::Joined(_, hello, link))) => (hello.name, link),
+            other => panic!("nobody joined: {other:?}"),
+        }
+    }
+
+    /// The sentence that a worker is sent away with.
+    async fn goodbye(frames: &mut Frames) -> String {
+        let frame = timeout(SOON, frames.next()).await.unwrap().unwrap().unwrap();
+        match decode(frame.freeze()) {
+            Ok(Frame::Message(ToWorker::Goodbye(Goodbye::Failed(sentence)))) => sentence,
+            other => panic!("no goodbye: {other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_says_nothing_keeps_nobody_out() {
+        let (address, mut arrived) = port(Limits { unproved: 4, ..LIMITS }).await;
+        let mut silent = Vec::new();
+        for _ in 0..12 {
+            silent.push(TcpStream::connect(address).await.unwrap());
+        }
+        let _worker = join(address, hello("worker")).await;
+        assert_eq!(joined(&mut arrived).await.0, "worker");
+        // The first ones made room for the later ones; nothing was decoded of any.
+        let ended = timeout(SOON, silent[0].read(&mut [0; 1])).await.expect("the oldest is closed");
+        assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+        let held = timeout(Duration::from_millis(100), silent[11].read(&mut [0; 1])).await;
+        assert!(held.is_err(), "the newest still has time: {held:?}");
+    }
+
+    #[tokio::test]
+    async fn a_worker_outlives_the_greeting_that_let_it_in() {
+        let (address, mut arrived) = port(Limits { unproved: 1, ..LIMITS }).await;
+        let (mut workers, mut links) = (Vec::new(), Vec::new());
+        for number in 0..3 {
+            workers.push(join(address, hello(&format!("worker-{number}"))).await);
+            links.push(joined(&mut arrived).await);
+            assert_eq!(links[number].0, format!("worker-{number}"));
+        }
+        workers[0].send(encode_message(&ToCoordinator::Connected { generation: 1 })).await.unwrap();
+        let next = timeout(SOON, arrived.recv()).await.unwrap();
+        assert!(matches!(next, Some(Arrival::Message(1, _))), "{next:?}");
+    }
+
+    #[tokio::test]
+    async fn a_handshake_has_a_time_limit() {
+        let (address, _arrived) = port(Limits { handshake: Duration::from_millis(50), ..LIMITS }).await;
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.write_all(b"LOCKST").await.unwrap();
+        let ended = timeout(SOON, slow.read(&mut [0; 1])).await.expect("it is closed");
+        assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn one_worker_too_many_is_sent_away_until_there_is_a_place() {
+        let (address, mut arrived) = port(Limits { workers: 1, ..LIMITS }).await;
+        let first = join(address, hello("first")).await;
+        let link = joined(&mut arrived).await.1;
+        let mut second = join(address, hello("second")).await;
+        assert_eq!(goodbye(&mut second).await, "there is no place for one more worker");
+        drop((first, link));
+        assert!(matches!(timeout(SOON, arrived.recv()).await, Ok(Some(Arrival::Left(1, _)))));
+        // The place is given back just after the word that the first one left.
+        for _ in 0..100 {
+            let _third = join(address, hello("third")).await;
+            if let Ok(Some(Arrival::Joined(..))) = timeout(Duration::from_millis(100), arrived.recv()).await {
+                return;
+            }
+        }
+        panic!("the place of the first worker was not given back");
+    }
+
+    #[tokio::test]
+    async fn texts_that_must_not_be_passed_on_are_refused() {
+        let (address, _arrived) = port(LIMITS).await;
+        let mut long = join(address, hello(&"x".repeat(257))).await;
+        assert_eq!(goodbye(&mut long).await, "the worker's name has 257 bytes, the most supported is 256");
+        let mut escape = join(address, hello("\u{1b}[2J")).await;
+        let sentence = goodbye(&mut escape).await;
+        assert!(sentence.ends_with("has control characters") && !sentence.contains('\u{1b}'), "{sentence}");
+    }
+
+    #[tokio::test]
+    async fn a_frame_over_the_limit_is_refused_by_its_length_alone() {
+        let (address, mut arrived) = port(LIMITS).await;
+        let frames = join(address, hello("worker")).await;
+        let _link = joined(&mut arrived).await;
+        let mut stream = frames.into_inner();
+        // Only the length: nothing that it promises ever comes.
+        stream.write_all(&((protocol::frame::FRAME_LIMIT_BYTES as u32) + 1).to_be_bytes()).await.unwrap();
+        match timeout(SOON, arrived.recv()).await {
+            Ok(Some(Arrival::Left(1, cause))) => {
+                assert_eq!(cause, "reading from it failed: frame size too big");
+            }
+            other => panic!("it was not refused: {other:?}"),
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use protocol::frame::FRAME_LIMIT_BYTES;
-use protocol::handshake::Token;
+use protocol::handshake::{SHORTEST_TOKEN, Token};
 use protocol::job::{Clip, JobFile, JobSpec, Task};
 use protocol::layout::{Head, Input, StateLayout};
 use protocol::problem::{Exit, Problem};
@@ -70,13 +70,8 @@ pub struct Config {
 /// # Errors
 /// Whatever kept the run from starting, or ended it, as a sentence for the user.
 pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, Problem> {
-    if !config.listen.ip().is_loopback() && config.token.is_empty() {
-        return Err(Problem::usage(format!(
-            "{} can be reached from other machines and there is no run token: anybody could join the run",
-            config.listen
-        ))
-        .hint("make a token with `openssl rand -hex 16` and give it to every process in LOCKSTEP_TOKEN"));
-    }
+    check_token(&config)?;
+    config.ready_file.as_deref().map_or(Ok(()), check_ready_file)?;
     let (data, layout) = open_data(&config)?;
     let mut forecast = forecast(&config, &*data, &layout)?;
     let (control, control_address) = bind(config.listen, "workers", "--listen").await?;
@@ -225,6 +220,35 @@ fn check_learning_rate(rate: f64, is_new: bool, run_dir: &Path) -> Result<(), Pr
         .hint(format!("a new run starts with any rate: --set learning_rate={rate}")));
     }
     Ok(())
+}
+
+/// A port that other machines can reach needs a secret that nobody can guess.
+fn check_token(config: &Config) -> Result<(), Problem> {
+    let Config { listen, token, .. } = config;
+    if listen.ip().is_loopback() || token.is_strong() {
+        return Ok(());
+    }
+    let weakness = match token.is_empty() {
+        true => "there is no run token: anybody could join the run".to_owned(),
+        false => format!("the run token has less than {SHORTEST_TOKEN} characters: it can be guessed"),
+    };
+    Err(Problem::usage(format!("{listen} can be reached from other machines and {weakness}")).hint(
+        "give every process the same --token-file (the coordinator makes it if it is not there), or a token from \
+         `openssl rand -hex 16` in LOCKSTEP_TOKEN",
+    ))
+}
+
+/// The ready file is written when much has begun: a path that cannot be meant is refused before.
+fn check_ready_file(path: &Path) -> Result<(), Problem> {
+    let refuse = |why: &str| {
+        Err(Problem::usage(format!("{} cannot be the ready file: {why}", path.display()))
+            .hint("--ready-file takes the path of a file in a folder that exists"))
+    };
+    match path.parent() {
+        _ if path.is_dir() => refuse("it is a folder"),
+        Some(folder) if folder == Path::new("") || folder.is_dir() => Ok(()),
+        _ => refuse("its folder does not exist"),
+    }
 }
 
 /// What the ready file says when both ports are bound.

@@ -24,6 +24,9 @@ pub const HELLO_BYTES: usize = 8 + 2 + 1 + 32;
 /// Size of each side's proof.
 pub const PROOF_BYTES: usize = 32;
 
+/// Fewest characters of a token that protects a port which other machines can reach.
+pub const SHORTEST_TOKEN: usize = 16;
+
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -52,6 +55,11 @@ impl Token {
         let mut bytes = [0u8; 16];
         getrandom::fill(&mut bytes)?;
         Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Whether nobody can guess it: too short a secret is found by trying.
+    pub fn is_strong(&self) -> bool {
+        String::from_utf8_lossy(&self.0).chars().count() >= SHORTEST_TOKEN
     }
 
     /// Whether there is no secret.
@@ -204,17 +212,24 @@ mod tests {
         )
     }
 
+    /// Both proofs for the token `secret` and these two hellos, and the token of generation 7, computed with Python's
+    /// hmac module.
+    const GOLDEN_OPENER: &str = "000578faacd0d21539883927907bb33fd9f70a0a01d0bbf287370e759e294593";
+    const GOLDEN_ANSWERER: &str = "a77190a6e5202d72ee064dc5f7a7284bef61ce43d001e9bb54021055aa31af43";
+    const GOLDEN_GENERATION: &str = "6f96fe5ad12d7f50eba4cd03b3d0cfdd8eaa3df43eda2e0d96644edee06ac444";
+
     #[test]
     fn the_first_bytes_never_change() {
         let (opener, answerer) = pair("secret", "secret");
-        assert_eq!(opener.hello()[..11], *b"LOCKSTEP\x02\x00\x01");
-        assert_eq!(answerer.hello()[..11], *b"LOCKSTEP\x02\x00\x00");
+        assert_eq!(opener.hello(), *[&b"LOCKSTEP\x01\x00\x01"[..], &[1; 32]].concat());
+        assert_eq!(answerer.hello(), *[&b"LOCKSTEP\x01\x00\x00"[..], &[2; 32]].concat());
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let proofs = opener.proofs(&answerer.hello()).unwrap();
-        assert_eq!(proofs.ours[..4], GOLDEN_PROOF);
+        assert_eq!([hex(&proofs.ours), hex(&proofs.theirs)], [GOLDEN_OPENER, GOLDEN_ANSWERER]);
+        let proofs = answerer.proofs(&opener.hello()).unwrap();
+        assert_eq!([hex(&proofs.theirs), hex(&proofs.ours)], [GOLDEN_OPENER, GOLDEN_ANSWERER]);
+        assert_eq!(hex(&Token::new("secret").for_generation(7).0), GOLDEN_GENERATION);
     }
-
-    /// The start of HMAC-SHA256("secret", "opener" ‖ hellos), computed with Python's hmac module.
-    const GOLDEN_PROOF: [u8; 4] = [123, 74, 227, 28];
 
     #[test]
     fn equal_tokens_agree_and_others_do_not() {
@@ -235,7 +250,7 @@ mod tests {
         hello[8] = 9;
         assert_eq!(
             opener.proofs(&hello).unwrap_err().sentence,
-            "the other side speaks protocol 9, this one 2"
+            "the other side speaks protocol 9, this one 1"
         );
         let mut hello = answerer.hello();
         hello[0] = b'H';
@@ -243,6 +258,16 @@ mod tests {
         let mut hello = opener.hello();
         hello[10] = Plane::Data as u8;
         assert!(answerer.proofs(&hello).is_err());
+    }
+
+    #[test]
+    fn a_short_token_is_weak() {
+        for (text, is_strong) in
+            [("", false), ("fifteen letters", false), ("ßßßßßßßß", false), ("sixteen letters!", true)]
+        {
+            assert_eq!(Token::new(text).is_strong(), is_strong, "{text}");
+        }
+        assert!(Token::new(&Token::generate().unwrap()).is_strong());
     }
 
     #[test]

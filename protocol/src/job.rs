@@ -11,10 +11,14 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::layout::Cell;
+use crate::message::WORKER_LIMIT;
 use crate::problem::{Problem, nearest};
 
 const DEFAULTS: &str = include_str!("default.toml");
 const PRESETS: &str = include_str!("presets.toml");
+
+/// Most threads of one worker.
+pub const MOST_THREADS: u64 = 1024;
 
 /// What the network learns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
@@ -200,6 +204,8 @@ impl JobFile {
             ("seq_len", job.seq_len, 65_536),
             ("shards", job.shards, 16_384),
             ("sample_chars", self.run.sample_chars, 10_000),
+            ("workers", self.fleet.workers, WORKER_LIMIT as u32),
+            ("threads", self.fleet.threads, MOST_THREADS as u32),
         ];
         for (key, value, most) in limits {
             if value > most {

@@ -1,16 +1,17 @@
 //! Control messages between the coordinator and its workers.
 //!
-//! Version ledger: 1 — first; 2 — a text that the network writes at each epoch's end.
+//! Version ledger: 1 — first.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
 
 use crate::batch::DataShape;
 use crate::job::{JobSpec, RunSpec};
+use crate::problem::Problem;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 1;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -119,6 +120,41 @@ pub struct Hello {
     pub advertise: Option<String>,
     /// `HOST:PORT` of the worker's own metrics.
     pub metrics: Option<String>,
+}
+
+/// Longest text in a [`Hello`]. With it, and at most [`WORKER_LIMIT`] workers, every [`Form`] fits into a frame.
+pub const HELLO_TEXT_BYTES: usize = 256;
+
+/// Workers that may be connected at once: as many as there may be shards.
+pub const WORKER_LIMIT: usize = 16_384;
+
+impl Hello {
+    /// Checks the texts, which go to people's terminals and to every other worker.
+    ///
+    /// # Errors
+    /// One is too long, or holds what no terminal should be sent.
+    pub fn check(&self) -> Result<(), Problem> {
+        let texts = [
+            ("name", Some(&self.name)),
+            ("build", Some(&self.build)),
+            ("device", Some(&self.device)),
+            ("bits", Some(&self.bits)),
+            ("advertise", self.advertise.as_ref()),
+            ("metrics", self.metrics.as_ref()),
+        ];
+        for (what, text) in texts.into_iter().filter_map(|(what, text)| Some((what, text?))) {
+            if text.len() > HELLO_TEXT_BYTES {
+                return Err(Problem::usage(format!(
+                    "the worker's {what} has {} bytes, the most supported is {HELLO_TEXT_BYTES}",
+                    text.len()
+                )));
+            }
+            if text.chars().any(char::is_control) {
+                return Err(Problem::usage(format!("the worker's {what} {text:?} has control characters")));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One finished step as one worker saw it.

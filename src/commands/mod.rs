@@ -2,6 +2,7 @@
 //! and what it does.
 
 pub(crate) mod completions;
+pub(crate) mod data;
 pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod eval;

@@ -19,8 +19,18 @@ pub(crate) struct Coordinator {
 impl Coordinator {
     /// Starts the coordinator of a run and waits until it listens.
     pub(crate) fn start(run: &Run, options: &str, token: Option<&str>) -> Self {
-        let ready = ready_file(run);
+        Self::start_as(lockstep(), run, options, token)
+    }
+
+    /// The same with everything logged that can be.
+    pub(crate) fn start_logging(run: &Run, options: &str) -> Self {
         let mut command = lockstep();
+        command.env("LOCKSTEP_LOG", "trace");
+        Self::start_as(command, run, options, None)
+    }
+
+    fn start_as(mut command: Command, run: &Run, options: &str, token: Option<&str>) -> Self {
+        let ready = ready_file(run);
         command.arg("coordinator").args(run.words()).args(options.split_whitespace());
         command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--ready-file"]).arg(&ready);
         let mut process = Process::start(with_token(&mut command, token));

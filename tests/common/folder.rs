@@ -46,3 +46,14 @@ impl Folder {
         Run::new(self.path().join(name), job)
     }
 }
+
+/// Every file below a folder, in order; none if there is no such folder.
+pub(crate) fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .flat_map(|entry| if entry.path().is_dir() { files_below(&entry.path()) } else { vec![entry.path()] })
+        .collect();
+    files.sort();
+    files
+}

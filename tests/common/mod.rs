@@ -6,6 +6,8 @@
 //! - [`by_hand`]: a coordinator and workers started one by one.
 //! - [`in_process`]: a coordinator and workers inside the test, on devices of the test's own.
 //! - [`meddling`]: a device that hands other rows to the kernels, or says that it computes other bits.
+//! - [`refusal`]: what every refused command has in common.
+//! - [`mounts`]: commands with file systems of their own.
 //! - [`http`]: one GET.
 
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
@@ -15,14 +17,17 @@ mod folder;
 mod http;
 mod in_process;
 mod meddling;
+mod mounts;
 mod process;
+mod refusal;
 mod run;
 
 pub(crate) use by_hand::Coordinator;
-pub(crate) use folder::Folder;
+pub(crate) use folder::{Folder, files_below};
 pub(crate) use http::{Answer, get};
 pub(crate) use in_process::train_in_process;
 pub(crate) use meddling::{Meddling, Rows};
+pub(crate) use mounts::with_own_mounts;
 pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
 pub(crate) use run::{Hashes, Run};
 

@@ -80,6 +80,7 @@ where
         advertise: config.advertise.clone(),
         metrics: metrics_address.map(|address| reachable(address, host)),
     };
+    hello.check()?;
     connection.send(&ToCoordinator::Hello(hello)).await?;
     let first = tokio::select! {
         frame = connection.receive() => frame.unwrap_or_else(|| Err(lost("it closed the connection")))?,

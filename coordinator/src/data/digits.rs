@@ -12,8 +12,12 @@ use super::images::ImageSet;
 /// Counts the changes of the drawing: a run on embedded data is only repeatable while it stays.
 pub(super) const EMBEDDED_DIGITS_VERSION: u32 = 1;
 
-const TRAIN_SAMPLES: u32 = 12_000;
-const TEST_SAMPLES: u32 = 2_000;
+/// sha256 of what is drawn: pixels and labels of the training images, then of the test images.
+pub(super) const EMBEDDED_DIGITS_SHA256: &str =
+    "eefdf199e1dfa8ae153d6684a1f9855c0e391ba1970fe33a65a1492300b7cb91";
+
+pub(super) const TRAIN_SAMPLES: u32 = 12_000;
+pub(super) const TEST_SAMPLES: u32 = 2_000;
 
 /// Height and width of an image.
 const SIZE: usize = 28;
@@ -273,21 +277,6 @@ impl Canvas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hex::sha256_hex;
-
-    #[test]
-    fn the_drawings_are_the_frozen_ones() {
-        let digest = |set: ImageSet| sha256_hex([&set.pixels[..], &set.labels]);
-        let expected = [
-            "62d8daa6882ec6ff2f779a6bda2a4adddba0d880a200f24ea59bc2759ec6d7a3",
-            "66a836104c8c1fde9d8d06154c9d3f32c8aa8ed116256a071f06e9663dc53c45",
-        ];
-        assert_eq!(
-            [digest(train()), digest(test())],
-            expected,
-            "a change of the drawings needs a new version"
-        );
-    }
 
     #[test]
     fn every_digit_is_drawn_equally_often() {

@@ -1,7 +1,7 @@
 //! A file's bytes, unpacked if they are gzipped, never more than a limit; and their digest.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
@@ -20,28 +20,42 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// # Errors
 /// The file cannot be read, is damaged gzip, or holds more than `limit` bytes.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, Problem> {
-    let unreadable = |error: io::Error| Problem::usage(format!("{} cannot be read: {error}", path.display()));
-    let mut file = BufReader::new(File::open(path).map_err(unreadable)?);
+    let shown = path.display().to_string();
+    let file = File::open(path).map_err(|error| unreadable(&shown, &error))?;
+    unpack(&shown, BufReader::new(file), limit)
+}
+
+/// All bytes of `packed`, which people know as `name`, unpacked if they are gzipped.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn unpack(name: &str, mut packed: impl BufRead, limit: u64) -> Result<Vec<u8>, Problem> {
     let mut bytes = Vec::new();
-    file.by_ref().take(GZIP_MAGIC.len() as u64).read_to_end(&mut bytes).map_err(unreadable)?;
+    packed
+        .by_ref()
+        .take(GZIP_MAGIC.len() as u64)
+        .read_to_end(&mut bytes)
+        .map_err(|error| unreadable(name, &error))?;
     if bytes == GZIP_MAGIC {
-        let whole = io::Cursor::new(GZIP_MAGIC).chain(file);
+        let whole = io::Cursor::new(GZIP_MAGIC).chain(packed);
         bytes.clear();
         MultiGzDecoder::new(whole).take(limit + 1).read_to_end(&mut bytes).map_err(|error| {
-            Problem::usage(format!("{} begins as gzip but cannot be unpacked: {error}", path.display()))
+            Problem::usage(format!("{name} begins as gzip but cannot be unpacked: {error}"))
         })?;
     } else {
-        file.take((limit + 1).saturating_sub(bytes.len() as u64))
+        packed
+            .take((limit + 1).saturating_sub(bytes.len() as u64))
             .read_to_end(&mut bytes)
-            .map_err(unreadable)?;
+            .map_err(|error| unreadable(name, &error))?;
     }
     if bytes.len() as u64 > limit {
-        return Err(Problem::usage(format!(
-            "{} holds more than {limit} bytes, the most supported",
-            path.display()
-        )));
+        return Err(Problem::usage(format!("{name} holds more than {limit} bytes, the most supported")));
     }
     Ok(bytes)
+}
+
+fn unreadable(name: &str, error: &io::Error) -> Problem {
+    Problem::usage(format!("{name} cannot be read: {error}"))
 }
 
 /// Refuses a file of a known data set whose unpacked content is another.
@@ -49,12 +63,20 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, Problem> {
 /// # Errors
 /// The digests differ; both are named.
 pub(super) fn verify(path: &Path, bytes: &[u8], expected: &str) -> Result<(), Problem> {
-    let found = sha256_hex([bytes]);
+    compare(&path.display().to_string(), &[bytes], expected)
+        .map_err(|problem| problem.hint("get the file again, or name your own data by its path: --data PATH"))
+}
+
+/// Compares the sha256 of the parts of what people know as `name`.
+///
+/// # Errors
+/// The digests differ; both are named.
+pub(super) fn compare(name: &str, parts: &[&[u8]], expected: &str) -> Result<(), Problem> {
+    let found = sha256_hex(parts.iter().copied());
     if found == expected {
         return Ok(());
     }
-    Err(Problem::usage(format!("{} has content with sha256 {found}, expected {expected}", path.display()))
-        .hint("get the file again, or name your own data by its path: --data PATH"))
+    Err(Problem::usage(format!("{name} has content with sha256 {found}, expected {expected}")))
 }
 
 /// What `bytes` look like as a gzip file.

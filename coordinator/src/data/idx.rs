@@ -26,11 +26,19 @@ const LABELS_MAGIC: u32 = 0x0000_0801;
 /// A file cannot be read, is no such file, is not as long as its header says, or is not the expected one; there
 /// are no images, or not as many as labels.
 pub(super) fn read(files: &SetFiles) -> Result<ImageSet, Problem> {
-    let SetFiles { images, labels, sha256 } = files;
-    let mut image_bytes = file::read(images, file::LIMIT_BYTES)?;
-    let mut label_bytes = file::read(labels, file::LIMIT_BYTES)?;
-    let [count, rows, cols] = dimensions::<3>(images, &image_bytes)?;
-    let [label_count] = dimensions::<1>(labels, &label_bytes)?;
+    let image_bytes = file::read(&files.images, file::LIMIT_BYTES)?;
+    let label_bytes = file::read(&files.labels, file::LIMIT_BYTES)?;
+    parse((&files.images, &image_bytes), (&files.labels, &label_bytes), files.sha256)
+}
+
+/// The same from the two files' contents, whatever bytes they have.
+pub(super) fn parse(
+    (images, image_bytes): (&Path, &[u8]),
+    (labels, label_bytes): (&Path, &[u8]),
+    sha256: Option<[&str; 2]>,
+) -> Result<ImageSet, Problem> {
+    let [count, rows, cols] = dimensions::<3>(images, image_bytes)?;
+    let [label_count] = dimensions::<1>(labels, label_bytes)?;
     if [count, rows, cols].contains(&0) {
         return Err(Problem::usage(format!(
             "{} has {count} images of {rows} x {cols} pixels: there is nothing to read",
@@ -46,12 +54,11 @@ pub(super) fn read(files: &SetFiles) -> Result<ImageSet, Problem> {
     }
     // Last, so that a file of another kind is called that rather than a wrong digest.
     if let Some([images_sha256, labels_sha256]) = sha256 {
-        file::verify(images, &image_bytes, images_sha256)?;
-        file::verify(labels, &label_bytes, labels_sha256)?;
+        file::verify(images, image_bytes, images_sha256)?;
+        file::verify(labels, label_bytes, labels_sha256)?;
     }
-    image_bytes.drain(..header_len(3));
-    label_bytes.drain(..header_len(1));
-    Ok(ImageSet { rows: rows as usize, cols: cols as usize, pixels: image_bytes, labels: label_bytes })
+    let (pixels, labels) = (image_bytes[header_len(3)..].to_vec(), label_bytes[header_len(1)..].to_vec());
+    Ok(ImageSet { rows: rows as usize, cols: cols as usize, pixels, labels })
 }
 
 /// Length of the header of a file of so many dimensions.

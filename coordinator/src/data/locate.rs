@@ -9,7 +9,7 @@ use protocol::job::Task;
 use protocol::problem::{Problem, nearest};
 
 /// Names that are not paths. A file of such a name is given as `./mnist`.
-const NAMES: [&str; 3] = ["embedded", "tinyshakespeare", "mnist"];
+pub(super) const NAMES: [&str; 3] = ["embedded", "tinyshakespeare", "mnist"];
 
 /// sha256 of the text, 1,115,394 bytes, as the char-rnn repository has it.
 pub const TINYSHAKESPEARE_SHA256: &str = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed";
@@ -87,7 +87,8 @@ impl Places {
         }
     }
 
-    fn folders(&self) -> impl Iterator<Item = &PathBuf> {
+    /// All of them, in that order.
+    pub fn folders(&self) -> impl Iterator<Item = &PathBuf> {
         [&self.data_dir, &self.lockstep_data_dir, &self.cache_dir].into_iter().flatten()
     }
 }
@@ -184,7 +185,8 @@ fn not_found(name: &str, candidates: &[PathBuf], instead: &str) -> Problem {
         false => format!("{name} was not found, looked at {}", looked_at.join(", ")),
     };
     Problem::usage(sentence).hint(format!(
-        "name its folder with --data-dir or LOCKSTEP_DATA_DIR, or give {instead} with --data PATH"
+        "get it with `lockstep data fetch {name}`, name its folder with --data-dir or LOCKSTEP_DATA_DIR, or give \
+         {instead} with --data PATH"
     ))
 }
 
@@ -314,7 +316,8 @@ mod tests {
         assert_eq!(sentence, format!("tinyshakespeare was not found, looked at {}", looked_at.join(", ")));
         assert_eq!(
             hint,
-            "name its folder with --data-dir or LOCKSTEP_DATA_DIR, or give any text file with --data PATH"
+            "get it with `lockstep data fetch tinyshakespeare`, name its folder with --data-dir or \
+             LOCKSTEP_DATA_DIR, or give any text file with --data PATH"
         );
         for file in [cache.join("input.txt"), env.join("tinyshakespeare/input.txt"), flag.join("input.txt")] {
             let touched = touch(file);

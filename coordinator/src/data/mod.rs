@@ -9,11 +9,17 @@
 //! - [`images`]: task `rows` over any labelled images.
 //! - [`idx`]: the file format of MNIST.
 //! - [`digits`]: the embedded digits, drawn when they are opened.
+//! - [`known`]: the data sets that go by a name, and whether they are what they should be.
+//! - [`fetch`](mod@fetch): getting them from where they are published.
 
 mod digits;
+pub mod fetch;
 mod file;
+#[doc(hidden)]
+pub mod fuzzing;
 mod idx;
 mod images;
+pub mod known;
 pub mod locate;
 mod text;
 pub mod vocabulary;

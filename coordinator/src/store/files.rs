@@ -30,15 +30,31 @@ pub fn io_problem(verb: &str, path: &Path, error: &io::Error) -> Problem {
 /// # Errors
 /// Any failed operation; the old content is then still there, and no temporary file.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
-    let temporary = temporary_path(path);
+    if path.file_name().is_none() {
+        return Err(io_problem("write", path, &ErrorKind::IsADirectory.into()));
+    }
+    write_through(&temporary_path(path), path, bytes)
+}
+
+/// The same where no lock says who writes: the temporary name carries the process, so that two of them do not write
+/// into one file.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_beside(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
+    let temporary = temporary_path(path).with_extension(format!("{}.tmp", std::process::id()));
+    write_through(&temporary, path, bytes)
+}
+
+fn write_through(temporary: &Path, path: &Path, bytes: &[u8]) -> Result<(), Problem> {
     let written = (|| {
-        let mut file = File::create(&temporary)?;
+        let mut file = File::create(temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(temporary, path)
     })();
     written.map_err(|error| {
-        let _ = fs::remove_file(&temporary);
+        let _ = fs::remove_file(temporary);
         io_problem("write", path, &error)
     })?;
     sync_parent(path)

@@ -206,13 +206,19 @@ impl Replay {
     /// # Errors
     /// The file cannot be read, is damaged before an intact record, or has a record this program does not know.
     pub fn read(path: &Path) -> Result<Self, Problem> {
+        match File::open(path) {
+            Ok(file) => Self::from_lines(BufReader::new(file), path),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(io_problem("read", path, &error)),
+        }
+    }
+
+    /// Reads the content of the journal at `path`, whatever bytes it has.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn from_lines(mut reader: impl BufRead, path: &Path) -> Result<Self, Problem> {
         let mut replay = Self::default();
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(replay),
-            Err(error) => return Err(io_problem("read", path, &error)),
-        };
-        let mut reader = BufReader::new(file);
         let mut line = Vec::new();
         let mut first_damaged = None;
         for number in 1_u64.. {

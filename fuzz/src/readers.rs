@@ -1,0 +1,136 @@
+//! Every reader of bytes from outside, each as a function that takes any bytes. A reader may refuse them; what it
+//! accepts must come back when it is written and read again. Nothing may panic.
+//!
+//! The fuzz targets call these functions, and `tests/fuzz_corpus.rs` in the main workspace calls them with every file
+//! of the corpus.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use coordinator::data::fuzzing;
+use coordinator::store::checkpoint::Checkpoint;
+use coordinator::store::journal::Replay;
+use protocol::batch::{Batch, DataShape};
+use protocol::frame::{Frame, decode, encode_bulk, encode_message};
+use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
+use protocol::job::{JobFile, differences};
+use protocol::layout::{Cell, Head, Input, ModelShape};
+use protocol::message::{ToCoordinator, ToWorker};
+use protocol::problem::Problem;
+use protocol::schedule::Schedule;
+
+/// A reader, and the name of its folder of the corpus.
+pub type Reader = (&'static str, fn(&[u8]));
+
+/// All of them.
+pub const READERS: [Reader; 9] = [
+    ("frame", frame),
+    ("message", message),
+    ("handshake", handshake),
+    ("batch", batch),
+    ("job_file", job_file),
+    ("idx", idx),
+    ("text", text),
+    ("checkpoint", checkpoint),
+    ("journal", journal),
+];
+
+/// The contents of a frame, in both directions, with the bulk header.
+pub fn frame(bytes: &[u8]) {
+    let frame = Bytes::copy_from_slice(bytes);
+    match decode::<ToWorker>(frame.clone()) {
+        Ok(Frame::Message(message)) => assert_eq!(encode_message(&message), frame),
+        Ok(Frame::Bulk(header, payload)) => assert_eq!(encode_bulk(&header, &payload), frame),
+        Err(error) => drop(error.to_string()),
+    }
+    if let Ok(Frame::Message(message)) = decode::<ToCoordinator>(frame.clone()) {
+        if let ToCoordinator::Hello(hello) = &message {
+            let _ = hello.check();
+        }
+        assert_eq!(encode_message(&message), frame);
+    }
+}
+
+/// A control message without its frame's kind: the fuzzer need not find that byte again and again.
+pub fn message(bytes: &[u8]) {
+    frame(&[&[0], bytes].concat());
+}
+
+/// Whatever a stranger says before it has proved the token: its hello and its proof, to both sides.
+pub fn handshake(bytes: &[u8]) {
+    let Some((hello, rest)) = bytes.split_first_chunk::<HELLO_BYTES>() else { return };
+    let token = Token::new("a token that nobody knows");
+    for plane in [Plane::Control, Plane::Data] {
+        let sides = [Handshake::opener(plane, &token), Handshake::answerer(plane, &token)];
+        for side in sides.into_iter().flatten() {
+            let (Ok(proofs), Some(proof)) = (side.proofs(hello), rest.first_chunk::<PROOF_BYTES>()) else {
+                continue;
+            };
+            // Without the token a proof is right with one chance in 2^256.
+            assert!(proofs.check(proof).is_err(), "a stranger was let in");
+        }
+    }
+}
+
+/// A batch, for a text and for images.
+pub fn batch(bytes: &[u8]) {
+    let model = ModelShape {
+        cell: Cell::Gru,
+        num_layers: 1,
+        hidden_size: 2,
+        input: Input::OneHot(5),
+        classes: 5,
+        head: Head::EveryStep,
+    };
+    let schedule = Schedule { steps_per_epoch: 6, evaluation_batches: 7, total_steps: 8 };
+    let images = ModelShape { input: Input::Bytes(2), head: Head::Final, ..model };
+    for model in [model, images] {
+        let shape = DataShape { model, seq_len: 2, schedule };
+        if let Some(batch) = Batch::from_bytes(bytes, &shape) {
+            assert_eq!(Batch::from_bytes(&batch.to_bytes(), &shape).as_ref(), Some(&batch));
+        }
+    }
+}
+
+/// A job file.
+pub fn job_file(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    for preset in ["char-lstm", "mnist-rnn"] {
+        if let Ok(file) = JobFile::resolve(preset, Some(text), &[]) {
+            assert_eq!(JobFile::resolve("char-gru", Some(&file.to_toml()), &[]).as_ref(), Ok(&file));
+            assert!(differences(&file.job, &file.job).is_empty());
+        }
+    }
+}
+
+/// A file of images and a file of labels.
+pub fn idx(bytes: &[u8]) {
+    fuzzing::idx(bytes);
+}
+
+/// A text to train on.
+pub fn text(bytes: &[u8]) {
+    fuzzing::text(bytes);
+}
+
+/// A checkpoint.
+pub fn checkpoint(bytes: &[u8]) {
+    if let Ok(checkpoint) = Checkpoint::from_bytes(bytes) {
+        assert_eq!(Checkpoint::from_bytes(&checkpoint.to_bytes()).as_ref(), Ok(&checkpoint));
+    }
+}
+
+/// The journal of a run.
+pub fn journal(bytes: &[u8]) {
+    if let Ok(replay) = Replay::from_lines(bytes, Path::new("journal")) {
+        assert_eq!(replay.intact_bytes + replay.torn_bytes, bytes.len() as u64);
+        // What is intact stays what it was when the rest is cut off.
+        let intact = &bytes[..replay.intact_bytes as usize];
+        let again = Replay::from_lines(intact, Path::new("journal"));
+        // As texts: a loss may be a NaN, which equals nothing.
+        assert_eq!(
+            format!("{again:?}"),
+            format!("{:?}", Ok::<_, Problem>(Replay { torn_bytes: 0, ..replay }))
+        );
+    }
+}
