@@ -1,0 +1,7 @@
+//! The f64 oracle against finite differences, against PyTorch and TensorFlow, and against loops unrolled by hand.
+
+mod compare;
+mod examples;
+mod fixture;
+mod frameworks;
+mod gradients;
