@@ -237,7 +237,7 @@ impl Combination {
     fn check(&self, every_number: bool, tally: &mut Tally) {
         let (network, rows, seq_len) = (self.network(), self.rows, self.seq_len());
         let layout = network.layout();
-        let scale = if self.hidden_size > 7 { 3.0 / (self.hidden_size as f64).sqrt() } else { 1.2 };
+        let scale = if self.hidden_size > 7 { 6.0 / (self.hidden_size as f64).sqrt() } else { 1.2 };
         let parameters = numbers(layout.parameter_count(), scale, 1);
         let fed_state = self.fed.then(|| numbers(rows * network.stack.state_size(), 0.5, 2));
         let dense = numbers(rows * seq_len * INPUT_SIZE, 1.5, 3);

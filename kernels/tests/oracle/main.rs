@@ -5,3 +5,4 @@ mod examples;
 mod fixture;
 mod frameworks;
 mod gradients;
+mod sequences;
