@@ -94,6 +94,11 @@ impl State {
     pub fn of_h(h: Vec<f64>) -> Self {
         Self { h, c: Vec::new() }
     }
+
+    /// h, then c.
+    pub fn flat(&self) -> Vec<f64> {
+        [&self.h[..], &self.c].concat()
+    }
 }
 
 impl Trace {

@@ -1,6 +1,7 @@
 //! The head of one row: what it sees of the recurrent layers, its predictions, and their gradient.
 
 use super::algebra::{add, add_outer_product, add_transposed_product, affine};
+use super::cell::State;
 use super::stack::{Stack, StackTrace};
 
 /// What the head sees.
@@ -48,7 +49,8 @@ pub fn head_forward_backward(
     targets: &[u32],
 ) -> HeadGradient {
     let width = stack.output_size();
-    let mut d_states = stack.by_direction(&vec![0.0; stack.state_size()]);
+    let mut d_states = stack.by_layer(&vec![0.0; stack.state_size()]);
+    let last = stack.layers.len() - 1;
     let mut all = HeadGradient {
         predictions: Vec::new(),
         d_weight: vec![0.0; weight.len()],
@@ -73,18 +75,15 @@ pub fn head_forward_backward(
             }
         }
         Head::Final => {
-            let directions = stack.layers[stack.layers.len() - 1].directions();
-            let last = d_states.len() - directions..;
-            let states = stack.by_direction(&trace.final_state);
-            let features: Vec<f64> =
-                states[last.clone()].iter().flat_map(|state| &state.h).copied().collect();
+            let states = &stack.by_layer(&trace.final_state)[last];
+            let features: Vec<f64> = states.iter().flat_map(|state| &state.h).copied().collect();
             let d_features = predict(&features, targets[0]);
-            for (state, d_h) in d_states[last].iter_mut().zip(d_features.chunks_exact(width / directions)) {
+            for (state, d_h) in d_states[last].iter_mut().zip(d_features.chunks_exact(width / states.len())) {
                 state.h.copy_from_slice(d_h);
             }
         }
     }
-    all.d_final_state = d_states.iter().flat_map(|state| [&state.h[..], &state.c].concat()).collect();
+    all.d_final_state = d_states.iter().flatten().flat_map(State::flat).collect();
     all
 }
 

@@ -8,7 +8,7 @@
 //! 1. [`algebra`], [`activation`]: products of a matrix and a vector; the pointwise functions and their slopes.
 //! 2. [`cell`], [`rnn`], [`lstm`], [`gru`]: one cell over one unbroken run of steps.
 //! 3. [`parameters`], [`direction`]: one direction of one layer over one row: weights, learnt initial states, resets.
-//! 4. [`stack`]: layers on top of each other, both directions, lengths, dropout masks.
+//! 4. [`layer`], [`stack`]: both directions and a dropout mask; layers on top of each other, lengths.
 //! 5. [`head`], [`network`]: predictions and their loss; a batch of rows from input to gradient.
 //! 6. [`optimizer`]: what happens to gradients.
 
@@ -18,6 +18,7 @@ pub mod cell;
 pub mod direction;
 pub mod gru;
 pub mod head;
+pub mod layer;
 pub mod lstm;
 pub mod network;
 pub mod optimizer;

@@ -3,7 +3,8 @@
 
 use super::algebra::add;
 use super::cell::Cell;
-use super::stack::{InitialState, Layer};
+use super::layer::Layer;
+use super::stack::InitialState;
 use std::ops::Range;
 
 /// A tensor in the flat slice of parameters.

@@ -4,11 +4,12 @@
 use kernels::oracle::activation::Activation;
 use kernels::oracle::cell::Cell;
 use kernels::oracle::head::Head;
+use kernels::oracle::layer::Layer;
 use kernels::oracle::lstm::Lstm;
 use kernels::oracle::network::{Batch, Input, Network};
 use kernels::oracle::parameters::Layout;
 use kernels::oracle::rnn::Rnn;
-use kernels::oracle::stack::{InitialState, Layer, Row, Stack, StackTrace};
+use kernels::oracle::stack::{InitialState, Row, Stack, StackTrace};
 
 use crate::compare::{Largest, distance, numbers};
 

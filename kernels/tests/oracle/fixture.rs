@@ -3,9 +3,9 @@
 use kernels::oracle::activation::{Activation, RecurrentActivation};
 use kernels::oracle::cell::Cell;
 use kernels::oracle::gru::{Gru, Reset};
+use kernels::oracle::layer::Layer;
 use kernels::oracle::lstm::Lstm;
 use kernels::oracle::rnn::Rnn;
-use kernels::oracle::stack::Layer;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 

@@ -4,10 +4,11 @@ use kernels::oracle::activation::Activation;
 use kernels::oracle::cell::Cell;
 use kernels::oracle::gru::{Gru, Reset};
 use kernels::oracle::head::Head;
+use kernels::oracle::layer::Layer;
 use kernels::oracle::lstm::Lstm;
 use kernels::oracle::network::{Batch, Input, Network, Outcome};
 use kernels::oracle::rnn::Rnn;
-use kernels::oracle::stack::{InitialState, Layer, Stack};
+use kernels::oracle::stack::{InitialState, Stack};
 
 use crate::compare::{distance, numbers};
 
