@@ -160,9 +160,7 @@ impl<T> Recurrent<T> {
             peepholes: self.peepholes.as_ref().map(|p| Peepholes { i: f(&p.i), f: f(&p.f), o: f(&p.o) }),
         }
     }
-}
 
-impl<T> Recurrent<T> {
     /// All tensors, in a fixed order.
     fn tensors(&self) -> Vec<&T> {
         let peepholes = self.peepholes.iter().flat_map(|p| [&p.i, &p.f, &p.o]);
