@@ -265,7 +265,7 @@ fn an_embedding_is_a_row_of_its_table_and_a_one_hot_product() {
     let tokens = [0, 3, 5, 2, 2, 1, 4, 0];
     let targets = [1, 0, 1, 1, 0, 0, 1, 0];
     let table = numbers(6 * 3, 1.0, 50);
-    let hand = HandCell::new(BASIC_LSTM, 3, 2, 1.0, 51);
+    let by_hand = [vec![HandCell::new(BASIC_LSTM, 3, 2, 1.0, 51)]];
     let head = numbers(2 * 2 + 2, 1.0, 52);
     let layer = Layer { cell: BASIC_LSTM, hidden_size: 2, bidirectional: false };
     let network = |embedding, input_size| Network {
@@ -275,15 +275,14 @@ fn an_embedding_is_a_row_of_its_table_and_a_one_hot_product() {
         classes: 2,
     };
     let batch = Batch::new(2, 4, Input::Tokens(&tokens), &targets);
-    let parameters = [&table[..], &hand.parameters(), &head].concat();
+    let parameters = [&table[..], &by_hand[0][0].parameters(), &head].concat();
     let got = network(Some(6), 3).evaluate(&parameters, &batch);
 
     let mut largest = Largest::default();
     for (row, trace) in tokens.chunks_exact(4).zip(&got.traces) {
         let vectors: Vec<Vec<f64>> =
             row.iter().map(|&token| table[3 * token as usize..][..3].to_vec()).collect();
-        let (outputs, state) =
-            run_by_hand(std::slice::from_ref(&vec![HandCell::new(BASIC_LSTM, 3, 2, 1.0, 51)]), &vectors, 4);
+        let (outputs, state) = run_by_hand(&by_hand, &vectors, 4);
         largest.note(distance(&trace.outputs, &outputs), LIMIT, || "outputs".into());
         largest.note(distance(&trace.final_state, &state), LIMIT, || "final state".into());
     }
