@@ -3,7 +3,15 @@
 mod common;
 
 use common::{CELLS, Largest, Outcome, Setup, Sizes, State, TASKS, distance, widen};
-use kernels::oracle::network::{self, Adam, Network, adam, clip_by_global_norm};
+use kernels::oracle::activation::Activation;
+use kernels::oracle::gru::Gru;
+use kernels::oracle::layer::Layer;
+use kernels::oracle::lstm::Lstm;
+use kernels::oracle::network::{self, Network};
+use kernels::oracle::optimizer::{Adam, EpsilonPlacement, adam, clip_by_global_norm};
+use kernels::oracle::rnn::Rnn;
+use kernels::oracle::stack::{InitialState, Stack};
+use kernels::oracle::{cell, head};
 use model::device::Pass;
 use protocol::batch::{Batch, Inputs};
 use protocol::job::{Clip, Task};
@@ -22,33 +30,47 @@ struct Expected {
     by_shard: Vec<Vec<f64>>,
 }
 
+/// The oracle's network of a job.
+fn network(setup: &Setup) -> Network {
+    let shape = &setup.layout.shape;
+    let layer = Layer {
+        cell: match shape.cell {
+            Cell::Rnn => cell::Cell::Rnn(Rnn { activation: Activation::Tanh }),
+            Cell::Lstm => cell::Cell::Lstm(Lstm::PLAIN),
+            Cell::Gru => cell::Cell::Gru(Gru::PLAIN),
+        },
+        hidden_size: shape.hidden_size,
+        bidirectional: false,
+    };
+    Network {
+        embedding: None,
+        stack: Stack {
+            input_size: shape.input.size(),
+            layers: vec![layer; shape.num_layers],
+            initial_state: InitialState::Zero,
+        },
+        head: match shape.head {
+            Head::EveryStep => head::Head::EveryStep,
+            Head::Final => head::Head::Final,
+        },
+        classes: shape.classes,
+    }
+}
+
 fn expected(setup: &Setup, parameters: &[f64], recurrent: &[f64], batch: &Batch) -> Expected {
     let shape = &setup.layout.shape;
-    let network = Network {
-        cell: match shape.cell {
-            Cell::Rnn => network::Cell::Rnn,
-            Cell::Lstm => network::Cell::Lstm,
-            Cell::Gru => network::Cell::Gru,
-        },
-        num_layers: shape.num_layers,
-        input_size: shape.input.size(),
-        hidden_size: shape.hidden_size,
-        classes: shape.classes,
-        head: match shape.head {
-            Head::EveryStep => network::Head::EveryStep,
-            Head::Final => network::Head::Final,
-        },
-    };
+    let network = network(setup);
     let mut all = Expected { loss: 0.0, correct: 0, recurrent: Vec::new(), by_shard: Vec::new() };
     for shard in 0..setup.job.shards {
         let part = setup.part(batch, shard..shard + 1);
-        let (rows, seq_len, size) = (part.rows(), setup.data.seq_len, network.state_size());
+        let (rows, seq_len, size) = (part.rows(), setup.data.seq_len, network.stack.state_size());
         let state = match shape.head {
             Head::EveryStep => recurrent[part.first_slot as usize * size..][..rows * size].to_vec(),
             Head::Final => vec![0.0; rows * size],
         };
         let run = |input: network::Input<'_>, targets: &[u32]| {
-            network.forward_backward(parameters, input, targets, rows, seq_len, &state)
+            let batch = network::Batch::new(rows, seq_len, input, targets);
+            network.forward_backward(parameters, &network::Batch { fed_state: Some(&state), ..batch })
         };
         let outcome = match &part.inputs {
             Inputs::Tokens(tokens) => {
@@ -174,8 +196,13 @@ impl Reference {
                 add_up(&weighted)
             }
         };
-        let options =
-            Adam { lr: job.learning_rate, beta1: job.beta1, beta2: job.beta2, epsilon: job.epsilon };
+        let options = Adam {
+            lr: job.learning_rate,
+            beta1: job.beta1,
+            beta2: job.beta2,
+            epsilon: job.epsilon,
+            placement: EpsilonPlacement::AfterCorrection,
+        };
         let Self { parameters, first_moment, second_moment, recurrent } = self;
         adam(options, step + 1, parameters, &mean, first_moment, second_moment);
         *recurrent = want.recurrent;

@@ -201,7 +201,9 @@ fn thirds(parts: &[f32]) -> [&[f32]; 3] {
 mod tests {
     use super::super::sequence::tests::{bits, distance, numbers, odd_shapes, row_of, widen};
     use super::*;
+    use crate::oracle::cell::State;
     use crate::oracle::gru as oracle;
+    use crate::oracle::parameters::Recurrent;
 
     struct Batch {
         x: Vec<f32>,
@@ -296,12 +298,13 @@ mod tests {
             }
             let (weight, bias) = parameters(hidden);
             let (weight, bias) = (widen(&weight), widen(&bias));
+            let (options, weights) = (oracle::Gru::PLAIN, Recurrent::plain(&weight[..], &bias[..]));
             for row in 0..shape.rows {
                 let of = |x: &[f32], width: usize| row_of(x, shape.rows, row, width * hidden);
-                let trace = oracle::gru_forward(&of(&batch.x, 3), &weight, &bias, &of(&batch.h0, 1));
-                let gradient =
-                    oracle::gru_backward(&trace, &weight, &of(&batch.d_out, 1), &of(&batch.d_h, 1));
-                let wants = [&trace.gates, &trace.h, &gradient.d_x, &gradient.d_h, &gradient.d_h0];
+                let (start, d_end) = (State::of_h(of(&batch.h0, 1)), State::of_h(of(&batch.d_h, 1)));
+                let trace = oracle::gru_forward(options, &of(&batch.x, 3), &weights, &start);
+                let gradient = oracle::gru_backward(options, &trace, &weights, &of(&batch.d_out, 1), &d_end);
+                let wants = [&trace.gates, &trace.h, &gradient.d_x, &gradient.d_y, &gradient.d_start.h];
                 for (at, ((got, width), want)) in got.tensors().into_iter().zip(wants).enumerate() {
                     largest[at] = largest[at].max(distance(&of(got, width), want));
                 }

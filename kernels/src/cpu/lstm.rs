@@ -177,7 +177,9 @@ fn backward_unit([i, f, g, o, c_previous, c, d_out, d_h]: [f32; 8], [_, _, _, _,
 mod tests {
     use super::super::sequence::tests::{bits, distance, numbers, odd_shapes, row_of, widen};
     use super::*;
+    use crate::oracle::cell::State;
     use crate::oracle::lstm as oracle;
+    use crate::oracle::parameters::Recurrent;
 
     struct Batch {
         x: Vec<f32>,
@@ -267,25 +269,16 @@ mod tests {
                     assert_eq!(bits(other.0), bits(got.0), "{simd} {shape:?}");
                 }
             }
-            let weight = widen(&weight(hidden));
+            let (weight, bias) = (widen(&weight(hidden)), vec![0.0; 4 * hidden]);
+            let (options, weights) = (oracle::Lstm::PLAIN, Recurrent::plain(&weight[..], &bias[..]));
             for row in 0..shape.rows {
                 let of = |x: &[f32], width: usize| row_of(x, shape.rows, row, width * hidden);
-                let bias = vec![0.0; 4 * hidden];
-                let trace = oracle::lstm_forward(
-                    &of(&batch.x, 4),
-                    &weight,
-                    &bias,
-                    &of(&batch.h0, 1),
-                    &of(&batch.c0, 1),
-                );
-                let gradient = oracle::lstm_backward(
-                    &trace,
-                    &weight,
-                    &of(&batch.d_out, 1),
-                    &of(&batch.d_h, 1),
-                    &of(&batch.d_c, 1),
-                );
-                let wants = [&trace.gates, &trace.h, &trace.c, &gradient.d_x, &gradient.d_h0, &gradient.d_c0];
+                let start = State { h: of(&batch.h0, 1), c: of(&batch.c0, 1) };
+                let d_end = State { h: of(&batch.d_h, 1), c: of(&batch.d_c, 1) };
+                let trace = oracle::lstm_forward(options, &of(&batch.x, 4), &weights, &start);
+                let gradient = oracle::lstm_backward(options, &trace, &weights, &of(&batch.d_out, 1), &d_end);
+                let State { h: d_h0, c: d_c0 } = &gradient.d_start;
+                let wants = [&trace.gates, &trace.h, &trace.c, &gradient.d_x, d_h0, d_c0];
                 for (at, ((got, width), want)) in got.tensors().into_iter().zip(wants).enumerate() {
                     largest[at] = largest[at].max(distance(&of(got, width), want));
                 }

@@ -154,7 +154,7 @@ simd_kernel! {
     ///
     /// Elements are independent: a caller may split the buffers over threads anywhere.
     /// Cost: 28 bytes and one root and one quotient per element. Numerics: each moment is one fused multiply-add.
-    /// Reference: `oracle::network::adam`.
+    /// Reference: `oracle::optimizer::adam`.
     pub fn adam_update(
         simd: Simd,
         step: &AdamStep,
@@ -182,7 +182,7 @@ fn adam_unit(step: &AdamStep, [grad]: [f32; 1], [w, m, v]: [f32; 3]) -> [f32; 3]
 mod tests {
     use super::super::sequence::tests::{bits, distance, numbers, widen};
     use super::*;
-    use crate::oracle::network as oracle;
+    use crate::oracle::optimizer as oracle;
 
     #[test]
     fn the_norm_has_the_same_bits_on_any_number_of_threads_and_level() {
@@ -230,13 +230,16 @@ mod tests {
                     adam_update(*simd, &AdamStep::new(options, step, 0.25), params, &grad, m, v);
                 }
                 let scaled: Vec<f64> = grad.iter().map(|g| f64::from(*g) * 0.25).collect();
-                let root = (1.0 - libm::pow(options.beta2, step as f64)).sqrt();
-                let epsilon = match placement {
-                    EpsilonPlacement::AfterCorrection => options.epsilon,
-                    EpsilonPlacement::BeforeCorrection => options.epsilon / root,
+                let options = oracle::Adam {
+                    lr: options.lr,
+                    beta1: options.beta1,
+                    beta2: options.beta2,
+                    epsilon: options.epsilon,
+                    placement: match placement {
+                        EpsilonPlacement::AfterCorrection => oracle::EpsilonPlacement::AfterCorrection,
+                        EpsilonPlacement::BeforeCorrection => oracle::EpsilonPlacement::BeforeCorrection,
+                    },
                 };
-                let options =
-                    oracle::Adam { lr: options.lr, beta1: options.beta1, beta2: options.beta2, epsilon };
                 oracle::adam(options, step, &mut want, &scaled, &mut want_m, &mut want_v);
             }
             let (_, params, m, v) = &runs[0];

@@ -115,6 +115,9 @@ fn backward_unit([h, d_out, d_h]: [f32; 3], _: [f32; 1]) -> [f32; 1] {
 mod tests {
     use super::super::sequence::tests::{bits, distance, numbers, odd_shapes, row_of, widen};
     use super::*;
+    use crate::oracle::activation::Activation;
+    use crate::oracle::cell::State;
+    use crate::oracle::parameters::Recurrent;
     use crate::oracle::rnn as oracle;
 
     struct Run {
@@ -158,12 +161,15 @@ mod tests {
                 assert_eq!(bits(&other.d_pre), bits(&got.d_pre), "{simd} {shape:?}");
                 assert_eq!(bits(&other.d_h), bits(&got.d_h), "{simd} {shape:?}");
             }
-            let weight = widen(&weight(hidden_size));
+            let (weight, bias) = (widen(&weight(hidden_size)), vec![0.0; hidden_size]);
+            let (options, weights) =
+                (oracle::Rnn { activation: Activation::Tanh }, Recurrent::plain(&weight[..], &bias[..]));
             for row in 0..rows {
                 let of = |x: &[f32]| row_of(x, rows, row, hidden_size);
-                let trace = oracle::rnn_forward(&of(&pre), &weight, &vec![0.0; hidden_size], &of(&h0));
-                let want = oracle::rnn_backward(&trace, &weight, &of(&d_out), &of(&d_h));
-                let pairs = [(&got.h, &trace.h), (&got.d_pre, &want.d_x), (&got.d_h, &want.d_h0)];
+                let trace = oracle::rnn_forward(options, &of(&pre), &weights, &State::of_h(of(&h0)));
+                let want =
+                    oracle::rnn_backward(options, &trace, &weights, &of(&d_out), &State::of_h(of(&d_h)));
+                let pairs = [(&got.h, &trace.h), (&got.d_pre, &want.d_x), (&got.d_h, &want.d_start.h)];
                 for (largest, (got, want)) in largest.iter_mut().zip(pairs) {
                     *largest = largest.max(distance(&of(got), want));
                 }

@@ -19,7 +19,7 @@ simd_kernel! {
     ///
     /// Cost: three sweeps over a row, one exp per logit. Numerics: the row rule; Σ runs in 16 lanes (class j in lane
     /// j mod 16) joined by a fixed tree; the logarithm is `libm::log` in f64. Reference:
-    /// `oracle::network::Network::forward_backward`.
+    /// `oracle::head::cross_entropy`.
     ///
     /// # Panics
     /// If a slice has another length than its shape, or a target is not below V.

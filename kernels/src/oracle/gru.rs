@@ -1,67 +1,130 @@
-//! The GRU of one row, reset after the product, gates in PyTorch's order r, z, n:
-//! `r, z = σ(x + y)`, `n = tanh(x_n + r·y_n)`, `h_t = (1 - z)·n + z·h_{t-1}`, with `x = W_ih input_t + b_ih` and
-//! `y = W_hh h_{t-1} + b_hh`.
+//! The GRU, gates in PyTorch's order r, z, n: `r, z = σ(x + y)`, `h_t = (1 - z)·n + z·h_{t-1}`, and
+//! - reset after the product (PyTorch, cuDNN, Keras `reset_after`): `n = tanh(x_n + r·(W_hn h_{t-1} + b_hn))`;
+//! - reset before it (TensorFlow, Keras without `reset_after`): `n = tanh(x_n + W_hn (r·h_{t-1}) + b_hn)`.
 
-use super::sequence::{SequenceGradient, add_product, add_transposed_product, sigmoid};
+use super::activation::RecurrentActivation;
+use super::algebra::{add, add_outer_product, add_transposed_product, affine, hadamard, parts};
+use super::cell::{SequenceGradient, State, Trace};
+use super::parameters::Recurrent;
 
-/// What the forward pass of one row leaves for the backward pass.
-#[derive(Clone, Debug)]
-pub struct GruTrace {
-    /// `[T][4·H]`: r, z, n and q = y_n, the recurrent part of n before the reset.
-    pub gates: Vec<f64>,
-    /// `[T + 1][H]`, the initial state first.
-    pub h: Vec<f64>,
+/// Options.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gru {
+    /// σ of the gates r and z.
+    pub recurrent_activation: RecurrentActivation,
+    /// Where r acts.
+    pub reset: Reset,
 }
 
-/// Runs one row: `x` is `[T][3·H]`, `weight_hh` `[3·H, H]`, `bias_hh` `[3·H]`, `h0` `[H]`.
-pub fn gru_forward(x: &[f64], weight_hh: &[f64], bias_hh: &[f64], h0: &[f64]) -> GruTrace {
-    let hidden = h0.len();
-    let mut trace = GruTrace { gates: Vec::new(), h: h0.to_vec() };
+/// Where the reset gate acts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reset {
+    /// On the state, before the product with `W_hn`.
+    Before,
+    /// On the product and its bias.
+    After,
+}
+
+/// The rows of `weight_hh` or `bias_hh` by gate.
+struct ByGate<'a> {
+    r: &'a [f64],
+    z: &'a [f64],
+    n: &'a [f64],
+}
+
+impl Gru {
+    /// As PyTorch's: sigmoid gates, reset after the product.
+    pub const PLAIN: Gru = Gru { recurrent_activation: RecurrentActivation::Sigmoid, reset: Reset::After };
+}
+
+/// Runs over `x` `[T][3·H]`; `weight_hh` is `[3·H, H]`.
+pub fn gru_forward(options: Gru, x: &[f64], weights: &Recurrent<&[f64]>, start: &State) -> Trace {
+    let hidden = start.h.len();
+    let (weight, bias) = (by_gate(weights.weight_hh), by_gate(weights.bias_hh));
+    let (mut gates, mut h) = (Vec::new(), start.h.clone());
     for x in x.chunks_exact(3 * hidden) {
-        let h_previous = trace.h[trace.h.len() - hidden..].to_vec();
-        let mut y = bias_hh.to_vec();
-        add_product(weight_hh, &h_previous, &mut y);
-        let ([x_r, x_z, x_n], [y_r, y_z, y_n]) = (split(x), split(&y));
-        let r: Vec<f64> = (0..hidden).map(|j| sigmoid(x_r[j] + y_r[j])).collect();
-        let z: Vec<f64> = (0..hidden).map(|j| sigmoid(x_z[j] + y_z[j])).collect();
-        let n: Vec<f64> = (0..hidden).map(|j| libm::tanh(x_n[j] + r[j] * y_n[j])).collect();
-        trace.h.extend((0..hidden).map(|j| (1.0 - z[j]) * n[j] + z[j] * h_previous[j]));
-        for part in [&r[..], &z, &n, y_n] {
-            trace.gates.extend(part);
-        }
+        let h_previous = h[h.len() - hidden..].to_vec();
+        let x = by_gate(x);
+        let gate = |x: &[f64], weight: &[f64], bias: &[f64]| -> Vec<f64> {
+            let y = affine(weight, bias, &h_previous);
+            x.iter().zip(y).map(|(x, y)| options.recurrent_activation.value(x + y)).collect()
+        };
+        let r = gate(x.r, weight.r, bias.r);
+        let z = gate(x.z, weight.z, bias.z);
+        let (q, n): (_, Vec<f64>) = match options.reset {
+            Reset::After => {
+                let q = affine(weight.n, bias.n, &h_previous);
+                let n = (0..hidden).map(|j| libm::tanh(x.n[j] + r[j] * q[j])).collect();
+                (q, n)
+            }
+            Reset::Before => {
+                let q = affine(weight.n, bias.n, &hadamard(&r, &h_previous));
+                let n = (0..hidden).map(|j| libm::tanh(x.n[j] + q[j])).collect();
+                (q, n)
+            }
+        };
+        h.extend((0..hidden).map(|j| (1.0 - z[j]) * n[j] + z[j] * h_previous[j]));
+        gates.extend([r, z, n, q].concat());
     }
-    trace
+    let end = State::of_h(h[h.len() - hidden..].to_vec());
+    Trace { gates, h, c: Vec::new(), end }
 }
 
-/// The gradient, given that of every output (`d_out` `[T][H]`) and that of the final state beside it (`d_h` `[H]`).
-pub fn gru_backward(trace: &GruTrace, weight_hh: &[f64], d_out: &[f64], d_h: &[f64]) -> SequenceGradient {
-    let hidden = d_h.len();
+/// The gradient, given that of every output (`d_out` `[T][H]`) and that of the end beside it.
+pub fn gru_backward(
+    options: Gru,
+    trace: &Trace,
+    weights: &Recurrent<&[f64]>,
+    d_out: &[f64],
+    d_end: &State,
+) -> SequenceGradient {
+    let hidden = d_end.h.len();
+    let weight = by_gate(weights.weight_hh);
     let steps = d_out.len() / hidden;
-    let mut d_x = vec![0.0; steps * 3 * hidden];
-    let mut d_y = vec![0.0; steps * 3 * hidden];
-    let mut carry = d_h.to_vec();
+    let (mut d_x, mut d_y) = (vec![0.0; steps * 3 * hidden], vec![0.0; steps * 3 * hidden]);
+    let mut carry = d_end.h.clone();
+    let mut recurrent = weights.zeros();
     for t in (0..steps).rev() {
         let now = t * 3 * hidden..(t + 1) * 3 * hidden;
-        let gates = &trace.gates[t * 4 * hidden..];
-        let h_previous = &trace.h[t * hidden..];
-        for j in 0..hidden {
-            let [r, z, n, q] = [0, 1, 2, 3].map(|gate| gates[gate * hidden + j]);
-            let d_h = d_out[t * hidden + j] + carry[j];
-            let d_n = d_h * (1.0 - z) * (1.0 - n * n);
-            let d_z = d_h * (h_previous[j] - n) * z * (1.0 - z);
-            let d_r = d_n * q * r * (1.0 - r);
-            for (gate, (to_x, to_y)) in [(d_r, d_r), (d_z, d_z), (d_n, d_n * r)].into_iter().enumerate() {
-                d_x[now.start + gate * hidden + j] = to_x;
-                d_y[now.start + gate * hidden + j] = to_y;
+        let [r, z, n, q] = parts(&trace.gates[t * 4 * hidden..(t + 1) * 4 * hidden]);
+        let h_previous = &trace.h[t * hidden..(t + 1) * hidden];
+        let slope = |y: f64| options.recurrent_activation.slope(y);
+
+        let mut d_h = carry;
+        add(&mut d_h, &d_out[t * hidden..(t + 1) * hidden]);
+        let d_z: Vec<f64> = (0..hidden).map(|j| d_h[j] * (h_previous[j] - n[j]) * slope(z[j])).collect();
+        let d_n: Vec<f64> = (0..hidden).map(|j| d_h[j] * (1.0 - z[j]) * (1.0 - n[j] * n[j])).collect();
+        carry = hadamard(&d_h, z);
+
+        // What W_hn multiplied, the gradient of its product, and that of r.
+        let (multiplied, d_q, d_r): (_, _, Vec<f64>) = match options.reset {
+            Reset::After => {
+                let d_q = hadamard(&d_n, r);
+                add_transposed_product(weight.n, &d_q, &mut carry);
+                (h_previous.to_vec(), d_q, (0..hidden).map(|j| d_n[j] * q[j] * slope(r[j])).collect())
             }
-            carry[j] = d_h * z;
-        }
-        add_transposed_product(weight_hh, &d_y[now], &mut carry);
+            Reset::Before => {
+                let mut d_multiplied = vec![0.0; hidden];
+                add_transposed_product(weight.n, &d_n, &mut d_multiplied);
+                add(&mut carry, &hadamard(&d_multiplied, r));
+                let d_r = (0..hidden).map(|j| d_multiplied[j] * h_previous[j] * slope(r[j])).collect();
+                (hadamard(r, h_previous), d_n.clone(), d_r)
+            }
+        };
+        add_transposed_product(weight.r, &d_r, &mut carry);
+        add_transposed_product(weight.z, &d_z, &mut carry);
+
+        let (d_gates, d_weight_n) = recurrent.weight_hh.split_at_mut(2 * hidden * hidden);
+        add_outer_product(&[&d_r[..], &d_z].concat(), h_previous, d_gates);
+        add_outer_product(&d_q, &multiplied, d_weight_n);
+        d_x[now.clone()].copy_from_slice(&[&d_r[..], &d_z, &d_n].concat());
+        d_y[now.clone()].copy_from_slice(&[&d_r[..], &d_z, &d_q].concat());
+        add(&mut recurrent.bias_hh, &d_y[now]);
     }
-    SequenceGradient { d_x, d_h: d_y, d_h0: carry, d_c0: Vec::new() }
+    SequenceGradient { d_x, d_y, d_start: State::of_h(carry), recurrent }
 }
 
-fn split(parts: &[f64]) -> [&[f64]; 3] {
-    let hidden = parts.len() / 3;
-    [0, 1, 2].map(|gate| &parts[gate * hidden..(gate + 1) * hidden])
+fn by_gate(whole: &[f64]) -> ByGate<'_> {
+    let [r, z, n] = parts(whole);
+    ByGate { r, z, n }
 }
