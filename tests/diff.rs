@@ -145,5 +145,5 @@ fn what_is_no_run_is_refused_with_a_hint() {
     diff(run.dir(), &folder.path().join("nothing"), "")
         .expect_failure(2, &["there is no directory", "hint: "]);
     diff(Path::new(&folder.text(12_000)), run.dir(), "")
-        .expect_failure(1, &["text-12000.txt is not a usable checkpoint: not a safetensors file", "hint: "]);
+        .expect_failure(2, &["text-12000.txt is not a usable checkpoint: not a safetensors file", "hint: "]);
 }

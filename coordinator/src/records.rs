@@ -48,6 +48,8 @@ pub(crate) struct Records {
     pub(crate) bits: Option<String>,
     /// The newest checkpoint.
     pub(crate) checkpoint: Option<Stage>,
+    /// Steps of the checkpoints that were passed over at the start.
+    damaged: Vec<u64>,
 }
 
 /// From a state image to all that is kept with it.
@@ -87,7 +89,8 @@ impl Records {
         let file = dir.job().clone();
         let (mut journal, replay) = Journal::open(&dir.journal_path())?;
         let mut metrics = MetricsLog::open(&dir.metrics_path())?;
-        let newest = dir.checkpoints().newest_verified()?;
+        let mut newest = dir.checkpoints().newest_verified()?;
+        let damaged = newest.as_mut().map_or_else(Vec::new, |newest| std::mem::take(&mut newest.damaged));
         if let Some(newest) = &newest {
             let ours = Identity { job: &file.job, data_digest: &facts.digest };
             check_fits(newest, ours, layout)?;
@@ -134,6 +137,7 @@ impl Records {
             replay,
             make_checkpoint,
             checkpoint,
+            damaged,
         };
         let mut resumed = match (newest, first) {
             (Some(newest), _) => {
@@ -246,7 +250,8 @@ impl Records {
     /// What writes a state image as a checkpoint, on another thread.
     pub(crate) fn checkpoint_writer(&self) -> CheckpointWriter {
         let lines = [self.journal.on_disk(), self.metrics.on_disk()];
-        CheckpointWriter { dir: self.dir.checkpoints(), make: self.make_checkpoint.clone(), lines }
+        let dir = self.dir.checkpoints().passing_over(self.damaged.clone());
+        CheckpointWriter { dir, make: self.make_checkpoint.clone(), lines }
     }
 
     /// Records that a checkpoint was written.

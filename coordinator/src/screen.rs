@@ -155,7 +155,7 @@ impl Screen {
         if self.form == Form::Json {
             return self.json(&json!({"kind": "sample", "step": step, "epoch": epoch, "text": text}));
         }
-        self.lines(&text::sample_lines(text));
+        self.lines(&text::sample_lines(text, self.columns()));
     }
 
     /// Shows a sentence.

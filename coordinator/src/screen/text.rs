@@ -193,10 +193,13 @@ fn wrapped<'a>(words: impl Iterator<Item = &'a str>, separator: &str, width: usi
     lines
 }
 
-/// What a network wrote, as lines that no terminal obeys.
-pub(super) fn sample_lines(text: &str) -> Vec<String> {
+/// What a network wrote, as lines that no terminal obeys, of at most `width` columns where that is known.
+pub(super) fn sample_lines(text: &str, width: Option<usize>) -> Vec<String> {
+    const MARGIN: &str = "  │ ";
+    let width = width.map_or(usize::MAX, |width| width.saturating_sub(MARGIN.width()).max(1));
     let harmless = text.replace('\t', "    ").replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
-    harmless.trim_matches('\n').lines().map(|line| format!("  │ {line}").trim_end().to_owned()).collect()
+    let lines = harmless.trim_matches('\n').lines().flat_map(|line| wrapped(line.split(' '), " ", width));
+    lines.map(|line| format!("{MARGIN}{line}").trim_end().to_owned()).collect()
 }
 
 #[cfg(test)]

@@ -49,18 +49,28 @@ pub struct Newest {
     pub file: String,
     /// A sentence for each newer one that was passed over, and for a damaged manifest.
     pub skipped: Vec<String>,
+    /// The steps of those that were passed over.
+    pub damaged: Vec<u64>,
 }
 
 /// The checkpoints of one run directory. Writing needs the directory's lock, reading does not.
 #[derive(Debug, Clone)]
 pub struct CheckpointDir {
     run_dir: PathBuf,
+    /// Steps of checkpoints that are known to be damaged.
+    damaged: Vec<u64>,
 }
 
 impl CheckpointDir {
     /// The checkpoints of the run in this directory. Nothing is touched yet.
     pub fn new(run_dir: &Path) -> Self {
-        Self { run_dir: run_dir.to_owned() }
+        Self { run_dir: run_dir.to_owned(), damaged: Vec::new() }
+    }
+
+    /// The same, where the checkpoints of these steps were found damaged: they do not count among those that are kept,
+    /// or they would drive out the sound ones before them.
+    pub fn passing_over(self, damaged: Vec<u64>) -> Self {
+        Self { damaged, ..self }
     }
 
     /// Writes a checkpoint, points `latest` to it, and deletes older ones but the newest `keep`, this one included.
@@ -87,7 +97,8 @@ impl CheckpointDir {
         }
         write_atomic(&self.folder().join(&entry.file), &content)?;
 
-        let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(|&other| other <= step).collect();
+        let is_sound = |other: &u64| *other == step || *other < step && !self.damaged.contains(other);
+        let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(is_sound).collect();
         kept.sort_unstable_by(|a, b| b.cmp(a));
         kept.truncate(keep.max(1));
         entries.retain(|old| old.step != step && kept.contains(&old.step));
@@ -116,7 +127,7 @@ impl CheckpointDir {
     /// # Errors
     /// There are checkpoints and none of them is usable; the sentence names each with the reason.
     pub fn newest_verified(&self) -> Result<Option<Newest>, Problem> {
-        let mut skipped = Vec::new();
+        let (mut skipped, mut damaged) = (Vec::new(), Vec::new());
         let manifest = self.manifest().unwrap_or_else(|reason| {
             skipped.push(reason);
             Vec::new()
@@ -126,9 +137,12 @@ impl CheckpointDir {
             match self.read(step, manifest.iter().find(|entry| entry.step == step)) {
                 Ok(checkpoint) => {
                     let file = format!("{FOLDER}/{}", file_name(step));
-                    return Ok(Some(Newest { checkpoint, file, skipped }));
+                    return Ok(Some(Newest { checkpoint, file, skipped, damaged }));
                 }
-                Err(problem) => skipped.push(format!("{FOLDER}/{}: {problem}", file_name(step))),
+                Err(problem) => {
+                    skipped.push(format!("{FOLDER}/{}: {problem}", file_name(step)));
+                    damaged.push(step);
+                }
             }
         }
         if steps.is_empty() && skipped.is_empty() {
@@ -261,6 +275,21 @@ mod tests {
         assert_eq!(newest.checkpoint, testing::checkpoint(step, step));
         assert_eq!(newest.file, format!("checkpoints/{}", file_name(step)));
         (step, newest.skipped)
+    }
+
+    #[test]
+    fn damaged_ones_do_not_drive_out_the_sound_one_before_them() {
+        let (dir, checkpoints) = with_steps(&[5, 10, 15]);
+        for step in [10, 15] {
+            damage(dir.path(), &file_name(step), |bytes| bytes.truncate(9));
+        }
+        let newest = checkpoints.newest_verified().unwrap().unwrap();
+        assert_eq!((newest.checkpoint.image.progress().step, &newest.damaged[..]), (5, &[15, 10][..]));
+        let checkpoints = checkpoints.passing_over(newest.damaged);
+        for step in [16, 17] {
+            checkpoints.write(&testing::checkpoint(step, step), KEEP).unwrap();
+        }
+        assert_eq!(checkpoints.steps().unwrap(), [17, 16, 5]);
     }
 
     #[test]

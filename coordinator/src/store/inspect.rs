@@ -88,7 +88,7 @@ pub fn inspect(run_dir: &Path) -> Result<Inspection, Problem> {
 
 impl Inspection {
     fn of(run_dir: &Path, newest: Newest, replay: &Replay, notes: Vec<String>) -> Self {
-        let Newest { checkpoint, file, skipped } = newest;
+        let Newest { checkpoint, file, skipped, .. } = newest;
         let image = &checkpoint.image;
         let progress = image.progress();
         let validation = replay.evaluation_at(progress.step);

@@ -30,7 +30,7 @@ pub fn load(path: &Path) -> Result<Loaded, Problem> {
     if path.is_file() {
         return load_file(path);
     }
-    let Newest { checkpoint, file, skipped } = newest_of_run(path)?;
+    let Newest { checkpoint, file, skipped, .. } = newest_of_run(path)?;
     Ok(Loaded { checkpoint, path: path.join(file), run_dir: Some(path.to_owned()), skipped })
 }
 
@@ -50,8 +50,12 @@ pub(crate) fn newest_of_run(run_dir: &Path) -> Result<Newest, Problem> {
 fn load_file(path: &Path) -> Result<Loaded, Problem> {
     let bytes = std::fs::read(path).map_err(|error| io_problem("read", path, &error))?;
     let checkpoint = Checkpoint::from_bytes(&bytes).map_err(|problem| {
-        let sentence = format!("{} is not a usable checkpoint: {problem}", path.display());
-        Problem { hint: problem.hint, ..Problem::usage(sentence) }
+        Problem::usage(format!("{} is not a usable checkpoint: {problem}", path.display())).hint(
+            problem
+                .hint
+                .as_deref()
+                .unwrap_or("give the directory of a run, or a file of its folder checkpoints"),
+        )
     })?;
     Ok(Loaded { checkpoint, path: path.to_owned(), run_dir: run_of(path), skipped: Vec::new() })
 }
