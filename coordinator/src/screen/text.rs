@@ -374,7 +374,7 @@ mod tests {
     #[test]
     fn a_sample_cannot_steer_the_terminal() {
         assert_eq!(
-            sample_lines("\n\na\tb \n\n\u{1b}[2Jc\r\n"),
+            sample_lines("\n\na\tb \n\n\u{1b}[2Jc\r\n", None),
             ["  │ a    b", "  │", "  │ \u{fffd}[2Jc\u{fffd}"]
         );
     }
