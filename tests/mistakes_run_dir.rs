@@ -70,7 +70,7 @@ fn a_run_directory_of_another_job_is_refused_and_unchanged() {
     let before = contents(&run);
     run.end("--steps 20 --seed 2 --set keep_prob=0.5").expect_refusal(
         2,
-        "is of another job: keep_prob: 0.800000011920929 there, 0.5 here, seed: 1 there, 2 here",
+        "is of another job: keep_prob: 0.8 there, 0.5 here, seed: 1 there, 2 here",
         "give --fresh to start over in this directory, or another --run-dir",
     );
     let other = job(&folder).replace("text-12000", "text-12500");
@@ -86,6 +86,9 @@ fn a_run_directory_of_another_job_is_refused_and_unchanged() {
         "give another --run-dir",
     );
     assert_eq!(files_below(foreign.dir()), [foreign.dir().join("thesis.tex")]);
+    let file = Run::new(foreign.dir().join("thesis.tex"), &job(&folder));
+    file.end("--fresh").expect_refusal(2, "thesis.tex is a file, not a directory", "give another --run-dir");
+    assert_eq!(std::fs::read_to_string(file.dir()).unwrap(), "mine");
     assert!(contents(&run) == before, "a refused start changed the run directory");
 }
 

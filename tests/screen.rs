@@ -43,7 +43,7 @@ fn without_a_terminal_a_run_is_plain_lines() {
         "  val ",
         " bits/char  ",
         "  grad ",
-        "  lr 0.001  ",
+        "  lr 0.002  ",
         " samples/s  ",
         "  comm ",
         "  2 workers  ",
@@ -164,7 +164,7 @@ impl Terminal {
     }
 
     fn start_with(run: &Run, options: &str, columns: u16, term: &str, variables: &[(&str, &str)]) -> Self {
-        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&controller).unwrap();
         unlockpt(&controller).unwrap();
         let size = Winsize { ws_row: 40, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };

@@ -163,7 +163,7 @@ fn a_changed_learning_rate_is_part_of_the_state_on_any_fleet() {
         let change = "--change-learning-rate 0.00025";
         let ended = run.end(&format!("--epochs 2 --workers {second} {change}"));
         ended.expect_exit(0);
-        let notice = "the learning rate is 0.00025 from here on, it was 0.001";
+        let notice = "the learning rate is 0.00025 from here on, it was 0.002";
         assert!(ended.stdout.contains(notice), "{}", ended.stdout);
         // Saying it once more changes nothing, and so does not saying it.
         let option = if first == "1" { change } else { "" };
@@ -197,7 +197,7 @@ fn a_changed_learning_rate_is_on_the_disk_before_the_next_step() {
     assert_eq!(other.train("--epochs 2 --change-learning-rate 0.01"), gone_on);
 
     let refused = run.end("--epochs 2 --set learning_rate=0.02");
-    refused.expect_failure(2, &["learning_rate: 0.001 there, 0.02 here", "--change-learning-rate 0.02"]);
+    refused.expect_failure(2, &["learning_rate: 0.002 there, 0.02 here", "--change-learning-rate 0.02"]);
 }
 
 #[test]

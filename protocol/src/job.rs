@@ -72,7 +72,7 @@ pub struct JobSpec {
     pub epsilon: f64,
     pub clip: Clip,
     pub clip_norm: f64,
-    pub keep_prob: f32,
+    pub keep_prob: f64,
     pub init: Init,
     pub validation_fraction: f64,
     pub train_samples: u32,
@@ -183,7 +183,8 @@ impl JobFile {
             let range = if closed { "(0, 1]" } else { "(0, 1)" };
             Err(Problem::usage(format!("{key} is {value}, it must lie in {range}")))
         };
-        unit("keep_prob", f64::from(job.keep_prob), true)?;
+        // As the kernels take it: what is above 0 must be so there too.
+        unit("keep_prob", f64::from(job.keep_prob as f32), true)?;
         unit("validation_fraction", job.validation_fraction, false)?;
         unit("beta1", job.beta1, false)?;
         unit("beta2", job.beta2, false)?;

@@ -1,6 +1,6 @@
 //! `lockstep sample`: text from a trained network, shown as it is made.
 
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -132,13 +132,16 @@ fn vocabulary_of(checkpoint: &Checkpoint, path: &Path) -> Result<Vocabulary, Pro
 /// Text on its way to standard output: in whole lines, and in pieces where a line takes long.
 struct TextStream {
     out: BufWriter<io::Stdout>,
+    /// A terminal would obey control characters; what a network wrote may only be looked at there.
+    is_terminal: bool,
     flushed: Instant,
     last: char,
 }
 
 impl TextStream {
     fn new() -> Self {
-        Self { out: BufWriter::new(io::stdout()), flushed: Instant::now(), last: '\n' }
+        let out = io::stdout();
+        Self { is_terminal: out.is_terminal(), out: BufWriter::new(out), flushed: Instant::now(), last: '\n' }
     }
 
     fn write(&mut self, text: &str) -> io::Result<()> {
@@ -146,7 +149,8 @@ impl TextStream {
     }
 
     fn write_character(&mut self, character: char) -> io::Result<()> {
-        write!(self.out, "{character}")?;
+        let is_obeyed = self.is_terminal && character.is_control() && !matches!(character, '\n' | '\t');
+        write!(self.out, "{}", if is_obeyed { char::REPLACEMENT_CHARACTER } else { character })?;
         self.last = character;
         if character == '\n' || self.flushed.elapsed() >= FLUSH_INTERVAL {
             self.out.flush()?;

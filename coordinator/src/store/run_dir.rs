@@ -70,6 +70,10 @@ impl RunDir {
     /// Another process holds it; it is of another `[job]` or other data; it is some other directory that is not
     /// empty; it cannot be written.
     pub fn open(path: &Path, mode: OpenMode, job: &JobFile, data_digest: &str) -> Result<Self, Problem> {
+        if path.exists() && !path.is_dir() {
+            return Err(Problem::usage(format!("{} is a file, not a directory", path.display()))
+                .hint("give another --run-dir"));
+        }
         let names = names_in(path)?;
         if !names.is_empty() && !is_run(&names) {
             return Err(Problem::usage(format!(

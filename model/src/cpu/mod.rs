@@ -125,7 +125,7 @@ impl CpuDevice {
             layout,
             seq_len,
             seed: job.seed,
-            keep_prob: job.keep_prob,
+            keep_prob: job.keep_prob as f32,
             blocks: Vec::new(),
             shard_rows: Vec::new(),
             sums: Vec::new(),

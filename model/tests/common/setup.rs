@@ -56,6 +56,7 @@ impl Setup {
             ("seq_len", seq_len.to_string()),
             ("batch_size", batch_size.to_string()),
             ("shards", shards.to_string()),
+            ("learning_rate", "0.001".to_owned()),
         ];
         let settings: Vec<(String, String)> = words
             .into_iter()
