@@ -41,7 +41,7 @@ pub(crate) struct SampleArgs {
     #[arg(long)]
     greedy: bool,
     /// Text that the sample continues
-    #[arg(long, value_name = "TEXT", conflicts_with = "prime_file")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prime_file", allow_hyphen_values = true)]
     prime: Option<String>,
     /// File with the text that the sample continues
     #[arg(long, value_name = "FILE")]
