@@ -168,7 +168,7 @@ fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
     ended.expect_refusal(
         1,
         "its update was not applied",
-        "a smaller learning_rate or clip_norm keeps steps finite; both belong to the [job], so start with --fresh",
+        "go on from the newest checkpoint with a smaller --change-learning-rate, or start over with --fresh",
     );
     assert!(ended.stderr.contains("is not finite (loss "), "{}", ended.stderr);
     // The state before it is kept, for whoever wants to look.

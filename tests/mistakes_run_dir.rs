@@ -71,12 +71,16 @@ fn a_run_directory_of_another_job_is_refused_and_unchanged() {
     run.end("--steps 20 --seed 2 --set keep_prob=0.5").expect_refusal(
         2,
         "is of another job: keep_prob: 0.8 there, 0.5 here, seed: 1 there, 2 here",
-        "give --fresh to start over in this directory, or another --run-dir",
+        "give another --run-dir, or --fresh to delete this run and start over",
     );
     let other = job(&folder).replace("text-12000", "text-12500");
     folder.text(12_500);
     let other = Run::new(run.dir().to_owned(), &other);
-    other.end("--steps 20").expect_refusal(2, "is of another job: digest of the data: ", "give --fresh");
+    other.end("--steps 20").expect_refusal(
+        2,
+        "is of another job: digest of the data: ",
+        "give another --run-dir",
+    );
     let foreign = folder.empty("foreign");
     std::fs::write(foreign.join("thesis.tex"), "mine").unwrap();
     let foreign = Run::new(foreign, &job(&folder));

@@ -182,7 +182,12 @@ fn another_job_is_refused_with_the_keys_that_differ() {
     let other = "--epochs 1 --workers 2 --set hidden_size=31 --set keep_prob=0.7";
     run.end(other).expect_failure(
         2,
-        &["is of another job", "hidden_size: 32 there, 31 here", "keep_prob: 0.8", "hint: give --fresh"],
+        &[
+            "is of another job",
+            "hidden_size: 32 there, 31 here",
+            "keep_prob: 0.8",
+            "hint: give another --run-dir",
+        ],
     );
     let elsewhere = folder.run("run", &job(&folder).replace("text-12000", "text-12001"));
     folder.text(12_001);

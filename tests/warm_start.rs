@@ -208,7 +208,8 @@ fn a_learning_rate_is_changed_only_where_there_is_a_state_to_go_on_from() {
         let refused = run.end(&format!("--change-learning-rate 0.1 {fresh}"));
         refused.expect_failure(2, &["has no checkpoint to go on from", "--set learning_rate=0.1"]);
     }
-    for rate in ["0", "-1", "inf", "nan"] {
+    // The job has 0.002: the factor to 1e308 is none.
+    for rate in ["0", "-1", "inf", "nan", "1e308"] {
         let refused = run.end(&format!("--change-learning-rate={rate}"));
         refused.expect_failure(2, &["it must be a number above 0"]);
     }

@@ -246,7 +246,8 @@ fn form(mut next: Membership, last: WorkerId) -> Decision {
     }
     actions.push(Action::Form(next.generation, placed));
     next.phase = Phase::Formed { members: members.to_vec(), waiting: members.to_vec() };
-    let reason = format!("generation {}: {world_size} workers share {} shards", next.generation, next.shards);
+    let who = if world_size == 1 { "1 worker has".to_owned() } else { format!("{world_size} workers share") };
+    let reason = format!("generation {}: {who} {} shards", next.generation, next.shards);
     (next, actions, reason)
 }
 

@@ -99,6 +99,10 @@ impl Metrics {
         for outcome in ["written", "failed"] {
             metrics.checkpoints.with_label_values(&[outcome]);
         }
+        // Not known yet, which is not 0.
+        for unknown in [&metrics.train_loss, &metrics.validation_loss, &metrics.validation_accuracy] {
+            unknown.set(f64::NAN);
+        }
         metrics.set_workers(0, 0);
         #[cfg(target_os = "linux")]
         metrics

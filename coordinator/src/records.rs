@@ -50,6 +50,8 @@ pub(crate) struct Records {
     pub(crate) checkpoint: Option<Stage>,
     /// Steps of the checkpoints that were passed over at the start.
     damaged: Vec<u64>,
+    /// What the user should know of the directory as it was found.
+    pub(crate) notices: Vec<String>,
 }
 
 /// From a state image to all that is kept with it.
@@ -96,6 +98,7 @@ impl Records {
             check_fits(newest, ours, layout)?;
         }
         check_begins(path, &file.job, newest.is_some() || first.is_some())?;
+        let notices = found_notices(&replay, newest.is_some());
         let checkpoint = newest.as_ref().map(|newest| Stage::of(&newest.checkpoint.image));
         let step = checkpoint.map_or(0, |stage| stage.step);
         let run_id = match &replay.run_id {
@@ -130,19 +133,20 @@ impl Records {
             run_id,
             coordinator_epoch,
             last_generation: replay.last_generation,
-            // Where nothing was kept, any build may begin.
-            bits: replay.bits.clone().filter(|_| checkpoint.is_some()),
+            // Where nothing was computed that is kept, any build may begin.
+            bits: replay.bits.clone().filter(|_| step > 0),
             journal,
             metrics,
             replay,
             make_checkpoint,
             checkpoint,
             damaged,
+            notices,
         };
         let mut resumed = match (newest, first) {
             (Some(newest), _) => {
                 let mut notices = newest.skipped;
-                notices.extend(records.undone_learning_rate(step));
+                notices.extend(records.undone_learning_rate(step).filter(|_| learning_rate.is_none()));
                 notices.push(format!("going on from {} ({step} steps done)", newest.file));
                 Some(Resumed { image: newest.checkpoint.image, notices })
             }
@@ -168,15 +172,18 @@ impl Records {
     ) -> Result<(), Problem> {
         let step = resumed.image.progress().step;
         let mut control = resumed.image.control();
-        let before = control.learning_rate(of_job);
-        if let Some(wanted) = wanted.filter(|wanted| *wanted != before) {
+        let before = control;
+        if let Some(wanted) = wanted {
             control.change_learning_rate(of_job, wanted);
+        }
+        let now = control.learning_rate(of_job);
+        if control != before {
             resumed.image.set_control(&control);
             // At once: whoever goes on from here without saying it again has it all the same.
             self.write(&resumed.image)?;
-            resumed.notices.push(format!("the learning rate is {wanted} from here on, it was {before}"));
+            let before = before.learning_rate(of_job);
+            resumed.notices.push(format!("the learning rate is {now} from here on, it was {before}"));
         }
-        let now = control.learning_rate(of_job);
         if self.replay.learning_rate_at(step).unwrap_or(of_job) != now {
             self.journal(&Record::LearningRate { step, learning_rate: now.to_string() })?;
         }
@@ -195,6 +202,7 @@ impl Records {
     /// Writes a state as a checkpoint before the run is under way.
     fn write(&mut self, image: &StateImage) -> Result<(), Problem> {
         let (stage, file) = self.checkpoint_writer().write(image.bytes().to_vec())?;
+        self.damaged.clear();
         self.checkpoint_written(stage, file)
     }
 
@@ -271,7 +279,7 @@ pub(crate) struct CheckpointWriter {
 
 impl CheckpointWriter {
     /// Writes the image; gives how far it is and the file's name.
-    pub(crate) fn write(&self, image: Vec<u8>) -> Result<(Stage, String), Problem> {
+    pub(crate) fn write(&mut self, image: Vec<u8>) -> Result<(Stage, String), Problem> {
         // A state on the disk is never computed again. Were the lines of the steps before it still in memory, a power
         // loss would tear a hole into ledger and metrics that no resume mends.
         self.lines.iter().try_for_each(LineSync::sync)?;
@@ -302,6 +310,22 @@ fn check_begins(path: &Path, job: &JobSpec, has_state: bool) -> Result<(), Probl
         job.init_from
     ))
     .hint("give --init-from RUN|FILE with these parameters, or --fresh to start over"))
+}
+
+/// What is odd about a directory that was found.
+fn found_notices(replay: &Replay, has_checkpoint: bool) -> Vec<String> {
+    let mut notices = Vec::new();
+    if replay.torn_bytes > 0 {
+        notices
+            .push(format!("the last {} bytes of the journal were damaged and are gone", replay.torn_bytes));
+    }
+    if !has_checkpoint && replay.last_step() > 0 {
+        notices.push(format!(
+            "there is no checkpoint of the {} steps that were done before: starting again",
+            replay.last_step()
+        ));
+    }
+    notices
 }
 
 /// A name that no other run has: 12 random hexadecimal digits.

@@ -575,7 +575,7 @@ impl Run {
 
 /// Starts the thread that writes checkpoints, one after another; it ends when the sender is dropped.
 fn write_in_order(
-    writer: CheckpointWriter,
+    mut writer: CheckpointWriter,
 ) -> (std::sync::mpsc::Sender<Vec<u8>>, UnboundedReceiver<WrittenCheckpoint>) {
     let (images, to_write) = std::sync::mpsc::channel();
     let (written, checkpoints) = unbounded_channel();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use protocol::control::ControlState;
 use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::{SHORTEST_TOKEN, Token};
 use protocol::job::{Clip, JobFile, JobSpec, Task};
@@ -22,7 +23,7 @@ use crate::loss_plot::LossFile;
 use crate::metrics::Metrics;
 use crate::records::{Opening, Records, Resumed};
 use crate::run::{Outcome, Parts, Run, StartState};
-use crate::screen::{Screen, duration, fixed, quality, quoted};
+use crate::screen::{Screen, duration, fixed, quality, quoted, short};
 use crate::server;
 use crate::store::checkpoint_dir::CheckpointDir;
 use crate::store::files::write_atomic;
@@ -82,9 +83,18 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
     let losses = LossFile::open(plot.clone(), &numbers, title, config.file.job.task)?;
     let schedule = data.shape().schedule;
     let mut screen = Screen::new(config.json, config.file.job.task, &schedule);
-    let mut rows = job_rows(&config, &*data, &layout, control_address, http_address);
+    let of_job = config.file.job.learning_rate;
+    let rate = resumed.as_ref().map_or(of_job, |resumed| resumed.image.control().learning_rate(of_job));
+    let mut rows = job_rows(&config, &*data, &layout, rate, control_address, http_address);
     rows.append(&mut forecast);
     screen.job(&config.preset, &config.file, &rows);
+    if data.facts().validation_samples == 0 {
+        screen.notice(
+            "the validation part is shorter than one batch: there will be no validation loss (hint: a smaller \
+             batch_size or seq_len, or a larger validation_fraction)",
+        );
+    }
+    records.notices.iter().for_each(|notice| screen.notice(notice));
     let resumed = resumed.map(|Resumed { image, notices }| {
         notices.iter().for_each(|notice| screen.notice(notice));
         StartState {
@@ -138,6 +148,10 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
             _ = signals.recv() => {}
         }
     }
+    // Nobody listens there any more.
+    if let Some(path) = &config.ready_file {
+        let _ = std::fs::remove_file(path);
+    }
     result
 }
 
@@ -189,10 +203,14 @@ fn open_records(
             .hint("it is never set by hand: give --init-from RUN|FILE"));
     }
     if let Some(rate) = config.change_learning_rate {
-        check_learning_rate(rate, is_new, &config.run_dir)?;
+        check_learning_rate(rate, job.learning_rate, is_new, &config.run_dir)?;
     }
     let source = config.init_from.as_deref();
-    let first = source.map(|source| FirstState::make(source, job, data.facts(), layout)).transpose()?;
+    let first = source.map(|source| FirstState::make(source, job, data.facts(), layout)).transpose();
+    let first = first.map_err(|problem| match is_new {
+        true => problem,
+        false => problem.hint("the run that is there has begun: leave out --init-from to go on with it"),
+    })?;
     let (records, resumed) = Records::open(Opening {
         path: &config.run_dir,
         fresh: config.fresh,
@@ -208,9 +226,16 @@ fn open_records(
 }
 
 /// A learning rate can be changed where there is a state to go on from.
-fn check_learning_rate(rate: f64, is_new: bool, run_dir: &Path) -> Result<(), Problem> {
-    if !(rate > 0.0 && rate.is_finite()) {
-        return Err(Problem::usage(format!("--change-learning-rate is {rate}, it must be a number above 0")));
+fn check_learning_rate(rate: f64, of_job: f64, is_new: bool, run_dir: &Path) -> Result<(), Problem> {
+    let mut changed = ControlState::default();
+    changed.change_learning_rate(of_job, rate);
+    // The state holds a factor: of extreme rates there may be none.
+    let is_usable = |rate: f64| rate > 0.0 && rate.is_finite();
+    if !is_usable(rate) || !is_usable(changed.learning_rate(of_job)) {
+        return Err(Problem::usage(format!(
+            "--change-learning-rate is {rate:e}, it must be a number above 0 and of a usual size"
+        ))
+        .hint(format!("the job's is {of_job}")));
     }
     if is_new || CheckpointDir::new(run_dir).is_empty()? {
         return Err(Problem::usage(format!(
@@ -291,6 +316,7 @@ fn job_rows(
     config: &Config,
     data: &dyn Dataset,
     layout: &StateLayout,
+    learning_rate: f64,
     control: SocketAddr,
     http: SocketAddr,
 ) -> Vec<(&'static str, String)> {
@@ -306,6 +332,10 @@ fn job_rows(
         Clip::None => "no clipping".to_owned(),
     };
     let dropout = if job.keep_prob < 1.0 { format!(", keep {}", job.keep_prob) } else { String::new() };
+    let rate = match learning_rate == job.learning_rate {
+        true => short(learning_rate),
+        false => format!("{} (the job's: {})", short(learning_rate), short(job.learning_rate)),
+    };
     vec![
         ("data", facts.name.clone()),
         (
@@ -321,7 +351,7 @@ fn job_rows(
         ("network", format!("{}, {reads}", network(job))),
         ("parameters", grouped(layout.parameters() as u64)),
         ("batch", format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
-        ("training", format!("Adam {}, {clip}{dropout}, seed {}", job.learning_rate, job.seed)),
+        ("training", format!("Adam {rate}, {clip}{dropout}, seed {}", job.seed)),
         (
             "length",
             format!(
@@ -374,9 +404,19 @@ fn already_done(mut parts: Parts) -> Outcome {
 fn conclude(config: &Config, outcome: Outcome, elapsed: Duration) -> Result<Exit, Problem> {
     let Outcome { mut parts, step, train_loss, validation, result } = outcome;
     let total_steps = parts.data.shape().schedule.total_steps;
+    let saved = parts.records.checkpoint.map_or(0, |stage| stage.step);
+    let same = if config.fresh { "the same command without --fresh" } else { "the same command" };
     let sentence = match &result {
         Ok(Exit::Done) => format!("done: {step} steps in {}", duration(elapsed.as_secs_f64())),
-        Ok(_) => format!("stopped after step {step} of {total_steps}; the same command goes on from there"),
+        Ok(_) if step == saved => {
+            format!("stopped after step {step} of {total_steps}; {same} goes on from there")
+        }
+        Ok(_) if saved > 0 => {
+            format!(
+                "stopped after step {step} of {total_steps}; {same} goes on from step {saved}, the newest saved"
+            )
+        }
+        Ok(_) => format!("stopped after step {step} of {total_steps}; nothing was saved"),
         Err(_) => format!("failed after step {step} of {total_steps}"),
     };
     let mut rows = Vec::new();

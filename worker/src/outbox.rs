@@ -57,7 +57,7 @@ impl Outbox {
         let sentence = format!(
             "step {step} is not finite (loss {loss}, gradient norm {norm}); its update was not applied"
         );
-        let hint = "a smaller learning_rate or clip_norm keeps steps finite; both belong to the [job], so start with --fresh";
+        let hint = "go on from the newest checkpoint with a smaller --change-learning-rate, or start over with --fresh and other settings";
         self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
     }
 

@@ -59,10 +59,10 @@ impl MnistFile {
     }
 }
 
-/// Folders that may hold named data, in the order they are searched.
+/// Folders that may hold named data: the one that was asked for, else the others in the order they are searched.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Places {
-    /// What `--data-dir` names.
+    /// What `--data-dir` names. Nothing else is searched then: what is missing there is not taken from elsewhere.
     pub data_dir: Option<PathBuf>,
     /// What `LOCKSTEP_DATA_DIR` names.
     pub lockstep_data_dir: Option<PathBuf>,
@@ -87,9 +87,13 @@ impl Places {
         }
     }
 
-    /// All of them, in that order.
+    /// Those that are searched, in that order.
     pub fn folders(&self) -> impl Iterator<Item = &PathBuf> {
-        [&self.data_dir, &self.lockstep_data_dir, &self.cache_dir].into_iter().flatten()
+        let searched = match &self.data_dir {
+            Some(asked_for) => [Some(asked_for), None],
+            None => [self.lockstep_data_dir.as_ref(), self.cache_dir.as_ref()],
+        };
+        searched.into_iter().flatten()
     }
 }
 
@@ -277,38 +281,35 @@ mod tests {
 
     #[test]
     fn the_cache_is_that_of_xdg_or_of_the_home() {
-        let places = |variables: &[(&str, &str)]| {
-            Places::new(Some(Path::new("/flag")), |name| {
+        let folders = |data_dir: Option<&str>, variables: &[(&str, &str)]| -> Vec<String> {
+            let places = Places::new(data_dir.map(Path::new), |name| {
                 variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into())
-            })
+            });
+            places.folders().map(|folder| folder.display().to_string()).collect()
         };
-        let folders = |variables: &[(&str, &str)]| -> Vec<String> {
-            places(variables).folders().map(|folder| folder.display().to_string()).collect()
-        };
-        assert_eq!(folders(&[]), ["/flag"]);
-        assert_eq!(folders(&[("HOME", "/home/ada")]), ["/flag", "/home/ada/.cache/lockstep"]);
+        let all = [("HOME", "/home/ada"), ("XDG_CACHE_HOME", "/cache"), ("LOCKSTEP_DATA_DIR", "/data")];
+        assert_eq!(folders(None, &[("HOME", "/home/ada")]), ["/home/ada/.cache/lockstep"]);
+        assert_eq!(folders(None, &all), ["/data", "/cache/lockstep"]);
+        assert!(folders(None, &[("XDG_CACHE_HOME", ""), ("LOCKSTEP_DATA_DIR", "")]).is_empty());
         assert_eq!(
-            folders(&[("HOME", "/home/ada"), ("XDG_CACHE_HOME", "/cache"), ("LOCKSTEP_DATA_DIR", "/data")]),
-            ["/flag", "/data", "/cache/lockstep"]
+            folders(Some("/flag"), &all),
+            ["/flag"],
+            "no other folder stands in for the one asked for"
         );
-        assert_eq!(folders(&[("XDG_CACHE_HOME", ""), ("LOCKSTEP_DATA_DIR", "")]), ["/flag"]);
     }
 
     #[test]
     fn the_first_place_that_holds_the_text_wins() {
         let root = tempfile::tempdir().unwrap();
         let [flag, env, cache] = ["flag", "env", "cache"].map(|name| root.path().join(name));
-        let places = Places {
-            data_dir: Some(flag.clone()),
-            lockstep_data_dir: Some(env.clone()),
-            cache_dir: Some(cache.clone()),
-        };
+        let places =
+            Places { data_dir: None, lockstep_data_dir: Some(env.clone()), cache_dir: Some(cache.clone()) };
         let found = || match locate(Task::Chars, "tinyshakespeare", &places).unwrap() {
             Source::Text { path, .. } => path,
             other => panic!("{other:?}"),
         };
         let (sentence, hint) = refusal(locate(Task::Chars, "tinyshakespeare", &places));
-        let looked_at: Vec<String> = [&flag, &env, &cache]
+        let looked_at: Vec<String> = [&env, &cache]
             .iter()
             .flat_map(|folder| [folder.join("tinyshakespeare/input.txt"), folder.join("input.txt")])
             .map(|path| path.display().to_string())
@@ -319,10 +320,15 @@ mod tests {
             "get it with `lockstep data fetch tinyshakespeare`, name its folder with --data-dir or \
              LOCKSTEP_DATA_DIR, or give any text file with --data PATH"
         );
-        for file in [cache.join("input.txt"), env.join("tinyshakespeare/input.txt"), flag.join("input.txt")] {
+        for file in [cache.join("input.txt"), env.join("input.txt"), env.join("tinyshakespeare/input.txt")] {
             let touched = touch(file);
             assert_eq!(found(), touched);
         }
+        let asked_for = Places { data_dir: Some(flag.clone()), ..places.clone() };
+        let (sentence, _) = refusal(locate(Task::Chars, "tinyshakespeare", &asked_for));
+        let shown = flag.display();
+        let looked_at = format!("{shown}/tinyshakespeare/input.txt, {shown}/input.txt");
+        assert_eq!(sentence, format!("tinyshakespeare was not found, looked at {looked_at}"));
     }
 
     #[test]

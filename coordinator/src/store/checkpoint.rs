@@ -165,7 +165,7 @@ impl Metadata {
         let bad = |error: serde_json::Error| Problem::failed(format!("its metadata is damaged: {error}"));
         let FormatOnly { format } = serde_json::from_str(json).map_err(bad)?;
         if format != FORMAT {
-            return Err(Problem::failed(format!(
+            return Err(Problem::usage(format!(
                 "it has checkpoint format {format}, this program reads {FORMAT}"
             ))
             .hint("read it with the version of lockstep that wrote it"));

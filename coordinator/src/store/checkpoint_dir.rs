@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use protocol::problem::Problem;
+use protocol::problem::{Exit, Problem};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Checkpoint;
@@ -80,7 +80,7 @@ impl CheckpointDir {
     ///
     /// # Errors
     /// Any failed file operation. The checkpoints before it are then still there, and the new one is whole or not there.
-    pub fn write(&self, checkpoint: &Checkpoint, keep: usize) -> Result<Entry, Problem> {
+    pub fn write(&mut self, checkpoint: &Checkpoint, keep: usize) -> Result<Entry, Problem> {
         let content = checkpoint.to_bytes();
         let step = checkpoint.image.progress().step;
         let entry = Entry {
@@ -111,6 +111,8 @@ impl CheckpointDir {
                 remove_if_there(&self.folder().join(file_name(other)))?;
             }
         }
+        // They are gone; whatever has their steps from now on is sound.
+        self.damaged.clear();
         Ok(entry)
     }
 
@@ -138,6 +140,11 @@ impl CheckpointDir {
                 Ok(checkpoint) => {
                     let file = format!("{FOLDER}/{}", file_name(step));
                     return Ok(Some(Newest { checkpoint, file, skipped, damaged }));
+                }
+                // Not damaged: it is another version's, and going on would delete it.
+                Err(problem) if problem.exit == Exit::Usage => {
+                    let sentence = format!("{FOLDER}/{}: {problem}", file_name(step));
+                    return Err(Problem { sentence, ..problem });
                 }
                 Err(problem) => {
                     skipped.push(format!("{FOLDER}/{}: {problem}", file_name(step)));
@@ -255,7 +262,7 @@ mod tests {
     /// A run directory with checkpoints of these steps.
     fn with_steps(steps: &[u64]) -> (tempfile::TempDir, CheckpointDir) {
         let dir = tempfile::tempdir().unwrap();
-        let checkpoints = CheckpointDir::new(dir.path());
+        let mut checkpoints = CheckpointDir::new(dir.path());
         for &step in steps {
             checkpoints.write(&testing::checkpoint(step, step), KEEP).unwrap();
         }
@@ -285,11 +292,13 @@ mod tests {
         }
         let newest = checkpoints.newest_verified().unwrap().unwrap();
         assert_eq!((newest.checkpoint.image.progress().step, &newest.damaged[..]), (5, &[15, 10][..]));
-        let checkpoints = checkpoints.passing_over(newest.damaged);
-        for step in [16, 17] {
+        let mut checkpoints = checkpoints.passing_over(newest.damaged);
+        for step in [8, 10] {
             checkpoints.write(&testing::checkpoint(step, step), KEEP).unwrap();
         }
-        assert_eq!(checkpoints.steps().unwrap(), [17, 16, 5]);
+        assert_eq!(checkpoints.steps().unwrap(), [10, 8, 5]);
+        checkpoints.write(&testing::checkpoint(12, 12), KEEP).unwrap();
+        assert_eq!(checkpoints.steps().unwrap(), [12, 10, 8], "the new state after step 10 is sound");
     }
 
     #[test]
@@ -376,7 +385,7 @@ mod tests {
     #[test]
     fn without_a_usable_manifest_files_verify_themselves() {
         for manifest in ["", "[{]", "{\"file\": 3}", "\0\0\0"] {
-            let (dir, checkpoints) = with_steps(&[10, 20]);
+            let (dir, mut checkpoints) = with_steps(&[10, 20]);
             fs::write(dir.path().join(FOLDER).join(MANIFEST), manifest).unwrap();
             damage(dir.path(), &file_name(20), |bytes| *bytes.last_mut().unwrap() ^= 1);
             let (step, skipped) = newest_step(&checkpoints);
@@ -413,7 +422,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_after_a_rewind_replaces_the_damaged_later_ones() {
-        let (dir, checkpoints) = with_steps(&[10, 20, 30]);
+        let (dir, mut checkpoints) = with_steps(&[10, 20, 30]);
         damage(dir.path(), &file_name(30), |bytes| bytes.truncate(9));
         damage(dir.path(), &file_name(20), |bytes| bytes.truncate(9));
         checkpoints.write(&testing::checkpoint(15, 15), KEEP).unwrap();
@@ -424,7 +433,7 @@ mod tests {
 
     #[test]
     fn a_crash_while_a_state_is_replaced_leaves_the_old_one_or_the_new_one() {
-        let (dir, checkpoints) = with_steps(&[10, 20]);
+        let (dir, mut checkpoints) = with_steps(&[10, 20]);
         // A directory where the new file is prepared: the write fails where a crash would cut it off.
         let blocked = dir.path().join(FOLDER).join(format!(".{}.tmp", file_name(20)));
         fs::create_dir(&blocked).unwrap();
@@ -441,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_leaves_the_others_and_no_temporary_file() {
-        let (dir, checkpoints) = with_steps(&[10]);
+        let (dir, mut checkpoints) = with_steps(&[10]);
         // A directory with something in it cannot be replaced.
         fs::create_dir_all(dir.path().join(FOLDER).join(file_name(20)).join("inside")).unwrap();
         let problem = checkpoints.write(&testing::checkpoint(20, 20), KEEP).unwrap_err();

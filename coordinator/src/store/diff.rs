@@ -1,5 +1,6 @@
 //! Whether two runs hold the same bits, and if not, where they part. Reads only, and needs no lock.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -31,6 +32,8 @@ pub struct Diff {
     pub records: Option<RecordDiff>,
     /// Their states after the newest step of which both have a checkpoint, else their newest ones.
     pub states: States,
+    /// What could not be read and was left out, in sentences.
+    pub notes: Vec<String>,
 }
 
 /// One of the two.
@@ -70,14 +73,19 @@ pub enum States {
 /// Compares two run directories, or checkpoint files.
 ///
 /// # Errors
-/// One of them is neither, has no usable checkpoint, or cannot be read.
+/// One of them is neither, has no usable checkpoint, or cannot be read. A journal that cannot is only noted: the states
+/// say by themselves whether they are equal.
 pub fn diff(a: &Path, b: &Path) -> Result<Diff, Problem> {
     let (a, b) = (Side::read(a)?, Side::read(b)?);
     let newest = States::of(&a.newest, &b.newest);
     let bit_equal = matches!(newest, States::Equal { .. });
     let common = if bit_equal { None } else { Side::newest_common(&a, &b)? };
     let records = a.records.as_ref().zip(b.records.as_ref()).map(|(a, b)| record_diff(a, b));
+    let notes = [("A", &a.unread), ("B", &b.unread)].into_iter().filter_map(|(side, unread)| {
+        Some(format!("{}: compared without the rows of {side}'s steps", unread.as_ref()?))
+    });
     Ok(Diff {
+        notes: notes.collect(),
         bit_equal,
         job: job_diff(&a.newest, &b.newest),
         records: records.filter(|records| records.common > 0),
@@ -105,6 +113,8 @@ struct Side {
     /// The run's, if it is one.
     checkpoints: Option<CheckpointDir>,
     records: Option<StepRecords>,
+    /// Why its journal is not among them.
+    unread: Option<String>,
 }
 
 impl Side {
@@ -112,11 +122,15 @@ impl Side {
         let shown = path.display().to_string();
         let newest = load(path)?.checkpoint;
         if path.is_file() {
-            return Ok(Self { path: shown, newest, checkpoints: None, records: None });
+            return Ok(Self { path: shown, newest, checkpoints: None, records: None, unread: None });
         }
         let lines = metrics_log::read(&metrics_path(path))?;
-        let records = StepRecords::new(lines, Replay::read(&journal_path(path))?.ledger);
-        Ok(Self { path: shown, newest, checkpoints: Some(CheckpointDir::new(path)), records: Some(records) })
+        let (ledger, unread) = match Replay::read(&journal_path(path)) {
+            Ok(replay) => (replay.ledger, None),
+            Err(problem) => (BTreeMap::new(), Some(problem.sentence)),
+        };
+        let records = Some(StepRecords::new(lines, ledger));
+        Ok(Self { path: shown, newest, checkpoints: Some(CheckpointDir::new(path)), records, unread })
     }
 
     fn summary(&self) -> Summary {
@@ -209,6 +223,9 @@ fn as_far_as_it_goes(records: &RecordDiff, how: &str) -> String {
 impl fmt::Display for Diff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.verdict())?;
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
         if self.bit_equal && self.job.is_empty() {
             return Ok(());
         }
@@ -373,6 +390,22 @@ mod tests {
             diff.to_string().contains("cannot be compared: rnn.weight_ih_l0 is [6, 5] in A and [2, 28] in B"),
             "{diff}"
         );
+    }
+
+    #[test]
+    fn a_damaged_journal_is_noted_and_the_states_are_compared() {
+        let state = testing::checkpoint(10, 1);
+        let [a, b] = [(); 2].map(|()| run(10, loss, std::slice::from_ref(&state)));
+        let journal = journal_path(b.path());
+        let whole = fs::read_to_string(&journal).unwrap();
+        fs::write(&journal, format!("damaged\n{whole}")).unwrap();
+        let diff = diff(a.path(), b.path()).unwrap();
+        assert!(diff.bit_equal);
+        assert_eq!(diff.records.as_ref().unwrap().common, 10, "the metrics are compared");
+        let shown = journal.display();
+        let note = format!("line 1 of {shown} is damaged: compared without the rows of B's steps");
+        assert_eq!(diff.notes, [note.clone()]);
+        assert!(diff.to_string().ends_with(&format!("\nnote: {note}\n")), "{diff}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -182,7 +183,14 @@ impl LineSync {
 
     /// Waits until all lines that were appended before are on the disk.
     pub(crate) fn sync(&self) -> Result<(), Problem> {
-        self.file.sync_data().map_err(|error| io_problem("sync", &self.path, &error))
+        let failed = |error| io_problem("sync", &self.path, &error);
+        self.file.sync_data().map_err(failed)?;
+        let metadata = self.file.metadata().map_err(failed)?;
+        if metadata.is_file() && metadata.nlink() == 0 {
+            return Err(Problem::failed(format!("{} was deleted while it was written", self.path.display()))
+                .hint("nothing of the run is left there: start it again"));
+        }
+        Ok(())
     }
 }
 
@@ -226,6 +234,17 @@ impl LineFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_of_a_deleted_file_do_not_count_as_being_on_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let lines = LineSync::open(&path).unwrap();
+        lines.sync().unwrap();
+        fs::remove_file(&path).unwrap();
+        let problem = lines.sync().unwrap_err();
+        assert_eq!(problem.sentence, format!("{} was deleted while it was written", path.display()));
+    }
 
     #[test]
     fn a_failed_replacement_keeps_the_old_content_and_leaves_no_temporary_file() {

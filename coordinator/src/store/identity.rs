@@ -5,7 +5,7 @@ use std::fmt;
 use protocol::job::{JobSpec, differences};
 use protocol::problem::Problem;
 
-pub(crate) const START_OVER: &str = "give --fresh to start over in this directory, or another --run-dir";
+pub(crate) const START_OVER: &str = "give another --run-dir, or --fresh to delete this run and start over";
 
 /// One `[job]` over one data set.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,9 +33,13 @@ impl Identity<'_> {
         }
         let go_on = match &keys[..] {
             [only] if only.key == "learning_rate" && named.len() == 1 => format!(
-                "leave out --set learning_rate and give --change-learning-rate {} to go on with it; or ",
-                only.here
+                "give --set learning_rate={} to go on as before, and --change-learning-rate {} besides to go on with \
+                 another; or ",
+                only.there, only.here
             ),
+            [only] if only.key == "init_from" && named.len() == 1 => {
+                "leave out --init-from to go on with what is there; or ".to_owned()
+            }
             _ => String::new(),
         };
         Err(Problem::usage(format!("{place} is of another job: {}", named.join(", ")))

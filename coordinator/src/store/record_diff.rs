@@ -1,6 +1,6 @@
 //! The first step at which two runs part, from the numbers that both have recorded of their steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -66,11 +66,14 @@ impl StepRecords {
 
 /// Compares every bit of what depends on job and data only. Times and speeds are not compared.
 pub fn record_diff(a: &StepRecords, b: &StepRecords) -> RecordDiff {
-    let mut diff = RecordDiff { recorded: [a.last(), b.last()], common: 0, parted: None };
-    for step in 1..=a.last().min(b.last()) {
+    // By what is there, not by counting: a damaged line can have any number.
+    let in_metrics = a.metrics.keys().filter(|step| b.metrics.contains_key(step));
+    let in_ledger = a.ledger.keys().filter(|step| b.ledger.contains_key(step));
+    let common: BTreeSet<u64> = in_metrics.chain(in_ledger).copied().filter(|&step| step > 0).collect();
+    let mut diff = RecordDiff { recorded: [a.last(), b.last()], common: common.len() as u64, parted: None };
+    for step in common {
         let metrics = a.metrics.get(&step).zip(b.metrics.get(&step));
         let ledger = a.ledger.get(&step).zip(b.ledger.get(&step));
-        diff.common += u64::from(metrics.is_some() || ledger.is_some());
         let mut numbers = Vec::new();
         let mut compare = |name: &str, is_equal: bool, [a, b]: [String; 2]| {
             if !is_equal {
@@ -180,5 +183,15 @@ mod tests {
             record_diff(&records(3..=9), &other),
             RecordDiff { recorded: [9, 9], common: 7, parted: None }
         );
+    }
+
+    #[test]
+    fn a_huge_number_of_a_step_is_one_step() {
+        let [mut a, mut b] = [records(1..=3), records(1..=3)];
+        for all in [&mut a, &mut b] {
+            all.ledger.insert(u64::MAX, LedgerLine { rows: 1, row_hash: 1 });
+        }
+        let recorded = [u64::MAX; 2];
+        assert_eq!(record_diff(&a, &b), RecordDiff { recorded, common: 4, parted: None });
     }
 }

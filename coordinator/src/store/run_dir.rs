@@ -221,6 +221,9 @@ pub fn has_job(path: &Path) -> bool {
 /// There is no such directory, or none that this program has made.
 pub fn require_run(path: &Path) -> Result<(), Problem> {
     let hint = "give the directory of a run, such as runs/NAME";
+    if path.is_file() {
+        return Err(Problem::usage(format!("{} is a file, not a run directory", path.display())).hint(hint));
+    }
     if !path.is_dir() {
         return Err(Problem::usage(format!("there is no directory {}", path.display())).hint(hint));
     }
@@ -435,7 +438,7 @@ mod tests {
         let differences = "is of another job: clip: \"global\" there, \"none\" here, seed: 1 there, 2 here";
         assert_eq!(problem.sentence, format!("{} {differences}", dir.path().display()));
         assert_eq!(problem.exit, Exit::Usage);
-        assert!(problem.hint.unwrap().starts_with("give --fresh"));
+        assert!(problem.hint.unwrap().starts_with("give another --run-dir"));
 
         let job = testing::job_file("char-gru", &[]);
         let problem = RunDir::open(dir.path(), OpenMode::Resume, &job, "d9").unwrap_err();
@@ -463,7 +466,7 @@ mod tests {
             }
             let problem = open(dir.path(), &[]).unwrap_err();
             assert!(problem.sentence.contains(reason), "'{problem}' does not say '{reason}'");
-            assert!(problem.hint.unwrap().starts_with("give --fresh"));
+            assert!(problem.hint.unwrap().starts_with("give another --run-dir"));
             fresh(dir.path(), &[]).unwrap();
             open(dir.path(), &[]).unwrap();
         }
@@ -537,11 +540,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
-        for path in [file.clone(), file.join("run")] {
-            let problem = open(&path, &[]).unwrap_err();
-            let start = format!("cannot read {}: Not a directory", path.display());
-            assert!(problem.sentence.starts_with(&start), "{problem}");
-        }
+        let problem = open(&file, &[]).unwrap_err();
+        assert_eq!(problem.sentence, format!("{} is a file, not a directory", file.display()));
+        let problem = open(&file.join("run"), &[]).unwrap_err();
+        let start = format!("cannot read {}/run: Not a directory", file.display());
+        assert!(problem.sentence.starts_with(&start), "{problem}");
         assert_eq!(names_in(dir.path()).unwrap(), ["file"]);
     }
 
