@@ -1,7 +1,7 @@
 //! The command line's words, and what they mean for the libraries.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +47,7 @@ pub(crate) const DEFAULT_HTTP: &str = "127.0.0.1:7172";
 
 /// Trains recurrent networks, data-parallel over worker processes: any fleet, the same bits.
 #[derive(Debug, Parser)]
-#[command(name = "lockstep", version = BUILD, after_help = EXIT_CODES)]
+#[command(name = "lockstep", version = BUILD, after_help = EXIT_CODES, disable_help_subcommand = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -96,10 +96,10 @@ pub(crate) struct JobArgs {
     /// Data: embedded, tinyshakespeare, mnist, or the path of a text file or of a folder with the MNIST files
     #[arg(long, value_name = "DATA")]
     data: Option<String>,
-    /// Folder in which tinyshakespeare and mnist are looked for
+    /// The one folder of tinyshakespeare and mnist [default: LOCKSTEP_DATA_DIR, then the user's cache]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Where the run is written; an existing run of the same job goes on [default: runs/PRESET]
+    /// Where the run is written; an existing run of the same job goes on [default: runs/PRESET, or runs/PRESET-DATA]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
     /// Stop after this many steps
@@ -114,9 +114,6 @@ pub(crate) struct JobArgs {
     /// Parts of every batch: the largest fleet that can share the work
     #[arg(long, value_name = "N")]
     shards: Option<u32>,
-    /// Number of workers
-    #[arg(long, value_name = "N")]
-    workers: Option<u32>,
     /// Change any key of the job, e.g. hidden_size=256 (may be repeated)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
@@ -126,6 +123,16 @@ pub(crate) struct JobArgs {
     /// Delete what the run directory holds and start over
     #[arg(long)]
     fresh: bool,
+}
+
+/// A job, who computes it, and what is shown of it on the way.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Number of workers
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
     /// Show JSON lines
     #[arg(long)]
     json: bool,
@@ -135,8 +142,8 @@ pub(crate) struct JobArgs {
 }
 
 impl JobArgs {
-    /// The job file that these options mean.
-    pub(crate) fn resolve(&self) -> Result<JobFile, Problem> {
+    /// The job file that these options mean, for so many workers if that is said.
+    fn resolve(&self, workers: Option<u32>) -> Result<JobFile, Problem> {
         let text = self.config.as_deref().map(read_job_file).transpose()?;
         let mut settings = Vec::new();
         for setting in &self.settings {
@@ -153,7 +160,7 @@ impl JobArgs {
             ("run.steps", self.steps.map(|n| n.to_string())),
             ("job.seed", self.seed.map(|n| n.to_string())),
             ("job.shards", self.shards.map(|n| n.to_string())),
-            ("fleet.workers", self.workers.map(|n| n.to_string())),
+            ("fleet.workers", workers.map(|n| n.to_string())),
         ];
         settings.extend(options.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
         JobFile::resolve(&self.preset, text.as_deref(), &settings)
@@ -161,10 +168,14 @@ impl JobArgs {
 
     /// A coordinator of this job that nobody can reach yet.
     pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
+        self.config_for(None)
+    }
+
+    fn config_for(&self, workers: Option<u32>) -> Result<coordinator::Config, Problem> {
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
         Ok(coordinator::Config {
             preset: self.preset.clone(),
-            file: self.resolve()?,
+            file: self.resolve(workers)?,
             run_dir: self.run_dir(),
             fresh: self.fresh,
             init_from: None,
@@ -176,44 +187,68 @@ impl JobArgs {
             token: Token::new(""),
             ready_file: None,
             linger: Duration::ZERO,
-            json: self.json,
+            json: false,
             build: BUILD.to_owned(),
         })
     }
 
     fn run_dir(&self) -> PathBuf {
-        self.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&self.preset))
+        let name = match self.data.as_deref().and_then(|data| Path::new(data).file_stem()) {
+            // Runs of one preset over other data are other runs.
+            Some(data) if data != "embedded" => format!("{}-{}", self.preset, data.display()),
+            _ => self.preset.clone(),
+        };
+        self.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(name))
     }
 
-    /// The same options as words of a command line.
-    pub(crate) fn to_words(&self) -> Vec<OsString> {
+    fn to_words(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec![self.preset.clone().into()];
-        let mut push = |name: &str, value: Option<OsString>| {
-            if let Some(value) = value {
-                words.extend([name.into(), value]);
-            }
-        };
+        let mut push =
+            |name: &str, value: Option<OsString>| words.extend(value.map(|value| word(name, value)));
         push("--data", self.data.clone().map(Into::into));
         push("--data-dir", self.data_dir.clone().map(Into::into));
         push("--run-dir", self.run_dir.clone().map(Into::into));
         push("--config", self.config.clone().map(Into::into));
-        for (name, number) in [
-            ("--steps", self.steps),
-            ("--epochs", self.epochs),
-            ("--seed", self.seed),
-            ("--linger", Some(self.linger)),
-        ] {
+        for (name, number) in [("--steps", self.steps), ("--epochs", self.epochs), ("--seed", self.seed)] {
             push(name, number.map(|n| n.to_string().into()));
         }
         push("--shards", self.shards.map(|n| n.to_string().into()));
-        push("--workers", self.workers.map(|n| n.to_string().into()));
         for setting in &self.settings {
             push("--set", Some(setting.into()));
         }
         words.extend(self.fresh.then(|| "--fresh".into()));
+        words
+    }
+}
+
+impl RunArgs {
+    /// The job file that these options mean.
+    pub(crate) fn resolve(&self) -> Result<JobFile, Problem> {
+        self.job.resolve(self.workers)
+    }
+
+    /// A coordinator of this run that nobody can reach yet.
+    fn config(&self) -> Result<coordinator::Config, Problem> {
+        let linger = Duration::from_secs(self.linger);
+        Ok(coordinator::Config { json: self.json, linger, ..self.job.config_for(self.workers)? })
+    }
+
+    /// The same options as words of a command line.
+    pub(crate) fn to_words(&self) -> Vec<OsString> {
+        let mut words = self.job.to_words();
+        words.extend(self.workers.map(|workers| word("--workers", workers.to_string())));
+        words.push(word("--linger", self.linger.to_string()));
         words.extend(self.json.then(|| "--json".into()));
         words
     }
+}
+
+/// `--name=value`, in one word so that a value may begin with a dash.
+fn word(name: &str, value: impl Into<OsString>) -> OsString {
+    let mut word = OsString::from(name);
+    word.push("=");
+    word.push(value.into());
+    word
 }
 
 /// What a run starts or goes on from, besides its seed and its newest checkpoint.
@@ -232,10 +267,10 @@ impl StartArgs {
     pub(crate) fn to_words(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = Vec::new();
         if let Some(path) = &self.init_from {
-            words.extend(["--init-from".into(), path.into()]);
+            words.push(word("--init-from", path));
         }
         if let Some(rate) = self.change_learning_rate {
-            words.extend(["--change-learning-rate".into(), rate.to_string().into()]);
+            words.push(word("--change-learning-rate", rate.to_string()));
         }
         words
     }
@@ -252,7 +287,7 @@ fn read_job_file(path: &Path) -> Result<String, Problem> {
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     #[command(flatten)]
-    pub(crate) job: JobArgs,
+    pub(crate) job: RunArgs,
     #[command(flatten)]
     pub(crate) start: StartArgs,
     /// Threads per worker [default: an equal part of the cores]
@@ -266,7 +301,7 @@ pub(crate) struct TrainArgs {
 #[derive(Debug, Args)]
 pub(crate) struct CoordinatorArgs {
     #[command(flatten)]
-    job: JobArgs,
+    job: RunArgs,
     #[command(flatten)]
     start: StartArgs,
     /// Where workers connect
@@ -301,7 +336,6 @@ impl CoordinatorArgs {
             http: self.http,
             token: self.token.read_or_make()?,
             ready_file: self.ready_file.clone(),
-            linger: Duration::from_secs(self.job.linger),
             ..of_job
         })
     }
@@ -335,6 +369,7 @@ pub(crate) struct WorkerArgs {
 
 impl WorkerArgs {
     pub(crate) fn config(&self) -> Result<worker::Config, Problem> {
+        check_address(&self.coordinator)?;
         Ok(worker::Config {
             coordinator: self.coordinator.clone(),
             name: self.name.clone().unwrap_or_else(default_name),
@@ -347,6 +382,23 @@ impl WorkerArgs {
 
     pub(crate) fn backend(&self) -> Result<CpuBackend, Problem> {
         Ok(CpuBackend::new(self.simd.resolve()?, self.threads.unwrap_or_else(cores)))
+    }
+}
+
+/// Checks that a worker can look for its coordinator at all: it tries again for as long as nobody answers there.
+fn check_address(address: &str) -> Result<(), Problem> {
+    let is_port = |port: &str| {
+        port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse().is_ok_and(|port: u16| port > 0)
+    };
+    let is_host = |host: &str| !host.is_empty() && !host.contains(|c: char| c == ':' || c.is_whitespace());
+    let is_usable = address.rsplit_once(':').is_some_and(|(host, port)| {
+        is_port(port)
+            && (is_host(host) && !host.contains(['[', ']']) || address.parse::<SocketAddrV6>().is_ok())
+    });
+    match is_usable {
+        true => Ok(()),
+        false => Err(Problem::usage(format!("the coordinator's address '{address}' is not HOST:PORT"))
+            .hint("for example 10.0.0.1:7171")),
     }
 }
 
@@ -369,7 +421,7 @@ impl SimdArg {
 }
 
 /// More threads than any machine has cores would only wait for each other.
-fn thread_count() -> RangedU64ValueParser<usize> {
+pub(crate) fn thread_count() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..=MOST_THREADS)
 }
 
@@ -413,7 +465,16 @@ mod tests {
     #[test]
     fn no_argument_means_the_default_preset() {
         let args = train("");
-        assert_eq!(args.job.run_dir(), Path::new("runs/char-lstm"));
+        assert_eq!(args.job.job.run_dir(), Path::new("runs/char-lstm"));
+        for (words, dir) in [
+            ("mnist-rnn --data embedded", "runs/mnist-rnn"),
+            ("mnist-rnn --data mnist", "runs/mnist-rnn-mnist"),
+            ("--data /texts/war.txt", "runs/char-lstm-war"),
+            ("--data ..", "runs/char-lstm"),
+            ("--data mnist --run-dir x", "x"),
+        ] {
+            assert_eq!(train(words).job.job.run_dir(), Path::new(dir));
+        }
         assert_eq!(args.job.resolve().unwrap(), JobFile::resolve("char-lstm", None, &[]).unwrap());
     }
 
@@ -427,9 +488,9 @@ mod tests {
 
     #[test]
     fn options_survive_the_way_to_the_coordinator() {
-        let words = "mnist-rnn --data x=y.txt --data-dir d --run-dir r --steps 3 --epochs 4 --seed 5 --shards 6 \
+        let words = "mnist-rnn --data x=y.txt --data-dir=-d --run-dir=-r=s --steps 3 --epochs 4 --seed 5 --shards 6 \
                      --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 \
-                     --init-from runs/a --change-learning-rate 1e-5";
+                     --init-from=-a --change-learning-rate=-1e-5";
         let TrainArgs { job: args, start, .. } = train(words);
         let words = args.to_words().into_iter().chain(start.to_words());
         let again: Vec<OsString> =
@@ -438,6 +499,36 @@ mod tests {
         assert_eq!(format!("{:?}", copy.job), format!("{args:?}"));
         assert_eq!(format!("{:?}", copy.start), format!("{start:?}"));
         assert_eq!(copy.job.resolve().unwrap().run.data, "x=y.txt");
+        assert_eq!(copy.job.job.run_dir(), Path::new("-r=s"));
+    }
+
+    #[test]
+    fn a_coordinator_has_a_host_and_a_port() {
+        for address in ["127.0.0.1:1", "node-1.cluster:65535", "[::1]:7171", "[fe80::1%2]:7171"] {
+            check_address(address).unwrap();
+        }
+        for address in [
+            "",
+            "host",
+            "host:",
+            ":7171",
+            "host:0",
+            "host:65536",
+            "host:+1",
+            "host:http",
+            "::1:7171",
+            "::1",
+            "[::1]",
+            "[::1]:0",
+            "[host]:1",
+            "a b:1",
+            "http://host:1",
+        ] {
+            let problem = check_address(address).unwrap_err();
+            let sentence = format!("the coordinator's address '{address}' is not HOST:PORT");
+            assert_eq!(problem.sentence, sentence);
+            assert_eq!(problem.hint.as_deref(), Some("for example 10.0.0.1:7171"));
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod supervisor;
 mod token;
 mod warm_start;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG").unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && !has_no_color())
         // It would be said on standard error, which is what has failed: its terminal may be gone.
         .log_internal_errors(false)
         .init();
@@ -39,6 +40,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whether the environment asks for no colours, see no-color.org.
+fn has_no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
 fn run(command: Command) -> Result<Exit, Problem> {
     match command {
         Command::Train(train) => runtime()?.block_on(supervisor::train(train)),
@@ -51,17 +57,25 @@ fn run(command: Command) -> Result<Exit, Problem> {
         }
         Command::Worker(options) => {
             let (supervised, config, backend) = (options.supervised, options.config()?, options.backend()?);
+            let name = config.name.clone();
+            // What a worker of `train` has to say, the coordinator beside it says.
+            let say = |what: String| if supervised { Ok(()) } else { commands::print(&what) };
+            say(format!("worker {name}: looking for the coordinator at {}\n", config.coordinator))?;
             let result = runtime()?.block_on(async {
                 let signals = signals::stop_requests(false)?;
                 worker::run(config, backend, signals).await
             });
             match result {
-                // The coordinator beside it has told the user already.
                 Err(problem) if supervised => {
                     tracing::info!("{problem}");
                     Ok(problem.exit)
                 }
-                other => other,
+                Ok(exit) => {
+                    let how = if exit == Exit::Done { "is done" } else { "was stopped and can go on" };
+                    say(format!("worker {name}: the run {how}\n"))?;
+                    Ok(exit)
+                }
+                Err(problem) => Err(problem),
             }
         }
         Command::Sample(args) => commands::sample::run(&args),

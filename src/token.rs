@@ -10,6 +10,8 @@ use clap::Args;
 use protocol::handshake::Token;
 use protocol::problem::Problem;
 
+use crate::commands::note;
+
 /// Nothing longer is a token, whatever file was named by mistake.
 const LIMIT_BYTES: u64 = 4096;
 
@@ -38,7 +40,7 @@ impl TokenArgs {
         if let Some(path) = &self.token_file
             && make(path)?
         {
-            eprintln!("made a run token: give every worker --token-file {}", path.display());
+            note(&format!("made a run token: give every worker --token-file {}", path.display()));
         }
         self.read()
     }

@@ -10,7 +10,10 @@ use coordinator::data::known::Known;
 use coordinator::data::locate::Places;
 use protocol::problem::{Exit, Problem};
 
+use super::{note, print};
+
 #[derive(Debug, Args)]
+#[command(disable_help_subcommand = true)]
 pub(crate) struct DataArgs {
     #[command(subcommand)]
     command: DataCommand,
@@ -44,7 +47,7 @@ enum DataCommand {
 
 #[derive(Debug, Args)]
 struct PlaceArg {
-    /// Folder of tinyshakespeare and mnist [default: LOCKSTEP_DATA_DIR, then the user's cache]
+    /// The one folder of tinyshakespeare and mnist [default: LOCKSTEP_DATA_DIR, then the user's cache]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
 }
@@ -57,30 +60,33 @@ impl PlaceArg {
 
 pub(crate) fn run(args: DataArgs) -> Result<Exit, Problem> {
     match args.command {
-        DataCommand::List { place } => list(&place.places()),
+        DataCommand::List { place } => list(&place.places())?,
         DataCommand::Verify { name, place } => verify(name.as_deref(), &place.places())?,
         DataCommand::Fetch { name, place, mirrors } => {
             let places = place.places();
-            let mut shown = Shown::default();
+            let mut shown = Shown { line: None, printed: Ok(()) };
             let request = Request { name, data_dir: place.data_dir, mirrors };
             fetch(&request, &places, &mut |progress| shown.show(&progress))?;
+            shown.printed?;
         }
     }
     Ok(Exit::Done)
 }
 
-fn list(places: &Places) {
+fn list(places: &Places) -> Result<(), Problem> {
     for known in Known::ALL {
-        println!("{:<16} {}", known.name(), known.about());
+        let mut lines = vec![format!("{:<16} {}", known.name(), known.about())];
         match known.files(places) {
-            Ok(files) if files.is_empty() => println!("    compiled in"),
-            Ok(files) => files.iter().for_each(|(path, _)| println!("    {}", path.display())),
+            Ok(files) if files.is_empty() => lines.push("    compiled in".to_owned()),
+            Ok(files) => lines.extend(files.iter().map(|(path, _)| format!("    {}", path.display()))),
             Err(problem) => {
-                println!("    {problem}");
-                problem.hint.iter().for_each(|hint| println!("    hint: {hint}"));
+                lines.push(format!("    {problem}"));
+                lines.extend(problem.hint.iter().map(|hint| format!("    hint: {hint}")));
             }
         }
+        print(&format!("{}\n", lines.join("\n")))?;
     }
+    Ok(())
 }
 
 fn verify(name: Option<&str>, places: &Places) -> Result<(), Problem> {
@@ -89,10 +95,10 @@ fn verify(name: Option<&str>, places: &Places) -> Result<(), Problem> {
     for part in sets.iter().flat_map(|known| known.verify(places)) {
         looked_at += 1;
         match part.result {
-            Ok(()) => println!("right: {}", part.what),
+            Ok(()) => print(&format!("right: {}\n", part.what))?,
             Err(problem) => {
                 wrong += 1;
-                println!("wrong: {problem}");
+                print(&format!("wrong: {problem}\n"))?;
             }
         }
     }
@@ -104,10 +110,11 @@ fn verify(name: Option<&str>, places: &Places) -> Result<(), Problem> {
 }
 
 /// One line on a terminal that shows how much has come; elsewhere only what has been decided.
-#[derive(Default)]
 struct Shown {
     /// When the line was last written, if it is there.
     line: Option<Instant>,
+    /// Whether standard output took all that was decided. A download goes on without it.
+    printed: Result<(), Problem>,
 }
 
 impl Shown {
@@ -116,13 +123,19 @@ impl Shown {
             return self.received(url, bytes, total);
         }
         if self.line.take().is_some() {
-            eprint!("\r\x1b[K");
+            let _ = std::io::stderr().write_all(b"\r\x1b[K");
         }
         match *progress {
-            Progress::Present(path) => println!("already there and right: {}", path.display()),
-            Progress::Written(path) => println!("fetched and verified: {}", path.display()),
-            Progress::Failed { url, why } => eprintln!("{url}: {why}; trying the next mirror"),
+            Progress::Present(path) => self.say(&format!("already there and right: {}", path.display())),
+            Progress::Written(path) => self.say(&format!("fetched and verified: {}", path.display())),
+            Progress::Failed { url, why } => note(&format!("{url}: {why}; trying the next mirror")),
             Progress::Received { .. } => {}
+        }
+    }
+
+    fn say(&mut self, line: &str) {
+        if self.printed.is_ok() {
+            self.printed = print(&format!("{line}\n"));
         }
     }
 
@@ -133,8 +146,8 @@ impl Shown {
         }
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let of = total.map(|total| format!(" of {:.1}", mib(total))).unwrap_or_default();
-        eprint!("\r\x1b[K{url}: {:.1}{of} MiB", mib(bytes));
-        let _ = std::io::stderr().flush();
+        let text = format!("\r\x1b[K{url}: {:.1}{of} MiB", mib(bytes));
+        let _ = std::io::stderr().write_all(text.as_bytes());
         self.line = Some(Instant::now());
     }
 }

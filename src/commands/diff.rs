@@ -19,8 +19,12 @@ pub(crate) struct DiffArgs {
     json: bool,
 }
 
-/// Like the program of this name: 0 for equal, 1 for different.
+/// Like the program of this name: 0 for equal, 1 for different, 2 for any trouble.
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Problem> {
+    compare(args).map_err(|problem| Problem { exit: Exit::Usage, ..problem })
+}
+
+fn compare(args: &DiffArgs) -> Result<Exit, Problem> {
     let diff = diff(&args.a, &args.b)?;
     print(&if args.json { format!("{}\n", diff.to_json()) } else { diff.to_string() })?;
     Ok(if diff.bit_equal { Exit::Done } else { Exit::Failed })

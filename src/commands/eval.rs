@@ -21,7 +21,7 @@ use protocol::sums::StepSums;
 use serde_json::json;
 
 use super::{CheckpointArg, print};
-use crate::args::{SimdArg, cores};
+use crate::args::{SimdArg, cores, thread_count};
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
@@ -30,11 +30,11 @@ pub(crate) struct EvalArgs {
     /// Other data of the same kind; its validation part is read [default: the run's]
     #[arg(long, value_name = "DATA")]
     data: Option<String>,
-    /// Folder in which tinyshakespeare and mnist are looked for
+    /// The one folder of tinyshakespeare and mnist [default: LOCKSTEP_DATA_DIR, then the user's cache]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = thread_count())]
     threads: Option<usize>,
     #[command(flatten)]
     simd: SimdArg,
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
     check_fits(checkpoint, &*data)?;
 
     let failed = |error: DeviceError| Problem::failed(error.to_string());
-    let threads = args.threads.unwrap_or_else(cores).max(1);
+    let threads = args.threads.unwrap_or_else(cores);
     let (seq_len, batches) = (data.shape().seq_len, data.shape().schedule.evaluation_batches);
     let mut device = CpuDevice::new(simd, threads, image.layout().clone(), job, seq_len).map_err(failed)?;
     let (started, progress) = (Instant::now(), image.progress());
@@ -80,11 +80,14 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
 }
 
 impl EvalArgs {
-    /// Which data, and how a run over it is cut.
+    /// Which data. Nothing else of a `[run]` matters here, so that one of another version is as good when the data are
+    /// named.
     fn run_spec(&self, loaded: &Loaded) -> Result<RunSpec, Problem> {
-        let run = match (&loaded.run_dir, &self.data) {
-            (Some(run_dir), _) => StoredRun::of(run_dir)?.settings(run_dir)?,
-            (None, Some(_)) => JobFile::resolve("char-lstm", None, &[])?.run,
+        Ok(match (&loaded.run_dir, &self.data) {
+            (_, Some(data)) => {
+                RunSpec { data: data.clone(), ..JobFile::resolve("char-lstm", None, &[])?.run }
+            }
+            (Some(run_dir), None) => StoredRun::of(run_dir)?.settings(run_dir)?,
             (None, None) => {
                 return Err(Problem::usage(format!(
                     "{} lies in no run directory, which would say what its data is",
@@ -92,9 +95,7 @@ impl EvalArgs {
                 ))
                 .hint("name the data with --data"));
             }
-        };
-        let data = self.data.clone().unwrap_or_else(|| run.data.clone());
-        Ok(RunSpec { data, ..run })
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use protocol::problem::{Exit, Problem};
 
+use super::print;
 use crate::args::JobArgs;
 use crate::warm_start::WarmStart;
 
@@ -22,8 +23,8 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Problem> {
     config.init_from = Some(Arc::new(WarmStart::new(args.file.clone())));
     let run_dir = config.run_dir.clone();
     for notice in coordinator::create(config)? {
-        println!("{notice}");
+        print(&format!("{notice}\n"))?;
     }
-    println!("{} holds them as the state at step 0", run_dir.display());
+    print(&format!("{} holds them as the state at step 0\n", run_dir.display()))?;
     Ok(Exit::Done)
 }

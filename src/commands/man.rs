@@ -38,9 +38,8 @@ fn pages() -> Vec<(String, String)> {
 }
 
 fn with_subcommands(command: Command) -> Vec<Command> {
-    let shown = |command: &&Command| !command.is_hide_set() && command.get_name() != "help";
-    let below: Vec<Command> =
-        command.get_subcommands().filter(shown).cloned().flat_map(with_subcommands).collect();
+    let shown = command.get_subcommands().filter(|command| !command.is_hide_set());
+    let below: Vec<Command> = shown.cloned().flat_map(with_subcommands).collect();
     std::iter::once(command).chain(below).collect()
 }
 
@@ -48,8 +47,7 @@ fn with_subcommands(command: Command) -> Vec<Command> {
 fn page(command: Command) -> (String, String) {
     let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
     let mut text = Vec::new();
-    let man = Man::new(command.disable_help_subcommand(true));
-    man.render(&mut text).expect("a vector takes all that is written");
+    Man::new(command).render(&mut text).expect("a vector takes all that is written");
     (format!("{name}.1"), String::from_utf8_lossy(&text).into_owned())
 }
 
@@ -83,5 +81,18 @@ mod tests {
             assert!(pages[0].1.contains(&name), "the main page lacks {name}");
         }
         assert!(pages[0].1.contains("Exit codes:"), "{}", pages[0].1);
+    }
+
+    #[test]
+    fn every_page_that_is_referred_to_is_written() {
+        let pages = pages();
+        for (page, text) in &pages {
+            let text = text.replace("\\-", "-").replace("\\fR", "");
+            for (before, _) in text.match_indices("(1)").map(|(at, _)| text.split_at(at)) {
+                let is_part = |char: char| char.is_ascii_alphanumeric() || char == '-';
+                let name = &before[before.trim_end_matches(is_part).len()..];
+                assert!(pages.iter().any(|page| page.0 == format!("{name}.1")), "{page} names {name}(1)");
+            }
+        }
     }
 }

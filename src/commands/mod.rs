@@ -30,6 +30,11 @@ pub(crate) fn print(text: &str) -> Result<(), Problem> {
     }
 }
 
+/// Writes a line to standard error. That nobody can read it any more is no failure.
+pub(crate) fn note(text: &str) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
 /// Which run a command reads.
 #[derive(Debug, Args)]
 pub(crate) struct RunArg {
@@ -58,7 +63,7 @@ impl CheckpointArg {
     pub(crate) fn load(&self, usage: &str) -> Result<Loaded, Problem> {
         let loaded = load(&self.path.clone().map_or_else(|| newest_run(usage), Ok)?)?;
         for skipped in &loaded.skipped {
-            eprintln!("note: passed over {skipped}");
+            note(&format!("note: passed over {skipped}"));
         }
         Ok(loaded)
     }

@@ -78,8 +78,8 @@ pub struct DataFacts {
 
 /// Opens the data that `run.data` names, for this job.
 ///
-/// `data_dir` is the folder given on the command line, searched for named data before `LOCKSTEP_DATA_DIR` and
-/// the user's cache.
+/// `data_dir` is the folder given on the command line: named data is then looked for there only, otherwise in
+/// `LOCKSTEP_DATA_DIR` and the user's cache.
 ///
 /// # Errors
 /// Data that is missing, of the other task, damaged, or too small for the job's batch.
