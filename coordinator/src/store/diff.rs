@@ -404,7 +404,7 @@ mod tests {
         assert_eq!(diff.records.as_ref().unwrap().common, 10, "the metrics are compared");
         let shown = journal.display();
         let note = format!("line 1 of {shown} is damaged: compared without the rows of B's steps");
-        assert_eq!(diff.notes, [note.clone()]);
+        assert_eq!(diff.notes, std::slice::from_ref(&note));
         assert!(diff.to_string().ends_with(&format!("\nnote: {note}\n")), "{diff}");
     }
 
