@@ -1,6 +1,7 @@
 //! What a run will take, before it starts: memory of its workers, and time.
 
 use coordinator::Forecast;
+use coordinator::data::grouped;
 use kernels::Simd;
 use model::cpu::footprint::Footprint;
 use model::cpu::speed::Speed;
@@ -88,14 +89,7 @@ fn does_not_fit(file: &JobFile, needed: u64, available: u64) -> Problem {
 
 /// Bytes for people: `12,345 MB`.
 fn megabytes(bytes: u64) -> String {
-    let number = bytes.div_ceil(1_000_000).to_string();
-    let groups: Vec<&str> = number
-        .as_bytes()
-        .rchunks(3)
-        .rev()
-        .map(|group| std::str::from_utf8(group).expect("digits are text"))
-        .collect();
-    format!("{} MB", groups.join(","))
+    format!("{} MB", grouped(bytes.div_ceil(1_000_000)))
 }
 
 /// Seconds for people, as roughly as they are known.

@@ -1,18 +1,25 @@
-//! How much memory this process may still take: what the machine has, and what its control group leaves it.
+//! How much memory there is, and how much this process may still take: what the machine has, and what its control
+//! group leaves it.
 
 use std::path::{Path, PathBuf};
 
-/// Bytes; `None` where nobody says, as on systems other than Linux.
+/// Bytes of the machine; `None` where nobody says, as on systems other than Linux.
+pub(crate) fn total_bytes() -> Option<u64> {
+    in_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+/// Bytes that can still be taken without swapping; `None` as above.
 pub(crate) fn available_bytes() -> Option<u64> {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| in_meminfo(&text));
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok();
+    let machine = meminfo.and_then(|text| in_meminfo(&text, "MemAvailable:"));
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let group = control_groups(&groups).filter_map(|(folder, version)| left_in(&folder, version)).min();
     machine.into_iter().chain(group).min()
 }
 
-/// What can be taken without swapping.
-fn in_meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// A value of `/proc/meminfo` in bytes.
+fn in_meminfo(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
@@ -65,8 +72,9 @@ mod tests {
     #[test]
     fn meminfo_is_read() {
         let text = "MemTotal:       24684096 kB\nMemAvailable:   23193972 kB\n";
-        assert_eq!(in_meminfo(text), Some(23_193_972 * 1024));
-        assert_eq!(in_meminfo("MemTotal: 3 kB\n"), None);
+        assert_eq!(in_meminfo(text, "MemAvailable:"), Some(23_193_972 * 1024));
+        assert_eq!(in_meminfo(text, "MemTotal:"), Some(24_684_096 * 1024));
+        assert_eq!(in_meminfo("MemTotal: 3 kB\n", "MemAvailable:"), None);
     }
 
     #[test]

@@ -86,7 +86,8 @@ impl LossFile {
     }
 }
 
-/// The losses of a run in bounded space: what it holds follows from the losses alone, not from when they came.
+/// The losses of a run, those of steps in bounded space: what it holds follows from the losses alone, not from when
+/// they came.
 #[derive(Debug)]
 struct LossCurve {
     /// Steps per bin, a power of two: when there would be too many bins, each two become one.

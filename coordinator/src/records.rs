@@ -48,9 +48,8 @@ pub(crate) struct Records {
     pub(crate) bits: Option<String>,
     /// The newest checkpoint.
     pub(crate) checkpoint: Option<Stage>,
-    /// Steps of the checkpoints that were passed over at the start.
-    damaged: Vec<u64>,
-    /// What the user should know of the directory as it was found.
+    checkpoints: CheckpointDir,
+    /// What the user should know of the directory and of the state that the run goes on from.
     pub(crate) notices: Vec<String>,
 }
 
@@ -72,27 +71,19 @@ pub(crate) struct Opening<'a> {
     pub(crate) learning_rate: Option<f64>,
 }
 
-/// The state that a run goes on from.
-pub(crate) struct Resumed {
-    pub(crate) image: StateImage,
-    /// What the user should know about it.
-    pub(crate) notices: Vec<String>,
-}
-
 impl Records {
     /// Opens or creates the run directory, and finds or writes the state to go on from.
     ///
     /// # Errors
     /// Whatever makes the directory unusable for this job.
-    pub(crate) fn open(opening: Opening<'_>) -> Result<(Self, Option<Resumed>), Problem> {
+    pub(crate) fn open(opening: Opening<'_>) -> Result<(Self, Option<StateImage>), Problem> {
         let Opening { path, fresh, facts, layout, build, first, learning_rate, .. } = opening;
         let mode = if fresh { OpenMode::Fresh } else { OpenMode::Resume };
         let dir = RunDir::open(path, mode, opening.file, &facts.digest)?;
         let file = dir.job().clone();
         let (mut journal, replay) = Journal::open(&dir.journal_path())?;
-        let mut metrics = MetricsLog::open(&dir.metrics_path())?;
-        let mut newest = dir.checkpoints().newest_verified()?;
-        let damaged = newest.as_mut().map_or_else(Vec::new, |newest| std::mem::take(&mut newest.damaged));
+        let mut checkpoints = dir.checkpoints();
+        let newest = checkpoints.newest_verified()?;
         if let Some(newest) = &newest {
             let ours = Identity { job: &file.job, data_digest: &facts.digest };
             check_fits(newest, ours, layout)?;
@@ -117,7 +108,7 @@ impl Records {
         if replay.last_step() > step {
             journal.append(&Record::Rewind { to_step: step })?;
         }
-        metrics.truncate_after(step)?;
+        let metrics = MetricsLog::open(&dir.metrics_path(), step)?;
         let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
         let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
         let make_checkpoint: MakeCheckpoint = Arc::new(move |bytes: Vec<u8>| {
@@ -140,49 +131,51 @@ impl Records {
             replay,
             make_checkpoint,
             checkpoint,
-            damaged,
+            checkpoints,
             notices,
         };
-        let mut resumed = match (newest, first) {
+        let mut image = match (newest, first) {
             (Some(newest), _) => {
-                let mut notices = newest.skipped;
-                notices.extend(records.undone_learning_rate(step).filter(|_| learning_rate.is_none()));
-                notices.push(format!("going on from {} ({step} steps done)", newest.file));
-                Some(Resumed { image: newest.checkpoint.image, notices })
+                records.notices.extend(newest.skipped);
+                let undone = records.undone_learning_rate(step).filter(|_| learning_rate.is_none());
+                records.notices.extend(undone);
+                records.notices.push(format!("going on from {} ({step} steps done)", newest.file));
+                Some(newest.checkpoint.image)
             }
             (None, Some(first)) => {
                 records.write(&first.image)?;
-                Some(Resumed { image: first.image, notices: vec![first.notice] })
+                records.notices.push(first.notice);
+                Some(first.image)
             }
             (None, None) => None,
         };
-        if let Some(resumed) = &mut resumed {
-            records.learning_rate(resumed, learning_rate, file.job.learning_rate)?;
+        if let Some(image) = &mut image {
+            records.learning_rate(image, learning_rate, file.job.learning_rate)?;
         }
-        Ok((records, resumed))
+        Ok((records, image))
     }
 
     /// Changes the learning rate of the state that the run goes on from, if another is `wanted`, and notes whatever
     /// rate the state has where the journal does not say so yet.
     fn learning_rate(
         &mut self,
-        resumed: &mut Resumed,
+        image: &mut StateImage,
         wanted: Option<f64>,
         of_job: f64,
     ) -> Result<(), Problem> {
-        let step = resumed.image.progress().step;
-        let mut control = resumed.image.control();
+        let step = image.progress().step;
+        let mut control = image.control();
         let before = control;
         if let Some(wanted) = wanted {
             control.change_learning_rate(of_job, wanted);
         }
         let now = control.learning_rate(of_job);
         if control != before {
-            resumed.image.set_control(&control);
+            image.set_control(&control);
             // At once: whoever goes on from here without saying it again has it all the same.
-            self.write(&resumed.image)?;
+            self.write(image)?;
             let before = before.learning_rate(of_job);
-            resumed.notices.push(format!("the learning rate is {now} from here on, it was {before}"));
+            self.notices.push(format!("the learning rate is {now} from here on, it was {before}"));
         }
         if self.replay.learning_rate_at(step).unwrap_or(of_job) != now {
             self.journal(&Record::LearningRate { step, learning_rate: now.to_string() })?;
@@ -201,8 +194,9 @@ impl Records {
 
     /// Writes a state as a checkpoint before the run is under way.
     fn write(&mut self, image: &StateImage) -> Result<(), Problem> {
-        let (stage, file) = self.checkpoint_writer().write(image.bytes().to_vec())?;
-        self.damaged.clear();
+        let mut writer = self.checkpoint_writer();
+        let (stage, file) = writer.write(image.bytes().to_vec())?;
+        self.checkpoints = writer.dir;
         self.checkpoint_written(stage, file)
     }
 
@@ -258,7 +252,7 @@ impl Records {
     /// What writes a state image as a checkpoint, on another thread.
     pub(crate) fn checkpoint_writer(&self) -> CheckpointWriter {
         let lines = [self.journal.on_disk(), self.metrics.on_disk()];
-        let dir = self.dir.checkpoints().passing_over(self.damaged.clone());
+        let dir = self.checkpoints.clone();
         CheckpointWriter { dir, make: self.make_checkpoint.clone(), lines }
     }
 

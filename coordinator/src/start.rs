@@ -21,13 +21,14 @@ use crate::forecast::Forecast;
 use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
 use crate::metrics::Metrics;
-use crate::records::{Opening, Records, Resumed};
+use crate::records::{Opening, Records};
 use crate::run::{Outcome, Parts, Run, StartState};
 use crate::screen::{Screen, duration, fixed, quality, quoted, short};
 use crate::server;
 use crate::store::checkpoint_dir::CheckpointDir;
 use crate::store::files::write_atomic;
 use crate::store::run_dir::has_job;
+use crate::store::state::StateImage;
 use crate::warm_start::{FirstState, InitialParameters};
 
 /// What a coordinator is told at its start.
@@ -78,13 +79,13 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
     let (control, control_address) = bind(config.listen, "workers", "--listen").await?;
     let (pages, http_address) = bind(config.http, "status and metrics", "--http").await?;
     let (records, resumed) = open_records(&mut config, &*data, &layout)?;
-    let title = format!("{}: {}", config.preset, network(&config.file.job));
+    let title = format!("{}: {}", config.preset, config.file.job.network());
     let (plot, numbers) = (records.dir.loss_plot_path(), records.dir.metrics_path());
     let losses = LossFile::open(plot.clone(), &numbers, title, config.file.job.task)?;
     let schedule = data.shape().schedule;
     let mut screen = Screen::new(config.json, config.file.job.task, &schedule);
     let of_job = config.file.job.learning_rate;
-    let rate = resumed.as_ref().map_or(of_job, |resumed| resumed.image.control().learning_rate(of_job));
+    let rate = resumed.as_ref().map_or(of_job, |image| image.control().learning_rate(of_job));
     let mut rows = job_rows(&config, &*data, &layout, rate, control_address, http_address);
     rows.append(&mut forecast);
     screen.job(&config.preset, &config.file, &rows);
@@ -95,14 +96,11 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         );
     }
     records.notices.iter().for_each(|notice| screen.notice(notice));
-    let resumed = resumed.map(|Resumed { image, notices }| {
-        notices.iter().for_each(|notice| screen.notice(notice));
-        StartState {
-            step: image.progress().step,
-            owes_evaluation: !image.is_whole(),
-            epoch_sums: image.control().epoch,
-            image: image.into_bytes(),
-        }
+    let resumed = resumed.map(|image| StartState {
+        step: image.progress().step,
+        owes_evaluation: !image.is_whole(),
+        epoch_sums: image.control().epoch,
+        image: image.into_bytes(),
     });
     if let Some(path) = &config.ready_file {
         write_atomic(path, ready_text(control_address, http_address).as_bytes())?;
@@ -166,8 +164,8 @@ pub fn create(mut config: Config) -> Result<Vec<String>, Problem> {
     }
     let (data, layout) = open_data(&config)?;
     forecast(&config, &*data, &layout)?;
-    let (_, resumed) = open_records(&mut config, &*data, &layout)?;
-    Ok(resumed.map_or_else(Vec::new, |resumed| resumed.notices))
+    let (records, _) = open_records(&mut config, &*data, &layout)?;
+    Ok(records.notices)
 }
 
 /// The data set, and where every number of the state lies.
@@ -195,7 +193,7 @@ fn open_records(
     config: &mut Config,
     data: &dyn Dataset,
     layout: &StateLayout,
-) -> Result<(Records, Option<Resumed>), Problem> {
+) -> Result<(Records, Option<StateImage>), Problem> {
     let is_new = config.fresh || !has_job(&config.run_dir);
     let job = &mut config.file.job;
     if config.init_from.is_none() && is_new && !job.init_from.is_empty() {
@@ -348,7 +346,7 @@ fn job_rows(
                 grouped(facts.skipped_per_epoch)
             ),
         ),
-        ("network", format!("{}, {reads}", network(job))),
+        ("network", format!("{}, {reads}", job.network())),
         ("parameters", grouped(layout.parameters() as u64)),
         ("batch", format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
         ("training", format!("Adam {rate}, {clip}{dropout}, seed {}", job.seed)),
@@ -366,12 +364,6 @@ fn job_rows(
         ("status", format!("http://{http}/")),
         ("run directory", config.run_dir.display().to_string()),
     ]
-}
-
-/// `2 × lstm 128`.
-fn network(job: &JobSpec) -> String {
-    let cell = format!("{:?}", job.cell).to_lowercase();
-    format!("{} × {cell} {}", job.num_layers, job.hidden_size)
 }
 
 fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Status {

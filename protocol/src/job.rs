@@ -229,6 +229,13 @@ impl JobFile {
     }
 }
 
+impl JobSpec {
+    /// The layers, for people: `2 × lstm 128`.
+    pub fn network(&self) -> String {
+        format!("{} × {} {}", self.num_layers, self.cell, self.hidden_size)
+    }
+}
+
 /// A key in which two of one section differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {

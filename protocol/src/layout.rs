@@ -6,6 +6,7 @@
 
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::ops::Range;
 
 use crate::control::ControlState;
@@ -21,6 +22,17 @@ pub enum Cell {
     Lstm,
     /// Gated recurrent unit, gates in the order r, z, n; the reset gate applies after the product with `W_hn`.
     Gru,
+}
+
+/// The word of the job file: `lstm`.
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rnn => "rnn",
+            Self::Lstm => "lstm",
+            Self::Gru => "gru",
+        })
+    }
 }
 
 impl Cell {

@@ -159,7 +159,7 @@ impl BatchCut {
 }
 
 /// A number with its digits in groups of three: `1,115,394`.
-pub(crate) fn grouped(number: u64) -> String {
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

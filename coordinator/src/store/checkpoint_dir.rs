@@ -49,15 +49,14 @@ pub struct Newest {
     pub file: String,
     /// A sentence for each newer one that was passed over, and for a damaged manifest.
     pub skipped: Vec<String>,
-    /// The steps of those that were passed over.
-    pub damaged: Vec<u64>,
 }
 
 /// The checkpoints of one run directory. Writing needs the directory's lock, reading does not.
 #[derive(Debug, Clone)]
 pub struct CheckpointDir {
     run_dir: PathBuf,
-    /// Steps of checkpoints that are known to be damaged.
+    /// Steps of the checkpoints that were passed over when the newest was looked for. They do not count among those
+    /// that are kept, or they would drive out the sound ones before them.
     damaged: Vec<u64>,
 }
 
@@ -65,12 +64,6 @@ impl CheckpointDir {
     /// The checkpoints of the run in this directory. Nothing is touched yet.
     pub fn new(run_dir: &Path) -> Self {
         Self { run_dir: run_dir.to_owned(), damaged: Vec::new() }
-    }
-
-    /// The same, where the checkpoints of these steps were found damaged: they do not count among those that are kept,
-    /// or they would drive out the sound ones before them.
-    pub fn passing_over(self, damaged: Vec<u64>) -> Self {
-        Self { damaged, ..self }
     }
 
     /// Writes a checkpoint, points `latest` to it, and deletes older ones but the newest `keep`, this one included.
@@ -128,8 +121,9 @@ impl CheckpointDir {
     ///
     /// # Errors
     /// There are checkpoints and none of them is usable; the sentence names each with the reason.
-    pub fn newest_verified(&self) -> Result<Option<Newest>, Problem> {
-        let (mut skipped, mut damaged) = (Vec::new(), Vec::new());
+    pub fn newest_verified(&mut self) -> Result<Option<Newest>, Problem> {
+        let mut skipped = Vec::new();
+        self.damaged.clear();
         let manifest = self.manifest().unwrap_or_else(|reason| {
             skipped.push(reason);
             Vec::new()
@@ -139,7 +133,7 @@ impl CheckpointDir {
             match self.read(step, manifest.iter().find(|entry| entry.step == step)) {
                 Ok(checkpoint) => {
                     let file = format!("{FOLDER}/{}", file_name(step));
-                    return Ok(Some(Newest { checkpoint, file, skipped, damaged }));
+                    return Ok(Some(Newest { checkpoint, file, skipped }));
                 }
                 // Not damaged: it is another version's, and going on would delete it.
                 Err(problem) if problem.exit == Exit::Usage => {
@@ -148,7 +142,7 @@ impl CheckpointDir {
                 }
                 Err(problem) => {
                     skipped.push(format!("{FOLDER}/{}: {problem}", file_name(step)));
-                    damaged.push(step);
+                    self.damaged.push(step);
                 }
             }
         }
@@ -276,7 +270,7 @@ mod tests {
         fs::write(&path, bytes).unwrap();
     }
 
-    fn newest_step(checkpoints: &CheckpointDir) -> (u64, Vec<String>) {
+    fn newest_step(checkpoints: &mut CheckpointDir) -> (u64, Vec<String>) {
         let newest = checkpoints.newest_verified().unwrap().unwrap();
         let step = newest.checkpoint.image.progress().step;
         assert_eq!(newest.checkpoint, testing::checkpoint(step, step));
@@ -286,13 +280,11 @@ mod tests {
 
     #[test]
     fn damaged_ones_do_not_drive_out_the_sound_one_before_them() {
-        let (dir, checkpoints) = with_steps(&[5, 10, 15]);
+        let (dir, mut checkpoints) = with_steps(&[5, 10, 15]);
         for step in [10, 15] {
             damage(dir.path(), &file_name(step), |bytes| bytes.truncate(9));
         }
-        let newest = checkpoints.newest_verified().unwrap().unwrap();
-        assert_eq!((newest.checkpoint.image.progress().step, &newest.damaged[..]), (5, &[15, 10][..]));
-        let mut checkpoints = checkpoints.passing_over(newest.damaged);
+        assert_eq!(newest_step(&mut checkpoints).0, 5);
         for step in [8, 10] {
             checkpoints.write(&testing::checkpoint(step, step), KEEP).unwrap();
         }
@@ -303,8 +295,8 @@ mod tests {
 
     #[test]
     fn the_newest_three_stay_and_latest_points_to_the_newest() {
-        let (dir, checkpoints) = with_steps(&[5, 10, 200, 300]);
-        assert_eq!(newest_step(&checkpoints), (300, vec![]));
+        let (dir, mut checkpoints) = with_steps(&[5, 10, 200, 300]);
+        assert_eq!(newest_step(&mut checkpoints), (300, vec![]));
         let names = names_in(&dir.path().join(FOLDER)).unwrap();
         assert_eq!(
             names,
@@ -337,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_run_without_checkpoints_is_no_problem() {
-        let (_dir, checkpoints) = with_steps(&[]);
+        let (_dir, mut checkpoints) = with_steps(&[]);
         assert!(checkpoints.newest_verified().unwrap().is_none());
     }
 
@@ -351,9 +343,9 @@ mod tests {
             (|bytes| bytes[0] ^= 1, "its digest is "),
         ];
         for (change, reason) in cases {
-            let (dir, checkpoints) = with_steps(&[10, 20, 30]);
+            let (dir, mut checkpoints) = with_steps(&[10, 20, 30]);
             damage(dir.path(), &file_name(30), change);
-            let (step, skipped) = newest_step(&checkpoints);
+            let (step, skipped) = newest_step(&mut checkpoints);
             assert_eq!(step, 20);
             let start = format!("checkpoints/step-00000030.safetensors: {reason}");
             assert!(skipped.len() == 1 && skipped[0].starts_with(&start), "{skipped:?}");
@@ -362,17 +354,17 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_named_and_the_previous_one_used() {
-        let (dir, checkpoints) = with_steps(&[10, 20]);
+        let (dir, mut checkpoints) = with_steps(&[10, 20]);
         fs::remove_file(dir.path().join(LATEST)).unwrap();
         fs::remove_file(dir.path().join(FOLDER).join(file_name(20))).unwrap();
-        let (step, skipped) = newest_step(&checkpoints);
+        let (step, skipped) = newest_step(&mut checkpoints);
         assert_eq!(step, 10);
         assert!(skipped[0].contains("cannot read") && skipped[0].contains("No such file"), "{skipped:?}");
     }
 
     #[test]
     fn when_all_are_damaged_each_is_named() {
-        let (dir, checkpoints) = with_steps(&[10, 20]);
+        let (dir, mut checkpoints) = with_steps(&[10, 20]);
         for step in [10, 20] {
             damage(dir.path(), &file_name(step), |bytes| bytes[50] ^= 1);
         }
@@ -388,7 +380,7 @@ mod tests {
             let (dir, mut checkpoints) = with_steps(&[10, 20]);
             fs::write(dir.path().join(FOLDER).join(MANIFEST), manifest).unwrap();
             damage(dir.path(), &file_name(20), |bytes| *bytes.last_mut().unwrap() ^= 1);
-            let (step, skipped) = newest_step(&checkpoints);
+            let (step, skipped) = newest_step(&mut checkpoints);
             assert_eq!(step, 10);
             assert!(
                 skipped.last().unwrap().contains("does not have the digest that it records"),
@@ -398,24 +390,24 @@ mod tests {
 
             // The next checkpoint writes a whole manifest again.
             checkpoints.write(&testing::checkpoint(20, 20), KEEP).unwrap();
-            assert_eq!(newest_step(&checkpoints), (20, vec![]));
+            assert_eq!(newest_step(&mut checkpoints), (20, vec![]));
         }
     }
 
     #[test]
     fn a_file_that_a_crash_kept_out_of_the_manifest_is_used() {
-        let (dir, checkpoints) = with_steps(&[10]);
+        let (dir, mut checkpoints) = with_steps(&[10]);
         let path = dir.path().join(FOLDER).join(file_name(20));
         fs::write(&path, testing::checkpoint(20, 20).to_bytes()).unwrap();
-        assert_eq!(newest_step(&checkpoints), (20, vec![]));
+        assert_eq!(newest_step(&mut checkpoints), (20, vec![]));
     }
 
     #[test]
     fn a_file_under_another_steps_name_is_not_used() {
-        let (dir, checkpoints) = with_steps(&[10, 20]);
+        let (dir, mut checkpoints) = with_steps(&[10, 20]);
         let folder = dir.path().join(FOLDER);
         fs::copy(folder.join(file_name(10)), folder.join(file_name(30))).unwrap();
-        let (step, skipped) = newest_step(&checkpoints);
+        let (step, skipped) = newest_step(&mut checkpoints);
         assert_eq!(step, 20);
         assert!(skipped[0].ends_with("it holds the state after step 10"), "{skipped:?}");
     }
@@ -426,7 +418,7 @@ mod tests {
         damage(dir.path(), &file_name(30), |bytes| bytes.truncate(9));
         damage(dir.path(), &file_name(20), |bytes| bytes.truncate(9));
         checkpoints.write(&testing::checkpoint(15, 15), KEEP).unwrap();
-        assert_eq!(newest_step(&checkpoints), (15, vec![]));
+        assert_eq!(newest_step(&mut checkpoints), (15, vec![]));
         let names = names_in(&dir.path().join(FOLDER)).unwrap();
         assert_eq!(names, ["manifest.json", "step-00000010.safetensors", "step-00000015.safetensors"]);
     }
@@ -439,7 +431,7 @@ mod tests {
         fs::create_dir(&blocked).unwrap();
         checkpoints.write(&testing::checkpoint(20, 7), KEEP).unwrap_err();
         fs::remove_dir(&blocked).unwrap();
-        assert_eq!(newest_step(&checkpoints), (20, vec![]));
+        assert_eq!(newest_step(&mut checkpoints), (20, vec![]));
 
         // After the new file, before the new manifest.
         let path = dir.path().join(FOLDER).join(file_name(20));
@@ -457,7 +449,7 @@ mod tests {
         assert!(problem.sentence.starts_with("cannot write "), "{problem}");
         let names = names_in(&dir.path().join(FOLDER)).unwrap();
         assert!(names.iter().all(|name| !name.ends_with(".tmp")), "{names:?}");
-        assert_eq!(newest_step(&checkpoints).0, 10);
+        assert_eq!(newest_step(&mut checkpoints).0, 10);
     }
 
     #[test]
@@ -478,7 +470,7 @@ mod tests {
         fn no_damage_to_a_listed_file_is_accepted(
             at in 0.0..1.0f64, removed in 0usize..50, inserted in prop::collection::vec(any::<u8>(), 0..50),
         ) {
-            let (dir, checkpoints) = with_steps(&[10, 20]);
+            let (dir, mut checkpoints) = with_steps(&[10, 20]);
             let path = dir.path().join(FOLDER).join(file_name(20));
             let before = fs::read(&path).unwrap();
             damage(dir.path(), &file_name(20), |bytes| {
@@ -487,14 +479,14 @@ mod tests {
                 bytes.splice(start..end, inserted.iter().copied());
             });
             let unchanged = fs::read(&path).unwrap() == before;
-            prop_assert_eq!(newest_step(&checkpoints).0, if unchanged { 20 } else { 10 });
+            prop_assert_eq!(newest_step(&mut checkpoints).0, if unchanged { 20 } else { 10 });
         }
 
         #[test]
         fn no_damage_to_the_manifest_makes_the_reader_panic(
             at in 0.0..1.0f64, removed in 0usize..50, inserted in prop::collection::vec(any::<u8>(), 0..50),
         ) {
-            let (dir, checkpoints) = with_steps(&[10, 20]);
+            let (dir, mut checkpoints) = with_steps(&[10, 20]);
             damage(dir.path(), MANIFEST, |bytes| {
                 let start = (at * bytes.len() as f64) as usize;
                 let end = (start + removed).min(bytes.len());

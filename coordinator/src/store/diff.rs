@@ -282,7 +282,7 @@ mod tests {
         let job = testing::job_file("char-gru", &[]);
         let run = RunDir::open(dir.path(), OpenMode::Resume, &job, "d1").unwrap();
         let (mut journal, _) = Journal::open(&run.journal_path()).unwrap();
-        let mut metrics = MetricsLog::open(&run.metrics_path()).unwrap();
+        let mut metrics = MetricsLog::open(&run.metrics_path(), u64::MAX).unwrap();
         for step in 1..=steps {
             journal.append(&Record::step(step, &StepSums { rows: 3, ..Default::default() })).unwrap();
             let line = StepLine {

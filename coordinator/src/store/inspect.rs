@@ -13,6 +13,7 @@ use super::checkpoint_dir::Newest;
 use super::journal::Replay;
 use super::load::newest_of_run;
 use super::run_dir::journal_path;
+use crate::data::grouped;
 
 /// The newest usable checkpoint of a run and what is known about it. Losses are in nats; `None` is unknown or not
 /// finite.
@@ -88,7 +89,7 @@ pub fn inspect(run_dir: &Path) -> Result<Inspection, Problem> {
 
 impl Inspection {
     fn of(run_dir: &Path, newest: Newest, replay: &Replay, notes: Vec<String>) -> Self {
-        let Newest { checkpoint, file, skipped, .. } = newest;
+        let Newest { checkpoint, file, skipped } = newest;
         let image = &checkpoint.image;
         let progress = image.progress();
         let validation = replay.evaluation_at(progress.step);
@@ -139,15 +140,11 @@ fn accuracy(sums: EpochSums) -> Option<f64> {
 impl fmt::Display for Inspection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let number = |value: Option<f64>| value.map_or("unknown".to_owned(), |value| format!("{value:.4}"));
-        let job = &self.job;
-        let network = format!(
-            "{} x {:?} {}, {} parameters",
-            job.num_layers, job.cell, job.hidden_size, self.parameters
-        );
+        let network = format!("{}, {} parameters", self.job.network(), grouped(self.parameters as u64));
         let rows = [
             ("run", self.run_dir.clone()),
             ("checkpoint", self.checkpoint.clone()),
-            ("network", network.to_lowercase()),
+            ("network", network),
             ("computed with", self.bits.clone().unwrap_or("unknown".to_owned())),
             ("step", self.step.to_string()),
             ("epochs done", self.epoch.to_string()),
@@ -320,7 +317,7 @@ mod tests {
         let (dir, _run) = run(&[generation, evaluation(10, 12.0)]);
         let table = inspect(dir.path()).unwrap().to_string();
         for line in [
-            "network           1 x gru 2, 69 parameters",
+            "network           1 × gru 2, 69 parameters",
             "computed with     cpu 1",
             "step              10",
             "train loss        1.3333",

@@ -30,7 +30,7 @@ pub fn load(path: &Path) -> Result<Loaded, Problem> {
     if path.is_file() {
         return load_file(path);
     }
-    let Newest { checkpoint, file, skipped, .. } = newest_of_run(path)?;
+    let Newest { checkpoint, file, skipped } = newest_of_run(path)?;
     Ok(Loaded { checkpoint, path: path.join(file), run_dir: Some(path.to_owned()), skipped })
 }
 

@@ -4,7 +4,7 @@
 //! Each step is there exactly once: a report that comes twice is left out, and a resume drops what lies after the
 //! step it goes on from. Nothing is ever computed from this file.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use protocol::message::PhaseSeconds;
 use protocol::problem::Problem;
@@ -156,27 +156,24 @@ impl Last {
 /// A metrics file open for appending. Needs the run directory's lock.
 #[derive(Debug)]
 pub struct MetricsLog {
-    path: PathBuf,
     lines: LineFile,
     last: Last,
 }
 
 impl MetricsLog {
-    /// Opens a metrics file, creating it if there is none, and drops a torn last line.
-    ///
-    /// # Errors
-    /// The file cannot be read or written.
-    pub fn open(path: &Path) -> Result<Self, Problem> {
-        Self::open_until(path, u64::MAX)
-    }
-
-    /// Drops all lines after `step` steps, so that a run that goes on from there writes them anew.
+    /// Opens a metrics file, creating it if there is none, and drops a torn last line and all lines after `step` steps,
+    /// so that a run that goes on from there writes them anew.
     ///
     /// # Errors
     /// The file cannot be read or written; it is then as it was.
-    pub fn truncate_after(&mut self, step: u64) -> Result<(), Problem> {
-        *self = Self::open_until(&self.path, step)?;
-        Ok(())
+    pub fn open(path: &Path, step: u64) -> Result<Self, Problem> {
+        let content = read_if_there(path)?.unwrap_or_default();
+        let (kept, last) = kept_lines(&content, step);
+        if kept != content {
+            write_atomic(path, &kept)?;
+        }
+        let lines = LineFile::open(path, kept.len() as u64)?;
+        Ok(Self { lines, last })
     }
 
     /// The last step that has a line; 0 if none has.
@@ -205,16 +202,6 @@ impl MetricsLog {
     /// What waits until its lines are on the disk.
     pub(crate) fn on_disk(&self) -> LineSync {
         self.lines.on_disk()
-    }
-
-    fn open_until(path: &Path, most: u64) -> Result<Self, Problem> {
-        let content = read_if_there(path)?.unwrap_or_default();
-        let (kept, last) = kept_lines(&content, most);
-        if kept != content {
-            write_atomic(path, &kept)?;
-        }
-        let lines = LineFile::open(path, kept.len() as u64)?;
-        Ok(Self { path: path.to_owned(), lines, last })
     }
 }
 
@@ -248,6 +235,7 @@ mod tests {
     use super::*;
     use crate::store::files::names_in;
     use std::fs;
+    use std::path::PathBuf;
 
     fn step(step: u64) -> MetricLine {
         MetricLine::Step(StepLine {
@@ -289,7 +277,7 @@ mod tests {
     fn written() -> (tempfile::TempDir, PathBuf, MetricsLog) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut log = MetricsLog::open(&path).unwrap();
+        let mut log = MetricsLog::open(&path, u64::MAX).unwrap();
         for line in story() {
             assert!(log.append(&line).unwrap());
         }
@@ -323,8 +311,8 @@ mod tests {
     #[test]
     fn a_resume_drops_later_steps_and_each_step_is_there_once() {
         for (resumed, kept) in [(0, 0), (1, 1), (2, 4), (3, 5), (4, 8), (5, 9), (9, 9)] {
-            let (dir, path, mut log) = written();
-            log.truncate_after(resumed).unwrap();
+            let (dir, path, _) = written();
+            let mut log = MetricsLog::open(&path, resumed).unwrap();
             assert_eq!(read(&path).unwrap(), story()[..kept], "resumed at {resumed}");
             for line in &story()[kept..] {
                 assert!(log.append(line).unwrap());
@@ -341,7 +329,7 @@ mod tests {
         let before_last = whole[..whole.len() - 1].iter().rposition(|&byte| byte == b'\n').unwrap() + 1;
         for length in before_last..=whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
-            let mut log = MetricsLog::open(&path).unwrap();
+            let mut log = MetricsLog::open(&path, u64::MAX).unwrap();
             log.append(&step(5)).unwrap();
             assert!(fs::read(&path).unwrap() == whole, "torn at byte {length}");
         }
@@ -353,7 +341,7 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         let line = serde_json::to_string(&step(2)).unwrap();
         fs::write(&path, [&whole, line.as_bytes(), b"\n\0\0\xff\n{}\n"].concat()).unwrap();
-        MetricsLog::open(&path).unwrap();
+        MetricsLog::open(&path, u64::MAX).unwrap();
         assert!(fs::read(&path).unwrap() == whole);
     }
 

@@ -194,8 +194,7 @@ impl Weights {
 impl Network {
     /// Which settings fit it.
     fn hint(&self) -> String {
-        let cell = format!("{:?}", self.cell).to_lowercase();
-        let Self { num_layers, hidden_size, .. } = self;
+        let Self { cell, num_layers, hidden_size, .. } = self;
         format!(
             "these parameters fit --set cell={cell} --set num_layers={num_layers} --set \
              hidden_size={hidden_size}, over data of the same width"

@@ -10,7 +10,7 @@ use kernels::oracle::network::{Batch, Input, Network};
 use kernels::oracle::rnn::Rnn;
 use kernels::oracle::stack::{InitialState, Stack};
 
-use crate::compare::numbers;
+use crate::numbers::numbers;
 
 const CLASSES: usize = 3;
 const INPUT_SIZE: usize = 2;

@@ -11,7 +11,8 @@ use kernels::oracle::parameters::Layout;
 use kernels::oracle::rnn::Rnn;
 use kernels::oracle::stack::{InitialState, Row, Stack, StackTrace};
 
-use crate::compare::{Largest, distance, numbers};
+use crate::largest::{Largest, distance};
+use crate::numbers::numbers;
 
 /// The largest difference allowed, as a share of a tensor's largest number.
 const LIMIT: f64 = 1e-13;

@@ -6,8 +6,8 @@ use kernels::oracle::optimizer::{Adam, EpsilonPlacement, Sgd, adam, clip_by_glob
 use kernels::oracle::parameters::Layout;
 use kernels::oracle::stack::{InitialState, Row, Stack};
 
-use crate::compare::{Largest, distance};
 use crate::fixture::{Case, Fixture};
+use crate::largest::{Largest, distance};
 
 /// The largest difference allowed, as a share of a tensor's largest number.
 const LIMIT: f64 = 1e-10;

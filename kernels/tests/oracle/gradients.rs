@@ -15,7 +15,8 @@ use crate::combinations::{
     Combination, Example, all_cells, combinations_of_cells, combinations_of_size,
     combinations_of_surroundings, few_cells, long,
 };
-use crate::compare::{Largest, numbers};
+use crate::largest::Largest;
+use crate::numbers::numbers;
 
 /// The largest difference allowed, as a share of the tensor's largest gradient, or of a thousandth of the largest
 /// gradient of all where that is more.

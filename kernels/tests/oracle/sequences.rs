@@ -10,7 +10,8 @@ use kernels::oracle::network::{Batch, Input, Network, Outcome};
 use kernels::oracle::rnn::Rnn;
 use kernels::oracle::stack::{InitialState, Stack};
 
-use crate::compare::{distance, numbers};
+use crate::largest::distance;
+use crate::numbers::numbers;
 
 const INPUT_SIZE: usize = 3;
 

@@ -1,12 +1,12 @@
 //! Processor, cores and memory.
 
 use std::fs::read_to_string;
-use std::path::{Path, PathBuf};
 
 use kernels::Simd;
 
 use super::{Check, bytes};
 use crate::args::cores;
+use crate::memory::{available_bytes, total_bytes};
 
 /// The smallest presets train in a fraction of this.
 const LITTLE_MEMORY_BYTES: u64 = 512 << 20;
@@ -59,53 +59,20 @@ fn usable_cores(usable: usize, online: usize) -> Check {
 }
 
 fn memory() -> Check {
-    let meminfo = read_to_string("/proc/meminfo").unwrap_or_default();
-    let (Some(total), Some(available)) =
-        (kilobytes(&meminfo, "MemTotal"), kilobytes(&meminfo, "MemAvailable"))
-    else {
-        return Check::note("memory", "unknown: /proc/meminfo does not say");
-    };
-    let limit = limit_files(&read_to_string("/proc/self/cgroup").unwrap_or_default())
-        .iter()
-        .filter_map(|file| read_to_string(file).ok()?.trim().parse().ok())
-        .min()
-        .filter(|limit| *limit < total);
-    judged_memory(total, available, limit)
+    match (total_bytes(), available_bytes()) {
+        (Some(total), Some(available)) => judged_memory(total, available),
+        _ => Check::note("memory", "unknown: /proc/meminfo does not say"),
+    }
 }
 
-fn judged_memory(total: u64, available: u64, limit: Option<u64>) -> Check {
-    let mut text = format!("{} available of {}", bytes(available), bytes(total));
-    if let Some(limit) = limit {
-        text += &format!(", {} allowed by the cgroup", bytes(limit));
-    }
-    if available.min(limit.unwrap_or(u64::MAX)) < LITTLE_MEMORY_BYTES {
+/// `available` is what `train` measures its estimate against.
+fn judged_memory(total: u64, available: u64) -> Check {
+    let text = format!("{} available of {}", bytes(available), bytes(total));
+    if available < LITTLE_MEMORY_BYTES {
         return Check::note("memory", text)
             .hint("fewer --workers, a smaller batch_size or hidden_size need less");
     }
     Check::ok("memory", text)
-}
-
-/// A value of `/proc/meminfo` in bytes.
-fn kilobytes(meminfo: &str, key: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-/// Where the memory limits of this process's cgroup and of those above it are written, in either version of cgroups.
-fn limit_files(cgroup: &str) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for line in cgroup.lines() {
-        let (root, file, path) = match line.splitn(3, ':').collect::<Vec<_>>()[..] {
-            [_, "", path] => ("/sys/fs/cgroup", "memory.max", path),
-            [_, controllers, path] if controllers.split(',').any(|name| name == "memory") => {
-                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", path)
-            }
-            _ => continue,
-        };
-        let own = Path::new(root).join(path.trim_start_matches('/'));
-        files.extend(own.ancestors().take_while(|dir| dir.starts_with(root)).map(|dir| dir.join(file)));
-    }
-    files
 }
 
 #[cfg(test)]
@@ -136,39 +103,12 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_what_the_cgroup_leaves_of_it() {
-        let meminfo = "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n";
-        assert_eq!(kilobytes(meminfo, "MemTotal"), Some(16_384_000_000));
-        assert_eq!(kilobytes(meminfo, "Mem"), None);
+    fn little_memory_is_noted() {
+        assert_eq!(judged_memory(16 << 30, 8 << 30), Check::ok("memory", "8.0 GiB available of 16.0 GiB"));
+        let little = judged_memory(16 << 30, 256 << 20);
         assert_eq!(
-            judged_memory(16 << 30, 8 << 30, None),
-            Check::ok("memory", "8.0 GiB available of 16.0 GiB")
-        );
-        let limited = judged_memory(16 << 30, 8 << 30, Some(256 << 20));
-        assert_eq!(limited.text, "8.0 GiB available of 16.0 GiB, 256.0 MiB allowed by the cgroup");
-        assert_eq!(limited.finding, Finding::Note);
-    }
-
-    #[test]
-    fn limits_of_both_versions_of_cgroups_are_looked_for_up_to_the_root() {
-        let files = |cgroup: &str| -> Vec<String> {
-            limit_files(cgroup).iter().map(|file| file.display().to_string()).collect()
-        };
-        assert_eq!(files("0::/\n"), ["/sys/fs/cgroup/memory.max"]);
-        assert_eq!(
-            files("0::/user.slice/a:b\n"),
-            [
-                "/sys/fs/cgroup/user.slice/a:b/memory.max",
-                "/sys/fs/cgroup/user.slice/memory.max",
-                "/sys/fs/cgroup/memory.max"
-            ]
-        );
-        assert_eq!(
-            files("5:cpu,memory:/docker\n4:pids:/docker\n"),
-            [
-                "/sys/fs/cgroup/memory/docker/memory.limit_in_bytes",
-                "/sys/fs/cgroup/memory/memory.limit_in_bytes"
-            ]
+            (little.text.as_str(), little.finding),
+            ("256.0 MiB available of 16.0 GiB", Finding::Note)
         );
     }
 }

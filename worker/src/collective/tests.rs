@@ -220,8 +220,7 @@ fn an_abort_ends_waiting_at_once_and_for_good() {
     let handle = aborter.join().unwrap();
     drop(workers);
     handle.abort();
-    // Far from what a busy machine needs, and far below the silence that would end it too.
-    assert!(started.elapsed() < SILENCE_LIMIT / 4, "it took {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(1), "it took {:?}", started.elapsed());
 }
 
 #[test]

@@ -1,14 +1,4 @@
-//! Numbers to compute with, and how results are compared: by the largest difference, which is always printed.
-
-/// Numbers in [-scale, scale), different for each salt.
-pub(crate) fn numbers(len: usize, scale: f64, salt: u64) -> Vec<f64> {
-    (0..len as u64)
-        .map(|at| {
-            let bits = protocol::random::mix64(at ^ (salt << 32));
-            scale * ((bits >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
-        })
-        .collect()
-}
+//! How results are compared: by the largest difference, which is always printed. The tests of `model` use it too.
 
 /// max|got - want| / max|want| of one tensor; a tensor of zeros must be met exactly.
 pub(crate) fn distance(got: &[f64], want: &[f64]) -> f64 {
