@@ -8,8 +8,9 @@ use model::cpu::CpuBackend;
 use model::device::{Backend, Device, StepInput};
 use model::init::initial_parameters;
 use protocol::batch::DataShape;
+use protocol::cell::Cell;
 use protocol::job::JobFile;
-use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
 use protocol::schedule::Schedule;
 
 const STEPS: u32 = 20_000;

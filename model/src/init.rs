@@ -1,7 +1,8 @@
 //! Initial parameters: a pure function of the layout, the seed and the scheme.
 
+use protocol::cell::Cell;
 use protocol::job::Init;
-use protocol::layout::{Cell, StateLayout};
+use protocol::layout::StateLayout;
 use protocol::random::{Purpose, Stream};
 
 /// The flat parameter buffer `[P]` at step 0.

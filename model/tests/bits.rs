@@ -8,8 +8,8 @@ use common::{CELLS, Fleet, OutcomeBits, Setup, Sizes, TASKS, bits, on};
 use kernels::Simd;
 use model::device::{Device, Pass};
 use proptest::prelude::*;
+use protocol::cell::Cell;
 use protocol::job::Task;
-use protocol::layout::Cell;
 
 /// All bits of three training steps and of the state they end in.
 fn train<D: Device>(mut fleet: Fleet<D>) -> (Vec<OutcomeBits>, [Vec<u32>; 4]) {

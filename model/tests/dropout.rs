@@ -6,8 +6,8 @@ use common::{CELLS, Largest, Setup, Sizes, State, TASKS, widen};
 use kernels::Simd;
 use model::device::Pass;
 use protocol::batch::{Batch, Inputs};
+use protocol::cell::Cell;
 use protocol::job::Task;
-use protocol::layout::Cell;
 use protocol::random::{Purpose, dropout_counter, keep_threshold, key, philox4x32_10};
 use protocol::sums::StepSums;
 

@@ -14,8 +14,9 @@ use kernels::oracle::stack::{InitialState, Stack};
 use kernels::oracle::{cell, head};
 use model::device::Pass;
 use protocol::batch::{Batch, Inputs};
+use protocol::cell::Cell;
 use protocol::job::{Clip, Task};
-use protocol::layout::{Cell, Head};
+use protocol::layout::Head;
 use protocol::sums::StepSums;
 
 /// The largest difference allowed, as a share of a tensor's largest number.

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use common::{Largest, Setup, Sizes, distance, widen};
 use protocol::batch::{Batch, Inputs};
+use protocol::cell::Cell;
 use protocol::job::Task;
-use protocol::layout::Cell;
 use protocol::schedule::Work;
 use protocol::sums::StepSums;
 use safetensors::{Dtype, SafeTensors};

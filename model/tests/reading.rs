@@ -8,8 +8,8 @@ use kernels::cpu::softmax::softmax_cross_entropy_forward;
 use model::cpu::CpuBackend;
 use model::device::{Backend, Device, Pass, StepInput};
 use protocol::batch::{Batch, Inputs};
+use protocol::cell::Cell;
 use protocol::job::Task;
-use protocol::layout::Cell;
 
 /// One time step of a row: what is read, and the target if there is one.
 type Step<'a> = (StepInput<'a>, Option<u32>);

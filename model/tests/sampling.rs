@@ -7,8 +7,8 @@ use kernels::Simd;
 use model::cpu::CpuBackend;
 use model::device::Backend;
 use model::sample::{SampleOptions, Sampler};
+use protocol::cell::Cell;
 use protocol::job::Task;
-use protocol::layout::Cell;
 
 const OPTIONS: SampleOptions = SampleOptions { temperature: 0.7, top_n: None, seed: 1 };
 

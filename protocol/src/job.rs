@@ -10,7 +10,7 @@ use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::layout::Cell;
+use crate::cell::Cell;
 use crate::message::WORKER_LIMIT;
 use crate::problem::{Problem, nearest};
 

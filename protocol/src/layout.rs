@@ -5,51 +5,11 @@
 //! want are derived from these and never travel.
 
 use bincode::{Decode, Encode};
-use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::ops::Range;
 
+use crate::cell::Cell;
 use crate::control::ControlState;
 use crate::job::{JobSpec, Task};
-
-/// The recurrent cell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cell {
-    /// `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)`.
-    Rnn,
-    /// Long short-term memory, gates in the order i, f, g, o; no peepholes.
-    Lstm,
-    /// Gated recurrent unit, gates in the order r, z, n; the reset gate applies after the product with `W_hn`.
-    Gru,
-}
-
-/// The word of the job file: `lstm`.
-impl fmt::Display for Cell {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Rnn => "rnn",
-            Self::Lstm => "lstm",
-            Self::Gru => "gru",
-        })
-    }
-}
-
-impl Cell {
-    /// Number of gates: blocks of `hidden_size` rows in `weight_ih` and `weight_hh`.
-    pub fn gates(self) -> usize {
-        match self {
-            Self::Rnn => 1,
-            Self::Lstm => 4,
-            Self::Gru => 3,
-        }
-    }
-
-    /// Vectors of `hidden_size` that a layer carries from step to step: h, and c for the LSTM.
-    pub fn state_vectors(self) -> usize {
-        if self == Self::Lstm { 2 } else { 1 }
-    }
-}
 
 /// What a row reads at each time step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]

@@ -4,6 +4,7 @@
 //! function or a type. In reading order:
 //!
 //! - [`job`]: what is computed, how long, by whom; presets and merging.
+//! - [`cell`]: the recurrent cells and their options.
 //! - [`layout`]: names, shapes and places of the training state; the buckets of the gradient.
 //! - [`slots`]: which rows belong to which shard, which shards to which worker.
 //! - [`tree`]: the fixed tree along which shards are added, and covers of ranges.
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod cell;
 pub mod control;
 pub mod frame;
 pub mod handshake;

@@ -7,9 +7,10 @@ use std::fmt::Write;
 
 use bytes::Bytes;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
+use protocol::cell::Cell;
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
 use protocol::job::JobFile;
-use protocol::layout::{Cell, Head, Input, ModelShape};
+use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{
     Form, Goodbye, Hello, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest, StateSource, StepReport,
     Stop, ToCoordinator, ToWorker, Welcome,

@@ -7,7 +7,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use protocol::layout::{Cell, Tensor};
+use protocol::cell::Cell;
+use protocol::layout::Tensor;
 use protocol::problem::{Exit, Problem};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};

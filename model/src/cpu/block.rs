@@ -12,7 +12,8 @@ use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
 use kernels::cpu::softmax::{softmax_cross_entropy, softmax_cross_entropy_forward};
 use kernels::{Simd, gemm};
-use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::cell::Cell;
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
 
 use crate::device::StepInput;
 

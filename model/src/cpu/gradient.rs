@@ -7,7 +7,8 @@ use std::ops::Range;
 use kernels::cpu::input::scatter_add_rows;
 use kernels::cpu::reduce::column_sum;
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
-use protocol::layout::{Cell, Head, Input, ModelShape, StateLayout};
+use protocol::cell::Cell;
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
 
 use super::block::RowBlock;
 

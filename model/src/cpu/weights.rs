@@ -3,7 +3,8 @@
 
 use kernels::PackedMatrix;
 use kernels::cpu::input::token_table;
-use protocol::layout::{Cell, Input, ModelShape, StateLayout};
+use protocol::cell::Cell;
+use protocol::layout::{Input, ModelShape, StateLayout};
 use rayon::prelude::*;
 
 /// All weights, packed.

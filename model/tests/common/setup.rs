@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use model::init::initial_parameters;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
+use protocol::cell::Cell;
 use protocol::job::{JobFile, JobSpec, Task};
-use protocol::layout::{Cell, Input, ModelShape, StateLayout};
+use protocol::layout::{Input, ModelShape, StateLayout};
 use protocol::random::{Purpose, Stream};
 use protocol::schedule::{Schedule, Work};
 use protocol::slots::{shards_of_rank, slots_of};
