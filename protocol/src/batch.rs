@@ -157,7 +157,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{Cell, Head, Input};
+    use crate::cell::Cell;
+    use crate::layout::{Head, Input};
     use proptest::prelude::*;
 
     fn shape(input: Input, classes: usize) -> DataShape {
