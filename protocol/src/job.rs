@@ -371,6 +371,10 @@ impl JobFile {
         if !(job.forget_bias as f32).is_finite() {
             return Err(Problem::usage(format!("forget_bias is {}, it must be a number", job.forget_bias)));
         }
+        if job.skip_limit == 0 {
+            return Err(Problem::usage("skip_limit is 0, it must be at least 1")
+                .hint("non_finite = \"fail\" ends the run at the first step that is not finite"));
+        }
         if !(job.divergence_factor == 0.0 || job.divergence_factor > 1.0) {
             return Err(Problem::usage(format!(
                 "divergence_factor is {}, it must be 0 or above 1",
