@@ -138,7 +138,7 @@ impl ControlState {
 
     /// The epoch, from 1, with the lowest validation loss so far; 0 before there is one.
     pub fn best_epoch(&self) -> u64 {
-        self.evaluated_epochs - self.epochs_without_improvement
+        self.evaluated_epochs.saturating_sub(self.epochs_without_improvement)
     }
 
     /// Nine little-endian 64-bit words in the order of the fields.
@@ -201,7 +201,8 @@ mod tests {
     }
 
     fn job(settings: &[(&str, &str)]) -> JobSpec {
-        let owned: Vec<_> = settings.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let owned: Vec<_> =
+            settings.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
         JobFile::resolve("char-lstm", None, &owned).unwrap().job
     }
 
@@ -219,7 +220,9 @@ mod tests {
 
     #[test]
     fn a_step_that_is_not_finite_is_counted_and_leaves_no_trace_in_the_sums() {
-        for (loss, norm) in [(f64::NAN, 1.0), (f64::INFINITY, f64::NAN), (3.0, f64::NAN), (3.0, f64::INFINITY)] {
+        for (loss, norm) in
+            [(f64::NAN, 1.0), (f64::INFINITY, f64::NAN), (3.0, f64::NAN), (3.0, f64::INFINITY)]
+        {
             // The epoch's first step begins it anew, whether it is taken or not.
             let mut control = ControlState::default();
             control.after_step(0, 3, &sums(7.0), 1.0);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use model::device::{Device, DeviceError, Result};
+use model::device::{Device, DeviceError, Result, Update};
 use model::init::initial_parameters;
 use protocol::control::ControlState;
 use protocol::job::JobSpec;
@@ -15,9 +15,9 @@ pub struct Replica<D: Device> {
     pub layout: StateLayout,
     /// `[P]`
     pub parameters: D::Buffer,
-    /// Adam's first moment, `[P]`.
+    /// Adam's first moment, or the velocity of gradient descent, `[P]`.
     pub first_moment: D::Buffer,
-    /// Adam's second moment, `[P]`.
+    /// Adam's second moment, `[P]`; zeros for gradient descent.
     pub second_moment: D::Buffer,
     /// Recurrent state by slot, `[B, state_size]`, after the last finished step.
     pub state: D::Buffer,
@@ -90,10 +90,37 @@ impl<D: Device> Replica<D> {
         })
     }
 
+    /// Applies the gradient of the step under way to the parameters.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn update(&mut self, device: &mut D, update: &Update, gradient_norm: f64) -> Result<()> {
+        let Self { gradient, parameters, first_moment, second_moment, .. } = self;
+        device.update(update, gradient_norm, gradient, parameters, first_moment, second_moment)
+    }
+
     /// Makes the recurrent state of the step under way the current one and counts the step.
     pub fn commit(&mut self, steps_per_epoch: u64) {
         std::mem::swap(&mut self.state, &mut self.next_state);
         self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
+    }
+
+    /// Counts the step under way without taking it: the recurrent state stays the one that the step began with, which at
+    /// an epoch's start is zero.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn skip(&mut self, device: &D, steps_per_epoch: u64) -> Result<()> {
+        if self.progress.cursor == 0 {
+            self.state = device.zeros(self.layout.recurrent())?;
+        }
+        self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
+        Ok(())
+    }
+
+    /// Updates done: a step that was left out has none.
+    pub fn updates_done(&self) -> u64 {
+        self.progress.step.saturating_sub(self.control.skipped_updates)
     }
 
     /// Whether the evaluation of the last whole epoch is still due.
@@ -139,5 +166,40 @@ impl<D: Device> Replica<D> {
             digest = digest.wrapping_add(mix64(word ^ mix64(index as u64)));
         }
         Ok(digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels::Simd;
+    use model::cpu::CpuBackend;
+    use model::device::Backend;
+    use protocol::batch::DataShape;
+    use protocol::job::JobFile;
+    use protocol::layout::ModelShape;
+    use protocol::schedule::Schedule;
+
+    use super::*;
+
+    #[test]
+    fn a_step_that_is_left_out_leaves_the_state_that_it_began_with() {
+        let job =
+            JobFile::resolve("char-gru", None, &[("hidden_size".to_owned(), "3".to_owned())]).unwrap().job;
+        let model = ModelShape::of(&job, 5, 5);
+        let schedule = Schedule { steps_per_epoch: 4, evaluation_batches: 0, total_steps: 9 };
+        let layout = StateLayout::new(model.clone(), job.batch_size as usize);
+        let data = DataShape { model, seq_len: 7, schedule };
+        let device = CpuBackend::new(Simd::detect(), 1).open(&layout, &job, &data).unwrap();
+        for (done, stays) in [(0, 0.0), (1, 0.5), (3, 0.5), (4, 0.0)] {
+            let mut replica = Replica::initial(&device, layout.clone(), &job).unwrap();
+            replica.progress = Progress::after(done, 4);
+            replica.state.fill(0.5);
+            replica.next_state.fill(f32::NAN);
+            let parameters = replica.parameters.clone();
+            replica.skip(&device, 4).unwrap();
+            assert!(replica.state.iter().all(|&number| number == stays), "after {done} steps");
+            assert_eq!(replica.state.len(), layout.recurrent());
+            assert_eq!((replica.progress, replica.parameters), (Progress::after(done + 1, 4), parameters));
+        }
     }
 }
