@@ -48,6 +48,11 @@ impl EpochSums {
     pub fn mean_loss(&self) -> Option<f64> {
         (self.weight > 0).then(|| self.loss / self.weight as f64)
     }
+
+    /// Fraction of the targets that the network ranked first, `None` before the first step.
+    pub fn accuracy(&self) -> Option<f64> {
+        (self.weight > 0).then(|| self.correct as f64 / self.weight as f64)
+    }
 }
 
 impl Default for ControlState {
