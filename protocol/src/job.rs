@@ -769,6 +769,11 @@ mod tests {
                 "init_from is 'runs/a', it must be the sha256 of parameters",
                 "it is never set by hand: give --init-from RUN|FILE",
             ),
+            (
+                [("skip_limit", "0")],
+                "skip_limit is 0, it must be at least 1",
+                "non_finite = \"fail\" ends the run at the first step that is not finite",
+            ),
             ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
             ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),
             ([("sample_chars", "10001")], "sample_chars is 10001, the most supported is 10000", ""),
