@@ -3,14 +3,15 @@
 //! The cost of a cell's gate mathematics is the time of the fused kernel less the time of its matrix products.
 
 use kernels::cpu::dropout::{MaskStream, dropout_forward};
-use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
-use kernels::cpu::lstm::{LstmBackward, LstmForward, lstm_backward, lstm_forward};
+use kernels::cpu::gru::{GruBackward, GruForward, GruWeights, gru_backward, gru_forward};
+use kernels::cpu::lstm::{LstmBackward, LstmForward, LstmOptions, lstm_backward, lstm_forward};
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, EpsilonPlacement, adam_update, squared_norm};
 use kernels::cpu::reduce::{digest, tree_add};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
 use kernels::cpu::softmax::softmax_cross_entropy;
 use kernels::{PackedMatrix, Simd, gemm};
+use protocol::cell::{Activation, RecurrentActivation};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ fn main() {
     };
     println!("{simd}");
     for hidden_size in [128, 150, 512] {
-        cells(simd, SequenceShape { seq_len: 8, rows: 32, hidden_size });
+        cells(simd, SequenceShape { active: &[32; 8], hidden_size, output_size: hidden_size });
     }
     buffers(simd);
 }
@@ -60,9 +61,9 @@ fn buffers(simd: Simd) {
     });
 }
 
-fn cells(simd: Simd, shape: SequenceShape) {
-    let SequenceShape { seq_len, rows, hidden_size: hidden } = shape;
-    let units = (seq_len * rows * hidden) as f64;
+fn cells(simd: Simd, shape: SequenceShape<'_>) {
+    let (rows, seq_len, hidden) = (shape.rows(), shape.active.len(), shape.hidden_size);
+    let units = (shape.steps() * hidden) as f64;
     let zeros = |steps: usize, width: usize| vec![0.1f32; steps * rows * width * hidden];
     let (mut h, mut c) = (zeros(seq_len + 1, 1), zeros(seq_len + 1, 1));
     let d_out = zeros(seq_len, 1);
@@ -82,20 +83,26 @@ fn cells(simd: Simd, shape: SequenceShape) {
 
     let mut packed = PackedMatrix::new(hidden, hidden);
     let (mut pre, mut d_pre) = (zeros(seq_len, 1), zeros(seq_len, 1));
-    let seconds =
-        best(|| rnn_forward(simd, RnnForward { shape, weight_hh: &packed, pre: &mut pre, h: &mut h }));
+    let activation = Activation::Tanh;
+    let seconds = best(|| {
+        let args = RnnForward { shape, activation, weight_hh: &packed, pre: &mut pre, h: &mut h };
+        rnn_forward(simd, args);
+    });
     report("rnn forward", seconds, hidden, hidden);
     let seconds = best(|| {
-        let args =
-            RnnBackward { shape, weight_hh: &packed, h: &h, d_out: &d_out, d_pre: &mut d_pre, d_h: &mut d_h };
-        rnn_backward(simd, args);
+        let (h, d_out, d_pre, d_h) = (&h, &d_out, &mut d_pre, &mut d_h);
+        rnn_backward(simd, RnnBackward { shape, activation, weight_hh: &packed, h, d_out, d_pre, d_h });
     });
     report("rnn backward", seconds, hidden, hidden);
 
     packed.reset(hidden, 4 * hidden);
     let (mut gates, mut d_gates) = (zeros(seq_len, 4), zeros(seq_len, 4));
+    let options =
+        LstmOptions { recurrent_activation: RecurrentActivation::Sigmoid, cell_clip: None, peepholes: None };
     let seconds = best(|| {
-        lstm_forward(simd, LstmForward { shape, weight_hh: &packed, gates: &mut gates, h: &mut h, c: &mut c })
+        let (gates, h, c) = (&mut gates, &mut h, &mut c);
+        let args = LstmForward { shape, options, weight_hh: &packed, projection: None, gates, h, c };
+        lstm_forward(simd, args);
     });
     report("lstm forward", seconds, hidden, 4 * hidden);
     packed.reset(4 * hidden, hidden);
@@ -103,7 +110,9 @@ fn cells(simd: Simd, shape: SequenceShape) {
         d_c.fill(0.0);
         let args = LstmBackward {
             shape,
+            options,
             weight_hh: &packed,
+            projection: None,
             gates: &gates,
             c: &c,
             d_out: &d_out,
@@ -119,10 +128,12 @@ fn cells(simd: Simd, shape: SequenceShape) {
     let (x_part, mut h_part) = (zeros(seq_len, 3), zeros(1, 3));
     let (mut d_x_part, mut d_h_part) = (zeros(seq_len, 3), zeros(seq_len, 3));
     let bias = vec![0.0; 3 * hidden];
+    let recurrent_activation = RecurrentActivation::Sigmoid;
     let seconds = best(|| {
         let args = GruForward {
             shape,
-            weight_hh: &packed,
+            recurrent_activation,
+            weight_hh: GruWeights::After(&packed),
             bias_hh: &bias,
             x_part: &x_part,
             h_part: &mut h_part,
@@ -136,13 +147,15 @@ fn cells(simd: Simd, shape: SequenceShape) {
     let seconds = best(|| {
         let args = GruBackward {
             shape,
-            weight_hh: &packed,
+            recurrent_activation,
+            weight_hh: GruWeights::After(&packed),
             gates: &gates,
             h: &h,
             d_out: &d_out,
             d_x_part: &mut d_x_part,
             d_h_part: &mut d_h_part,
             d_h: &mut d_h,
+            h_scratch: &mut [],
         };
         gru_backward(simd, args);
     });

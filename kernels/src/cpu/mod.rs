@@ -1,5 +1,6 @@
 //! The CPU kernels: exact in their order of operations, vectorised, free of allocation.
 
+mod activation;
 pub mod dropout;
 pub mod gemm;
 pub mod gru;
