@@ -5,7 +5,7 @@ use protocol::layout::StateLayout;
 use protocol::slots::{slots, slots_of};
 use std::ops::Range;
 
-use super::block::RowBlock;
+use super::block::{RowBlock, has_droppable_output};
 use super::gradient::Scratch;
 use super::weights::Weights;
 
@@ -22,20 +22,24 @@ pub struct Footprint {
 
 impl Footprint {
     /// The footprint of a device with this many threads and these shards of the job, over rows of `seq_len` steps.
+    /// `recompute`: as for [`CpuDevice::new`](super::CpuDevice::new).
     pub fn of(
         layout: &StateLayout,
         job: &JobSpec,
         seq_len: usize,
         shards: Range<u32>,
         threads: usize,
+        recompute: bool,
     ) -> Self {
         let shape = &layout.shape;
         let rows = slots_of(job.batch_size, job.shards, shards.clone()).len();
         let largest = shards.clone().map(|shard| slots(job.batch_size, job.shards, shard).len()).max();
         let busy = threads.min(shards.len());
+        let keep_probs = job.layer_keep_probs();
+        let drops = |layer: usize| keep_probs[layer] < 1.0 && has_droppable_output(shape, layer);
         Self {
-            weights: Weights::bytes_of(shape),
-            blocks: RowBlock::bytes_of(shape, seq_len, rows, job.keep_prob < 1.0),
+            weights: Weights::bytes_of(layout),
+            blocks: RowBlock::bytes_of(shape, seq_len, rows, drops, recompute),
             scratch: busy * Scratch::bytes_of(shape, seq_len, largest.unwrap_or(0)),
         }
     }
