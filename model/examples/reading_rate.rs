@@ -37,7 +37,7 @@ fn main() {
         let data = DataShape { model, seq_len: 50, schedule };
         let job = JobFile::resolve("char-lstm", None, &[]).expect("the preset is whole").job;
         let layout = StateLayout::new(model, 1);
-        let parameters = initial_parameters(&layout, job.init, job.seed);
+        let parameters = initial_parameters(&layout, &job);
         let mut device = CpuBackend::new(simd, 1).open(&layout, &job, &data).expect("a thread starts");
         let mut reader = device.reader(&parameters).expect("a reader opens");
         let mut logits = vec![0.0; TOKENS];

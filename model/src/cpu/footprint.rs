@@ -89,7 +89,7 @@ mod tests {
         };
         // One thread: which one takes which shard is left to chance.
         let mut device = CpuDevice::new(Simd::detect(), 1, layout.clone(), job, seq_len).unwrap();
-        let parameters = initial_parameters(layout, job.init, job.seed);
+        let parameters = initial_parameters(layout, job);
         let state = vec![0.0; layout.recurrent()];
         device.step(Pass::Train { step: 0 }, &parameters, &batch, &state, &mut state.clone()).unwrap();
         let mut partials = vec![vec![0.0; layout.parameters()]; shards.len()];

@@ -143,7 +143,7 @@ impl Setup {
 
     /// The training state before the first step; the recurrent state is random if `carried`, else zero.
     pub(crate) fn start(&self, carried: bool) -> State {
-        let parameters = initial_parameters(&self.layout, self.job.init, self.job.seed);
+        let parameters = initial_parameters(&self.layout, &self.job);
         let zeros = vec![0.0; parameters.len()];
         let mut recurrent = vec![0.0; self.layout.recurrent()];
         if carried {
