@@ -203,9 +203,10 @@ pub(crate) mod tests {
         x.iter().map(|x| x.to_bits()).collect()
     }
 
-    /// max|got - want| / max|want| of one tensor.
+    /// max|got - want| / max|want| of one tensor of finite numbers.
     pub(crate) fn distance(got: &[f64], want: &[f64]) -> f64 {
         assert_eq!(got.len(), want.len());
+        assert!(got.iter().all(|x| x.is_finite()), "not all numbers were written or finite");
         let scale = want.iter().fold(1e-30f64, |scale, x| scale.max(x.abs()));
         got.iter().zip(want).fold(0.0f64, |worst, (a, b)| worst.max((a - b).abs())) / scale
     }
