@@ -3,7 +3,7 @@
 use model::cost::Flop;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::job::{JobFile, JobSpec, Task};
-use protocol::layout::{Input, ModelShape, StateLayout};
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
 use protocol::problem::Problem;
 use protocol::random::{Purpose, Stream};
 use protocol::schedule::{Schedule, Work};
@@ -38,12 +38,13 @@ impl Workload {
         let job = JobFile::resolve(preset, None, settings)?.job;
         let (input_size, classes, seq_len) = match job.task {
             Task::Chars => (VOCABULARY, VOCABULARY, job.seq_len as usize),
+            Task::Classify => (VOCABULARY, IMAGE.2, job.seq_len as usize),
             Task::Rows => (IMAGE.1, IMAGE.2, IMAGE.0),
         };
         let model = ModelShape::of(&job, input_size, classes);
         let schedule = Schedule { steps_per_epoch: u64::MAX, evaluation_batches: 0, total_steps: u64::MAX };
         let data = DataShape { model, seq_len, schedule };
-        let layout = StateLayout::new(model, job.batch_size as usize);
+        let layout = StateLayout::new(data.model.clone(), job.batch_size as usize);
         let batches = (0..BATCHES).map(|index| random_batch(&job, &data, index)).collect();
         Ok(Self { job, data, layout, batches })
     }
@@ -67,9 +68,14 @@ fn random_batch(job: &JobSpec, data: &DataShape, index: u64) -> Batch {
     let mut draw = |count: usize, below: usize| -> Vec<u16> {
         (0..count).map(|_| random.below(below as u32) as u16).collect()
     };
-    let inputs = match model.input {
-        Input::OneHot(tokens) => Inputs::Tokens(draw(rows * (seq_len + 1), tokens)),
-        Input::Bytes(width) => Inputs::Bytes {
+    let inputs = match (model.input, model.head) {
+        (Input::OneHot(tokens) | Input::Embedding { tokens, .. }, Head::EveryStep) => {
+            Inputs::Tokens(draw(rows * (seq_len + 1), tokens))
+        }
+        (Input::OneHot(tokens) | Input::Embedding { tokens, .. }, Head::Final) => {
+            Inputs::LabelledTokens { tokens: draw(rows * seq_len, tokens), labels: draw(rows, model.classes) }
+        }
+        (Input::Bytes(width), _) => Inputs::Bytes {
             bytes: draw(rows * seq_len * width, 256).into_iter().map(|byte| byte as u8).collect(),
             labels: draw(rows, model.classes),
         },
@@ -81,7 +87,15 @@ fn random_batch(job: &JobSpec, data: &DataShape, index: u64) -> Batch {
         })
         .collect();
     let sample_ids = (0..rows as u64).map(|row| index * rows as u64 + row).collect();
-    Batch { work: Work::Train { step: index, epoch: 0, index }, first_slot: 0, shards, sample_ids, inputs }
+    Batch {
+        work: Work::Train { step: index, epoch: 0, index },
+        first_slot: 0,
+        shards,
+        sample_ids,
+        lengths: vec![seq_len as u32; rows],
+        paddings: vec![0; rows],
+        inputs,
+    }
 }
 
 #[cfg(test)]

@@ -171,8 +171,10 @@ impl LossCurve {
                 (Task::Chars, _) => {
                     caption += &format!(" ({} bits/char)", fixed(loss / std::f64::consts::LN_2, 3))
                 }
-                (Task::Rows, Some(accuracy)) => caption += &format!(", accuracy {:.2} %", 100.0 * accuracy),
-                (Task::Rows, None) => {}
+                (Task::Rows | Task::Classify, Some(accuracy)) => {
+                    caption += &format!(", accuracy {:.2} %", 100.0 * accuracy)
+                }
+                (Task::Rows | Task::Classify, None) => {}
             }
         }
         caption

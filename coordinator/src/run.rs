@@ -291,7 +291,11 @@ impl Run {
                         self.broken.get_or_insert((Instant::now() + BROKEN_GRACE, cause));
                     }
                     // Whoever caused it has said why.
-                    Stop::Aborted | Stop::NonFinite => {}
+                    Stop::Aborted
+                    | Stop::NonFinite
+                    | Stop::SkipLimit
+                    | Stop::Diverged
+                    | Stop::NoImprovement => {}
                 }
             }
             ToCoordinator::Failed { sentence, hint } => {

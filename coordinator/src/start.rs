@@ -171,7 +171,7 @@ pub fn create(mut config: Config) -> Result<Vec<String>, Problem> {
 /// The data set, and where every number of the state lies.
 fn open_data(config: &Config) -> Result<(Box<dyn Dataset>, StateLayout), Problem> {
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
-    let layout = StateLayout::new(data.shape().model, config.file.job.batch_size as usize);
+    let layout = StateLayout::new(data.shape().model.clone(), config.file.job.batch_size as usize);
     check_batch_size(&config.file.job, &*data)?;
     Ok((data, layout))
 }
@@ -294,11 +294,11 @@ async fn bind(address: SocketAddr, what: &str, option: &str) -> Result<(TcpListe
 fn check_batch_size(job: &JobSpec, data: &dyn Dataset) -> Result<(), Problem> {
     let shape = data.shape();
     let row_bytes = match shape.model.input {
-        Input::OneHot(_) => 2 * (shape.seq_len + 1),
+        Input::OneHot(_) | Input::Embedding { .. } => 2 * (shape.seq_len + 1),
         Input::Bytes(width) => shape.seq_len * width + 2,
     };
-    // The sample's id, and once per shard its number of rows; the headers are small change.
-    let bytes = (row_bytes + 8) * job.batch_size as usize + 4 * job.shards as usize + 256;
+    // The sample's id, length and padding, and once per shard its number of rows; the headers are small change.
+    let bytes = (row_bytes + 16) * job.batch_size as usize + 4 * job.shards as usize + 256;
     if bytes > FRAME_LIMIT_BYTES {
         return Err(Problem::usage(format!(
             "a batch of {} rows is {bytes} bytes, the most that travels at once is {FRAME_LIMIT_BYTES}",

@@ -26,13 +26,14 @@ impl Flop {
     /// The operations of all rows of a global batch with `seq_len` time steps.
     pub fn of_batch(layout: &StateLayout, seq_len: usize) -> Self {
         let shape = &layout.shape;
-        let (hidden, gates) = (shape.hidden_size as f64, (shape.cell.gates() * shape.hidden_size) as f64);
+        let (hidden, gates) =
+            (shape.hidden_sizes[0] as f64, (shape.cell.gates() * shape.hidden_sizes[0]) as f64);
         let steps = layout.batch_size as f64 * seq_len as f64;
         let targets = if shape.head == Head::EveryStep { steps } else { layout.batch_size as f64 };
         let head = targets * 2.0 * hidden * shape.classes as f64;
         let mut flop = Self { forward: head, backward: 2.0 * head };
-        for layer in 0..shape.num_layers {
-            let input = steps * 2.0 * gates * shape.layer_input_size(layer) as f64;
+        for layer in 0..shape.num_layers() {
+            let input = steps * 2.0 * gates * shape.layer(layer).input_size as f64;
             let recurrent = steps * 2.0 * gates * hidden;
             let (input_forward, input_backward) = match (layer, shape.input) {
                 (0, Input::OneHot(_)) => (0.0, 0.0),

@@ -11,18 +11,19 @@ use protocol::random::{Purpose, Stream};
 /// before it. See [`Init`] for the schemes; the bounds are computed in f64 and rounded once.
 pub fn initial_parameters(layout: &StateLayout, init: Init, seed: u64) -> Vec<f32> {
     let shape = &layout.shape;
-    let (hidden, gates) = (shape.hidden_size, shape.cell.gates());
+    let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates());
     let mut parameters = vec![0.0; layout.parameters()];
     for (index, tensor) in layout.tensors.iter().enumerate() {
         let values = &mut parameters[tensor.range.clone()];
         let layer = index / 4;
-        let is_head = layer == shape.num_layers;
+        let is_head = layer == shape.num_layers();
         let is_bias = tensor.shape.len() == 1;
         let bound = match init {
             Init::Pytorch => 1.0 / (hidden as f64).sqrt(),
+            Init::Orthogonal | Init::TruncatedNormal | Init::Uniform | Init::Normal => todo!(),
             Init::Glorot if is_bias => 0.0,
             Init::Glorot if is_head => (6.0 / (hidden + shape.classes) as f64).sqrt(),
-            Init::Glorot => (6.0 / (shape.layer_input_size(layer) + hidden + gates * hidden) as f64).sqrt(),
+            Init::Glorot => (6.0 / (shape.layer(layer).input_size + hidden + gates * hidden) as f64).sqrt(),
         };
         if bound > 0.0 {
             let mut stream = Stream::new(seed, Purpose::Init, [index as u32, 0]);
@@ -35,8 +36,8 @@ pub fn initial_parameters(layout: &StateLayout, init: Init, seed: u64) -> Vec<f3
             Cell::Lstm => hidden..2 * hidden, // f
             Cell::Gru => 0..2 * hidden,       // r, z
         };
-        for layer in 0..shape.num_layers {
-            let bias = layout.layer(layer).bias_ih.start;
+        for layer in 0..shape.num_layers() {
+            let bias = layout.layer(layer)[0].clone().bias_ih.start;
             parameters[bias + open_gates.start..bias + open_gates.end].fill(1.0);
         }
     }
@@ -64,7 +65,7 @@ mod tests {
     fn glorot_fills_the_joint_bound_and_opens_gates() {
         let layout = layout(Cell::Lstm);
         let parameters = initial_parameters(&layout, Init::Glorot, 1);
-        let first = layout.layer(0);
+        let first = layout.layer(0)[0].clone();
         let bound = (6.0f32 / (20 + 32 + 128) as f32).sqrt();
         for range in [first.weight_ih.clone(), first.weight_hh.clone()] {
             let largest = parameters[range].iter().fold(0.0f32, |a, w| a.max(w.abs()));

@@ -28,7 +28,7 @@ fn shortened(setup: &Setup, batch: &Batch, from_seq_len: usize) -> Batch {
 /// The loss of a row's prediction from the last layer's undropped output `h`, with the mask drawn here.
 fn loss_behind_mask(setup: &Setup, state: &State, h: &[f64], slot: u32, t: usize, target: u16) -> f64 {
     let shape = &setup.layout.shape;
-    let position = (t * shape.num_layers + shape.num_layers - 1) as u32;
+    let position = (t * shape.num_layers() + shape.num_layers() - 1) as u32;
     let kept = |unit: usize| {
         let counter = dropout_counter(STEP, slot, position, unit as u32 / 4);
         philox4x32_10(key(setup.job.seed, Purpose::Dropout), counter)[unit % 4] < keep_threshold(KEEP)
@@ -37,7 +37,7 @@ fn loss_behind_mask(setup: &Setup, state: &State, h: &[f64], slot: u32, t: usize
         h.iter().enumerate().map(|(unit, h)| if kept(unit) { h / f64::from(KEEP) } else { 0.0 }).collect();
     let (weight, bias) = setup.layout.head();
     let logits: Vec<f64> = state.parameters[weight]
-        .chunks_exact(shape.hidden_size)
+        .chunks_exact(shape.hidden_sizes[0])
         .zip(&state.parameters[bias])
         .map(|(w, b)| widen(w).iter().zip(&masked).map(|(w, h)| w * h).sum::<f64>() + f64::from(*b))
         .collect();

@@ -40,14 +40,14 @@ fn network(setup: &Setup) -> Network {
             Cell::Lstm => cell::Cell::Lstm(Lstm::PLAIN),
             Cell::Gru => cell::Cell::Gru(Gru::PLAIN),
         },
-        hidden_size: shape.hidden_size,
+        hidden_size: shape.hidden_sizes[0],
         bidirectional: false,
     };
     Network {
         embedding: None,
         stack: Stack {
             input_size: shape.input.size(),
-            layers: vec![layer; shape.num_layers],
+            layers: vec![layer; shape.num_layers()],
             initial_state: InitialState::Zero,
         },
         head: match shape.head {

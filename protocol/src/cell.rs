@@ -99,9 +99,4 @@ impl Cell {
             Self::Gru => 3,
         }
     }
-
-    /// Vectors of `hidden_size` that a layer carries from step to step: h, and c for the LSTM.
-    pub fn state_vectors(self) -> usize {
-        if self == Self::Lstm { 2 } else { 1 }
-    }
 }

@@ -4,13 +4,14 @@
 //! given; a later one wins. The merged table
 //! is checked against the known keys before it is read, so a misspelt key is named and never ignored.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
-use crate::cell::Cell;
+use crate::cell::{Activation, Cell, CellOptions, RecurrentActivation, Reset};
 use crate::message::WORKER_LIMIT;
 use crate::problem::{Problem, nearest};
 
@@ -28,6 +29,90 @@ pub enum Task {
     Chars,
     /// Name the class of an image that is read row by row.
     Rows,
+    /// Name the class of a line of text.
+    Classify,
+}
+
+/// How the rows of a batch are cut from a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TextMode {
+    /// Windows of one long text.
+    Stream,
+    /// Each line is a sequence of its own.
+    Lines,
+}
+
+/// What the last character of a window has to predict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Targets {
+    /// The character after it in the text.
+    Shift,
+    /// The first character of its window, as many tutorials have it.
+    Wrap,
+}
+
+/// Where lines that are shorter than the longest are filled up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pad {
+    /// In front, with a token of its own that is read like any other: Keras' `pad_sequences` without a mask.
+    Pre,
+    /// Behind; what is there is never read, a line ends where it ends.
+    Post,
+}
+
+/// Where a row starts that does not go on from a carried state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitialState {
+    /// Zeros.
+    Zero,
+    /// A parameter for each layer, direction and part of the state.
+    Learnt,
+}
+
+/// What turns gradients into steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// Adam.
+    Adam,
+    /// Gradient descent, with momentum if that is not 0.
+    Sgd,
+}
+
+/// Where Adam's ε is added: to the root of the second moment after or before its bias is corrected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EpsilonPlacement {
+    /// PyTorch: `lr · m̂ / (sqrt(v̂) + ε)`.
+    AfterCorrection,
+    /// TensorFlow's "epsilon hat": `lr · sqrt(1 - β2^t) / (1 - β1^t) · m / (sqrt(v) + ε)`.
+    BeforeCorrection,
+}
+
+/// How the learning rate changes from step to step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// Not at all.
+    Constant,
+    /// By a factor after every so many epochs.
+    Step,
+    /// Along half a cosine to its last value.
+    Cosine,
+}
+
+/// What happens to a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinite {
+    /// The run ends in the state before it.
+    Fail,
+    /// Its update and its recurrent state are left out, and the run goes on.
+    Skip,
 }
 
 /// Where gradients are clipped.
@@ -44,13 +129,44 @@ pub enum Clip {
 
 /// How parameters start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Init {
-    /// Uniform within √(6 / (I + H + G·H)) over the joint kernel; biases zero, but 1 for the LSTM's forget gate
-    /// and the GRU's r and z gates. Head: uniform within √(6 / (H + V)), bias zero.
+    /// Uniform within √(6 / (I + R + G·H)) over the joint kernel of input and recurrent weights, and within
+    /// √(6 / (in + out)) for other matrices; biases zero, but such that the LSTM's forget gate and the GRU's r and z
+    /// gates start with 1 in their sums. Peepholes: within √(3 / H). Embedding: within 0.05.
     Glorot,
-    /// Everything uniform within 1 / √H.
+    /// Everything uniform within 1 / √H; the head within 1 / √in, the embedding normal with deviation 1.
     Pytorch,
+    /// As Keras: recurrent weights orthogonal, gate by gate, times the scale (1); the rest as `Glorot`.
+    Orthogonal,
+    /// Matrices normal with the scale (0.1) as deviation, drawn again beyond two deviations; biases as `Glorot`.
+    TruncatedNormal,
+    /// Matrices uniform within the scale (0.05); biases as `Glorot`.
+    Uniform,
+    /// Matrices normal with the scale (1) as deviation; biases as `Glorot`.
+    Normal,
+}
+
+/// How the head's parameters start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadInit {
+    /// As the job's [`Init`] says.
+    Same,
+    /// Normal with deviation 0.1, drawn again beyond two deviations, bias zero: the char-RNN tutorials'.
+    TruncatedNormal,
+}
+
+/// Where the rows of the tasks over text come from: `[job.text]`.
+#[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "default.toml documents each key")]
+pub struct TextSpec {
+    pub mode: TextMode,
+    pub targets: Targets,
+    pub reset_at: String,
+    pub max_len: u32,
+    pub pad: Pad,
 }
 
 /// The keys that change the result. Two runs with equal `JobSpec` and equal data end in equal bits.
@@ -62,23 +178,51 @@ pub struct JobSpec {
     pub cell: Cell,
     pub num_layers: u32,
     pub hidden_size: u32,
+    pub hidden_sizes: Vec<u32>,
+    pub bidirectional: bool,
+    pub embedding_size: u32,
+    pub activation: Activation,
+    pub recurrent_activation: RecurrentActivation,
+    pub forget_bias: f64,
+    pub peepholes: bool,
+    pub cell_clip: f64,
+    pub projection: u32,
+    pub reset: Reset,
+    pub initial_state: InitialState,
+    pub carry_state: bool,
     pub batch_size: u32,
     pub seq_len: u32,
     pub shards: u32,
     pub seed: u64,
+    pub init: Init,
+    pub init_scale: f64,
+    pub head_init: HeadInit,
+    pub optimizer: Optimizer,
     pub learning_rate: f64,
+    pub decay: Decay,
+    pub decay_epochs: u32,
+    pub decay_factor: f64,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
+    pub epsilon_placement: EpsilonPlacement,
+    pub momentum: f64,
     pub clip: Clip,
     pub clip_norm: f64,
     pub keep_prob: f64,
-    pub init: Init,
+    pub keep_probs: Vec<f64>,
+    pub variational_dropout: bool,
+    pub non_finite: NonFinite,
+    pub skip_limit: u64,
+    pub divergence_factor: f64,
+    pub patience: u64,
     pub validation_fraction: f64,
     pub train_samples: u32,
+    pub validation_samples: u32,
     /// Left out where it is empty: a run without it is the run it was before the key was known.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub init_from: String,
+    pub text: TextSpec,
 }
 
 /// The keys that say how long a run is and where its data lies.
@@ -89,6 +233,7 @@ pub struct RunSpec {
     pub data: String,
     pub epochs: u64,
     pub steps: u64,
+    pub recompute: bool,
     pub checkpoint_seconds: u64,
     pub digest_steps: u64,
     pub sample_chars: u32,
@@ -162,9 +307,11 @@ impl JobFile {
             ("batch_size", job.batch_size),
             ("seq_len", job.seq_len),
             ("shards", job.shards),
+            ("decay_epochs", job.decay_epochs),
             ("workers", self.fleet.workers),
         ];
-        for (key, value) in positive {
+        let of_layers = job.hidden_sizes.iter().map(|&size| ("hidden_sizes", size));
+        for (key, value) in positive.into_iter().chain(of_layers.clone()) {
             if value == 0 {
                 return Err(Problem::usage(format!("{key} is 0, it must be at least 1")));
             }
@@ -176,6 +323,15 @@ impl JobFile {
             ))
             .hint(format!("choose --shards {} or less", job.batch_size)));
         }
+        for (key, count) in [("hidden_sizes", job.hidden_sizes.len()), ("keep_probs", job.keep_probs.len())] {
+            if count > 0 && count != job.num_layers as usize {
+                return Err(Problem::usage(format!(
+                    "{key} has {count} numbers but num_layers is {}",
+                    job.num_layers
+                ))
+                .hint(format!("give one number for each layer, or set num_layers = {count}")));
+            }
+        }
         let unit = |key: &str, value: f64, closed: bool| {
             if value > 0.0 && (value < 1.0 || closed && value == 1.0) {
                 return Ok(());
@@ -185,9 +341,13 @@ impl JobFile {
         };
         // As the kernels take it: what is above 0 must be so there too.
         unit("keep_prob", f64::from(job.keep_prob as f32), true)?;
+        for keep_prob in &job.keep_probs {
+            unit("a number of keep_probs", f64::from(*keep_prob as f32), true)?;
+        }
         unit("validation_fraction", job.validation_fraction, false)?;
         unit("beta1", job.beta1, false)?;
         unit("beta2", job.beta2, false)?;
+        unit("decay_factor", job.decay_factor, true)?;
         for (key, value) in [
             ("learning_rate", job.learning_rate),
             ("clip_norm", job.clip_norm),
@@ -198,21 +358,48 @@ impl JobFile {
                 return Err(Problem::usage(format!("{key} is {value}, it must be a number above 0")));
             }
         }
+        for (key, value) in [("cell_clip", job.cell_clip), ("init_scale", job.init_scale)] {
+            let is_usable = |value: f64| value >= 0.0 && value.is_finite();
+            // As the kernels take it: what is above 0 must be so there too.
+            if !is_usable(value)
+                || !is_usable(f64::from(value as f32))
+                || (value > 0.0 && value as f32 == 0.0)
+            {
+                return Err(Problem::usage(format!("{key} is {value}, it must be 0 or a number above it")));
+            }
+        }
+        if !(job.forget_bias as f32).is_finite() {
+            return Err(Problem::usage(format!("forget_bias is {}, it must be a number", job.forget_bias)));
+        }
+        if !(job.divergence_factor == 0.0 || job.divergence_factor > 1.0) {
+            return Err(Problem::usage(format!(
+                "divergence_factor is {}, it must be 0 or above 1",
+                job.divergence_factor
+            )));
+        }
+        if !(0.0..1.0).contains(&job.momentum) {
+            return Err(Problem::usage(format!("momentum is {}, it must lie in [0, 1)", job.momentum)));
+        }
         let limits = [
             ("num_layers", job.num_layers, 64),
             ("hidden_size", job.hidden_size, 16_384),
+            ("projection", job.projection, 16_384),
+            ("embedding_size", job.embedding_size, 16_384),
             ("batch_size", job.batch_size, 65_536),
-            ("seq_len", job.seq_len, 65_536),
+            ("seq_len", job.seq_len, MOST_STEPS),
+            ("text.max_len", job.text.max_len, MOST_STEPS),
             ("shards", job.shards, 16_384),
             ("sample_chars", self.run.sample_chars, 10_000),
             ("workers", self.fleet.workers, WORKER_LIMIT as u32),
             ("threads", self.fleet.threads, MOST_THREADS as u32),
         ];
-        for (key, value, most) in limits {
+        let of_layers = of_layers.map(|(key, value)| (key, value, 16_384));
+        for (key, value, most) in limits.into_iter().chain(of_layers) {
             if value > most {
                 return Err(Problem::usage(format!("{key} is {value}, the most supported is {most}")));
             }
         }
+        job.check_combinations()?;
         let is_sha256 = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
         if !job.init_from.is_empty() && !is_sha256(&job.init_from) {
             return Err(Problem::usage(format!(
@@ -229,10 +416,121 @@ impl JobFile {
     }
 }
 
+/// Most time steps of a row.
+pub const MOST_STEPS: u32 = 65_536;
+
 impl JobSpec {
-    /// The layers, for people: `2 × lstm 128`.
+    /// The layers, for people: `2 × lstm 128`, `2 × bidirectional gru 64, 32`.
     pub fn network(&self) -> String {
-        format!("{} × {} {}", self.num_layers, self.cell, self.hidden_size)
+        let direction = if self.bidirectional { "bidirectional " } else { "" };
+        let widths = match &self.hidden_sizes[..] {
+            [] => self.hidden_size.to_string(),
+            sizes => sizes.iter().map(u32::to_string).collect::<Vec<_>>().join(", "),
+        };
+        format!("{} × {direction}{} {widths}", self.num_layers, self.cell)
+    }
+
+    /// Units of each layer, from the input upwards.
+    pub fn layer_sizes(&self) -> Vec<usize> {
+        match &self.hidden_sizes[..] {
+            [] => vec![self.hidden_size as usize; self.num_layers as usize],
+            sizes => sizes.iter().map(|&size| size as usize).collect(),
+        }
+    }
+
+    /// The probability that a unit of a layer's output is kept, for each layer.
+    pub fn layer_keep_probs(&self) -> Vec<f32> {
+        match &self.keep_probs[..] {
+            [] => vec![self.keep_prob as f32; self.num_layers as usize],
+            keep_probs => keep_probs.iter().map(|&keep_prob| keep_prob as f32).collect(),
+        }
+    }
+
+    /// The cell's options as kernels take them.
+    pub fn cell_options(&self) -> CellOptions {
+        CellOptions {
+            activation: self.activation,
+            recurrent_activation: self.recurrent_activation,
+            reset: self.reset,
+            forget_bias: self.forget_bias as f32,
+            peepholes: self.peepholes,
+            cell_clip: (self.cell_clip > 0.0).then_some(self.cell_clip as f32),
+            projection: (self.projection > 0).then_some(self.projection as usize),
+        }
+    }
+
+    /// What is set must mean something in this job: nothing that a user asks for is passed over silently.
+    fn check_combinations(&self) -> Result<(), Problem> {
+        let (is_rnn, is_lstm, is_gru) =
+            (self.cell == Cell::Rnn, self.cell == Cell::Lstm, self.cell == Cell::Gru);
+        let (is_chars, is_rows) = (self.task == Task::Chars, self.task == Task::Rows);
+        let is_lines = is_chars && self.text.mode == TextMode::Lines;
+        let is_stream = is_chars && !is_lines;
+        let needs_cell =
+            |key, is_set, cells: &'static str, has_it| (key, is_set, has_it, format!("cell {cells}"));
+        let needs = |key, is_set, what: &str, has_it| (key, is_set, has_it, what.to_owned());
+        let conditions = [
+            needs_cell("activation", self.activation != Activation::Tanh, "\"rnn\"", is_rnn),
+            needs_cell(
+                "recurrent_activation",
+                self.recurrent_activation != RecurrentActivation::Sigmoid,
+                "\"lstm\" or \"gru\"",
+                !is_rnn,
+            ),
+            needs_cell("forget_bias", self.forget_bias != 0.0, "\"lstm\"", is_lstm),
+            needs_cell("peepholes", self.peepholes, "\"lstm\"", is_lstm),
+            needs_cell("cell_clip", self.cell_clip != 0.0, "\"lstm\"", is_lstm),
+            needs_cell("projection", self.projection != 0, "\"lstm\"", is_lstm),
+            needs_cell("reset", self.reset != Reset::After, "\"gru\"", is_gru),
+            needs("bidirectional", self.bidirectional, "task \"rows\" or \"classify\"", !is_chars),
+            needs("embedding_size", self.embedding_size != 0, "task \"chars\" or \"classify\"", !is_rows),
+            needs("carry_state", !self.carry_state, "task \"chars\" and text.mode \"stream\"", is_stream),
+            needs("momentum", self.momentum != 0.0, "optimizer \"sgd\"", self.optimizer == Optimizer::Sgd),
+            needs("text.mode", self.text.mode == TextMode::Lines, "task \"chars\"", is_chars),
+            needs(
+                "text.targets",
+                self.text.targets == Targets::Wrap,
+                "task \"chars\" and text.mode \"stream\"",
+                is_stream,
+            ),
+            needs(
+                "text.reset_at",
+                !self.text.reset_at.is_empty(),
+                "task \"chars\" and text.mode \"stream\"",
+                is_stream,
+            ),
+            needs(
+                "text.max_len",
+                self.text.max_len != 0,
+                "text.mode \"lines\" or task \"classify\"",
+                !is_rows && !is_stream,
+            ),
+            needs(
+                "text.pad",
+                self.text.pad == Pad::Pre,
+                "text.mode \"lines\" or task \"classify\"",
+                !is_rows && !is_stream,
+            ),
+            needs("validation_samples", self.validation_samples != 0, "task \"rows\"", is_rows),
+            needs("train_samples", self.train_samples != 0, "task \"rows\"", is_rows),
+        ];
+        for (key, is_set, has_it, what) in conditions {
+            if is_set && !has_it {
+                return Err(Problem::usage(format!("{key} is set, but it means something for {what} only"))
+                    .hint(format!("leave out {key}, or choose {what}")));
+            }
+        }
+        if self.text.reset_at.chars().count() > 1 {
+            return Err(Problem::usage(format!(
+                "text.reset_at is {:?}, it must be one character",
+                self.text.reset_at
+            )));
+        }
+        if is_rows && self.patience > 0 && self.validation_samples == 0 {
+            return Err(Problem::usage("patience is set, but the test images are never used to stop early")
+                .hint("hold training images out with --set validation_samples=5000"));
+        }
+        Ok(())
     }
 }
 
@@ -256,16 +554,32 @@ impl fmt::Display for Difference {
 
 /// The keys in which two sections, both `[job]` or both `[run]`, differ.
 pub fn differences<S: Serialize>(here: &S, there: &S) -> Vec<Difference> {
-    let table = |section: &S| Table::try_from(section).expect("a section of plain values is a TOML table");
-    let (here, there) = (table(here), table(there));
-    let shown = |section: &Table, key: &str| section.get(key).map_or("unset".to_owned(), Value::to_string);
+    let values = |section: &S| {
+        let table = Table::try_from(section).expect("a section of plain values is a TOML table");
+        dotted("", &table)
+    };
+    let (here, there) = (values(here), values(there));
+    let shown = |section: &BTreeMap<String, Value>, key: &str| {
+        section.get(key).map_or("unset".to_owned(), Value::to_string)
+    };
     // A key that is left out where it is empty may be on one side only.
-    let only_there = there.keys().filter(|key| !here.contains_key(*key));
-    here.keys()
-        .chain(only_there)
+    let keys: BTreeSet<&String> = here.keys().chain(there.keys()).collect();
+    keys.into_iter()
         .filter(|key| here.get(*key) != there.get(*key))
         .map(|key| Difference { key: key.clone(), here: shown(&here, key), there: shown(&there, key) })
         .collect()
+}
+
+/// The values of a table and the tables in it, by dotted key.
+fn dotted(prefix: &str, table: &Table) -> BTreeMap<String, Value> {
+    let mut values = BTreeMap::new();
+    for (key, value) in table {
+        match value {
+            Value::Table(table) => values.append(&mut dotted(&format!("{prefix}{key}."), table)),
+            value => drop(values.insert(format!("{prefix}{key}"), value.clone())),
+        }
+    }
+    values
 }
 
 fn parse_embedded(text: &str) -> Table {
@@ -287,33 +601,42 @@ fn preset_table(name: &str) -> Result<Table, Problem> {
     Ok(preset)
 }
 
-/// Copies `from` over `into`, whose keys are all that are known.
+/// Copies `from` over `into`, whose sections and keys are all that are known.
 fn merge(into: &mut Table, from: Table, origin: &str) -> Result<(), Problem> {
     for (section, values) in from {
         let sections: Vec<String> = into.keys().cloned().collect();
-        let Some(Value::Table(target)) = into.get_mut(&section) else {
+        let Some(target) = into.get_mut(&section) else {
             return Err(unknown("section", &section, sections.iter().map(String::as_str), origin));
         };
-        let Value::Table(values) = values else {
-            return Err(Problem::usage(format!("{section} in {origin} is a value, it must be a section"))
-                .hint(format!("write [{section}] and the keys below it")));
-        };
-        for (key, value) in values {
-            let Some(old) = target.get(&key) else {
-                return Err(unknown("key", &key, target.keys().map(String::as_str), origin));
-            };
-            let value = match (old, value) {
-                (Value::Float(_), Value::Integer(number)) => Value::Float(number as f64),
-                (_, value) => value,
-            };
-            if value.type_str() != old.type_str() {
-                return Err(Problem::usage(format!(
-                    "{section}.{key} in {origin} is the {} {value}, it must be of type {}",
-                    value.type_str(),
-                    old.type_str()
-                )));
+        merge_value(target, values, &section, origin)?;
+    }
+    Ok(())
+}
+
+/// Replaces one value, or the keys of one table, by `value`; `path` is its dotted key.
+fn merge_value(target: &mut Value, value: Value, path: &str, origin: &str) -> Result<(), Problem> {
+    match (target, value) {
+        (Value::Table(target), Value::Table(values)) => {
+            for (key, value) in values {
+                let known: Vec<String> = target.keys().cloned().collect();
+                let Some(old) = target.get_mut(&key) else {
+                    return Err(unknown("key", &key, known.iter().map(String::as_str), origin));
+                };
+                merge_value(old, value, &format!("{path}.{key}"), origin)?;
             }
-            target.insert(key, value);
+        }
+        (Value::Table(_), _) => {
+            return Err(Problem::usage(format!("{path} in {origin} is a value, it must be a section"))
+                .hint(format!("write [{path}] and the keys below it")));
+        }
+        (target @ Value::Float(_), Value::Integer(number)) => *target = Value::Float(number as f64),
+        (target, value) if value.type_str() == target.type_str() => *target = value,
+        (target, value) => {
+            return Err(Problem::usage(format!(
+                "{path} in {origin} is the {} {value}, it must be of type {}",
+                value.type_str(),
+                target.type_str()
+            )));
         }
     }
     Ok(())
@@ -328,26 +651,30 @@ fn unknown<'a>(kind: &str, name: &str, known: impl Iterator<Item = &'a str>, ori
     }
 }
 
-/// A `KEY=VALUE` setting as a table with one key. A value that is not TOML is taken as a string.
+/// A `KEY=VALUE` setting as a table with one key. The key may leave out the sections it is in. A value that is not
+/// TOML is taken as a string.
 fn setting(defaults: &Table, key: &str, value: &str) -> Result<Table, Problem> {
-    let sections = || defaults.iter().filter_map(|(name, keys)| Some((name, keys.as_table()?)));
-    let (section, key) = match key.split_once('.') {
-        Some((section, key)) => (section.to_owned(), key),
-        None => match sections().find(|(_, keys)| keys.contains_key(key)) {
-            Some((section, _)) => (section.clone(), key),
-            None => {
-                let known: Vec<&str> =
-                    sections().flat_map(|(_, keys)| keys.keys().map(String::as_str)).collect();
-                return Err(unknown("key", key, known.into_iter(), &format!("{key}={value}")));
-            }
-        },
+    let known = dotted("", defaults);
+    let is_meant =
+        |path: &&String| *path == key || path.strip_suffix(key).is_some_and(|rest| rest.ends_with('.'));
+    let Some(path) = known.keys().find(is_meant) else {
+        let segments = key.split('.').count();
+        let names = known.keys().map(|path| match path.rmatch_indices('.').nth(segments - 1) {
+            Some((dot, _)) => &path[dot + 1..],
+            None => path,
+        });
+        return Err(unknown("key", key, names, &format!("{key}={value}")));
     };
     let parsed = format!("value = {value}")
         .parse::<Table>()
         .ok()
         .and_then(|mut table| table.remove("value"))
         .unwrap_or_else(|| Value::String(value.to_owned()));
-    Ok(Table::from_iter([(section, Value::Table(Table::from_iter([(key.to_owned(), parsed)])))]))
+    let nested = path
+        .rsplit('.')
+        .fold(parsed, |value, name| Value::Table(Table::from_iter([(name.to_owned(), value)])));
+    let Value::Table(table) = nested else { unreachable!("a path has a name") };
+    Ok(table)
 }
 
 #[cfg(test)]
@@ -356,7 +683,11 @@ mod tests {
 
     fn with(settings: &[(&str, &str)]) -> Result<JobFile, Problem> {
         let owned: Vec<_> = settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        JobFile::resolve("char-lstm", None, &owned)
+        JobFile::resolve(
+            if settings.iter().any(|(key, _)| *key == "peepholes") { "char-gru" } else { "char-lstm" },
+            None,
+            &owned,
+        )
     }
 
     #[test]
@@ -368,6 +699,22 @@ mod tests {
         }
         let mnist = JobFile::resolve("mnist-gru", None, &[]).unwrap().job;
         assert_eq!((mnist.task, mnist.cell, mnist.hidden_size), (Task::Rows, Cell::Gru, 150));
+    }
+
+    #[test]
+    fn a_nested_key_is_set_with_any_of_its_sections_left_out() {
+        for key in ["job.text.mode", "text.mode", "mode"] {
+            assert_eq!(with(&[(key, "lines")]).unwrap().job.text.mode, TextMode::Lines, "{key}");
+        }
+        let file = "[job.text]\nmode = \"lines\"\npad = \"pre\"";
+        let job = JobFile::resolve("char-lstm", Some(file), &[]).unwrap().job;
+        assert_eq!((job.text.mode, job.text.pad, job.text.max_len), (TextMode::Lines, Pad::Pre, 0));
+        let base = with(&[]).unwrap().job;
+        let differences: Vec<String> = differences(&job, &base).iter().map(Difference::to_string).collect();
+        assert_eq!(
+            differences,
+            ["text.mode: \"stream\" there, \"lines\" here", "text.pad: \"post\" there, \"pre\" here"]
+        );
     }
 
     #[test]
@@ -388,7 +735,25 @@ mod tests {
                 "unknown key 'hiden_size' in hiden_size=3",
                 "did you mean 'hidden_size'?",
             ),
-            ([("jobb.seed", "3")], "unknown section 'jobb' in jobb.seed=3", "did you mean 'job'?"),
+            ([("jobb.seed", "3")], "unknown key 'jobb.seed' in jobb.seed=3", "did you mean 'job.seed'?"),
+            (
+                [("text.mod", "lines")],
+                "unknown key 'text.mod' in text.mod=lines",
+                "did you mean 'text.mode'?",
+            ),
+            (
+                [("peepholes", "true")],
+                "peepholes is set, but it means something for cell \"lstm\" only",
+                "leave out peepholes, or choose cell \"lstm\"",
+            ),
+            (
+                [("hidden_sizes", "[3]")],
+                "hidden_sizes has 1 numbers but num_layers is 2",
+                "give one number for each layer, or set num_layers = 1",
+            ),
+            ([("keep_probs", "[0.5, 0]")], "a number of keep_probs is 0, it must lie in (0, 1]", ""),
+            ([("cell_clip", "-1")], "cell_clip is -1, it must be 0 or a number above it", ""),
+            ([("text.reset_at", "ab")], "text.reset_at is \"ab\", it must be one character", ""),
             ([("seed", "x")], "job.seed in seed=x is the string \"x\", it must be of type integer", ""),
             (
                 [("shards", "65")],

@@ -11,6 +11,7 @@
 //! - [`sums`]: what a step counts besides gradients.
 //! - [`control`]: the few numbers that decide how a run goes on.
 //! - [`schedule`]: the order of work.
+//! - [`learning_rate`](mod@learning_rate): the step size of each step.
 //! - [`random`]: counter-based random streams.
 //! - [`batch`]: the rows of one piece of work.
 //! - [`message`], [`frame`], [`handshake`]: what travels between processes.
@@ -24,6 +25,7 @@ pub mod frame;
 pub mod handshake;
 pub mod job;
 pub mod layout;
+pub mod learning_rate;
 pub mod message;
 pub mod problem;
 pub mod random;

@@ -1,6 +1,6 @@
 //! Control messages between the coordinator and its workers.
 //!
-//! Version ledger: 1 — first.
+//! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -11,7 +11,7 @@ use crate::problem::Problem;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -99,6 +99,12 @@ pub enum Stop {
     Broken(String),
     /// The loss or the gradient of the next step is not finite; its update was not applied.
     NonFinite,
+    /// As many steps were left out as the job allows, because their loss or gradient was not finite.
+    SkipLimit,
+    /// The epoch's mean loss is higher than the job allows, measured by the first epoch's.
+    Diverged,
+    /// The validation loss has not become lower for as many epochs as the job waits: the run is done.
+    NoImprovement,
 }
 
 /// Who a worker is.

@@ -7,9 +7,9 @@ use std::fmt::Write;
 
 use bytes::Bytes;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
-use protocol::cell::Cell;
+use protocol::cell::{Cell, CellOptions};
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
-use protocol::job::JobFile;
+use protocol::job::{InitialState, JobFile};
 use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{
     Form, Goodbye, Hello, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest, StateSource, StepReport,
@@ -28,26 +28,61 @@ task = "chars"
 cell = "lstm"
 num_layers = 1
 hidden_size = 2
+hidden_sizes = [2]
+bidirectional = false
+embedding_size = 3
+activation = "tanh"
+recurrent_activation = "hard_sigmoid"
+forget_bias = 1.0
+peepholes = true
+cell_clip = 3.0
+projection = 1
+reset = "after"
+initial_state = "learnt"
+carry_state = true
 batch_size = 3
 seq_len = 2
 shards = 3
 seed = 7
+init = "truncated_normal"
+init_scale = 0.5
+head_init = "same"
+optimizer = "sgd"
 learning_rate = 0.25
+decay = "cosine"
+decay_epochs = 4
+decay_factor = 0.5
 beta1 = 0.5
 beta2 = 0.75
 epsilon = 0.125
+epsilon_placement = "before_correction"
+momentum = 0.5
 clip = "global"
 clip_norm = 5.0
 keep_prob = 0.5
-init = "glorot"
-init_from = "0101010101010101010101010101010101010101010101010101010101010101"
+keep_probs = [0.25]
+variational_dropout = true
+non_finite = "skip"
+skip_limit = 6
+divergence_factor = 2.0
+patience = 3
 validation_fraction = 0.25
-train_samples = 9
+train_samples = 0
+validation_samples = 0
+init_from = "0101010101010101010101010101010101010101010101010101010101010101"
+
+[job.text]
+mode = "stream"
+targets = "wrap"
+reset_at = "x"
+max_len = 0
+pad = "post"
 
 [run]
 data = "text"
 epochs = 1
 steps = 2
+recompute = true
 checkpoint_seconds = 3
 digest_steps = 4
 sample_chars = 5
@@ -55,8 +90,16 @@ sample_temperature = 0.5
 "#;
 
 fn to_coordinator() -> Vec<ToCoordinator> {
-    let stops =
-        [Stop::Finished, Stop::Drained, Stop::Aborted, Stop::Broken("why".to_owned()), Stop::NonFinite];
+    let stops = [
+        Stop::Finished,
+        Stop::Drained,
+        Stop::Aborted,
+        Stop::Broken("why".to_owned()),
+        Stop::NonFinite,
+        Stop::SkipLimit,
+        Stop::Diverged,
+        Stop::NoImprovement,
+    ];
     let hello = Hello {
         name: "name".to_owned(),
         build: "0.1.0".to_owned(),
@@ -93,11 +136,15 @@ fn to_coordinator() -> Vec<ToCoordinator> {
 fn shape() -> DataShape {
     let model = ModelShape {
         cell: Cell::Lstm,
-        num_layers: 1,
-        hidden_size: 2,
-        input: Input::OneHot(5),
+        options: CellOptions { cell_clip: Some(3.0), projection: Some(1), ..CellOptions::PLAIN },
+        hidden_sizes: vec![2],
+        bidirectional: false,
+        input: Input::Embedding { tokens: 5, size: 3 },
         classes: 5,
         head: Head::EveryStep,
+        initial_state: InitialState::Learnt,
+        carries_state: true,
+        reset_token: Some(4),
     };
     let schedule = Schedule { steps_per_epoch: 6, evaluation_batches: 7, total_steps: 8 };
     DataShape { model, seq_len: 2, schedule }
@@ -131,26 +178,36 @@ fn to_worker() -> Vec<ToWorker> {
     messages
 }
 
-/// Both kinds of input, both kinds of work.
-fn batches() -> [(DataShape, Batch); 2] {
+/// All kinds of input, both kinds of work.
+fn batches() -> [(DataShape, Batch); 3] {
     let shard = |shard, rows| ShardBatch { shard, rows };
     let text = Batch {
         work: Work::Train { step: 1, epoch: 2, index: 3 },
         first_slot: 4,
         shards: vec![shard(5, 0..1), shard(6, 1..2)],
         sample_ids: vec![7, 8],
-        inputs: Inputs::Tokens(vec![0, 1, 2, 3, 4, 0]),
+        lengths: vec![2, 1],
+        paddings: vec![1, 0],
+        inputs: Inputs::Tokens(vec![0, 1, 2, 3, 4]),
+    };
+    let lines = Batch {
+        lengths: vec![1, 2],
+        paddings: vec![0, 0],
+        inputs: Inputs::LabelledTokens { tokens: vec![0, 1, 2], labels: vec![3, 4] },
+        ..text.clone()
     };
     let images = Batch {
         work: Work::Evaluate { step: 1, index: 2 },
         first_slot: 0,
         shards: vec![shard(0, 0..1)],
         sample_ids: vec![1 << 32],
+        lengths: vec![2],
+        paddings: vec![0],
         inputs: Inputs::Bytes { bytes: vec![9, 8, 7, 6], labels: vec![3] },
     };
     let mut of_images = shape();
     (of_images.model.input, of_images.model.head) = (Input::Bytes(2), Head::Final);
-    [(shape(), text), (of_images, images)]
+    [(shape(), text), (shape(), lines), (of_images, images)]
 }
 
 /// The name of a kind. No `_` here: a new kind does not compile until somebody has come and added it to the list.

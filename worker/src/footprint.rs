@@ -38,9 +38,9 @@ pub fn worker_bytes(
 
     let rows = slots_of(job.batch_size, job.shards, shards).len();
     let row = match layout.shape.input {
-        Input::OneHot(_) => size_of::<u16>() * (data.seq_len + 1),
+        Input::OneHot(_) | Input::Embedding { .. } => size_of::<u16>() * (data.seq_len + 1),
         Input::Bytes(width) => data.seq_len * width,
     };
-    let batches = BATCHES_AHEAD as usize * rows * (row + size_of::<u64>());
+    let batches = BATCHES_AHEAD as usize * rows * (row + size_of::<u64>() + 2 * size_of::<u32>());
     BARE_BYTES + device_bytes + float * (replica + partials + collective + evaluation) + image + batches
 }

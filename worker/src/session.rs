@@ -91,7 +91,7 @@ where
         Frame::Message(ToWorker::Goodbye(goodbye)) => return ended(goodbye),
         _ => return Err(lost("it began with something else than a welcome")),
     };
-    let layout = StateLayout::new(welcome.data.model, welcome.job.batch_size as usize);
+    let layout = StateLayout::new(welcome.data.model.clone(), welcome.job.batch_size as usize);
     let device =
         backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
     let (frames, outgoing) = unbounded_channel();

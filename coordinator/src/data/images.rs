@@ -131,6 +131,8 @@ impl Dataset for RowsDataset {
             first_slot: slots.start,
             shards: shard_batches(*cut, shards, filled),
             sample_ids: samples.iter().map(|&sample| u64::from(sample) | id_bits).collect(),
+            lengths: vec![shape.seq_len as u32; samples.len()],
+            paddings: vec![0; samples.len()],
             inputs: set.inputs(&samples),
         }
     }

@@ -151,6 +151,7 @@ fn wrong_task(what: &str, task: Task, instead: &str) -> Problem {
     let (reads, other) = match task {
         Task::Chars => ("task \"chars\" reads a text", "\"rows\""),
         Task::Rows => ("task \"rows\" reads images", "\"chars\""),
+        Task::Classify => ("task \"classify\" reads labelled lines of text", "\"chars\" or \"rows\""),
     };
     Problem::usage(format!("{what}, but {reads}"))
         .hint(format!("choose {instead}; or a preset of task {other}"))
@@ -226,12 +227,12 @@ fn at_path(task: Task, path: &Path) -> Result<Source, Problem> {
         _ => Problem::usage(format!("{shown} cannot be read: {error}")),
     })?;
     match (task, kind(&metadata)) {
-        (Task::Chars, Kind::File) => {
+        (Task::Chars | Task::Classify, Kind::File) => {
             let name = path.file_name().map_or_else(|| shown.to_string(), |name| name.display().to_string());
             Ok(Source::Text { name, path: path.to_owned(), sha256: None })
         }
         (Task::Rows, Kind::Folder) => images_in(path, &shown.to_string(), false),
-        (Task::Chars, Kind::Folder) => {
+        (Task::Chars | Task::Classify, Kind::Folder) => {
             Err(wrong_task(&format!("{shown} is a folder"), task, "the path of a text file"))
         }
         (Task::Rows, Kind::File) => {

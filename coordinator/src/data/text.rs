@@ -116,6 +116,8 @@ impl Dataset for TextDataset {
             first_slot: slots.start,
             shards: shard_batches(*cut, shards, cut.batch_size),
             sample_ids: starts.iter().map(|&start| start as u64).collect(),
+            lengths: vec![seq_len as u32; starts.len()],
+            paddings: vec![0; starts.len()],
             inputs: Inputs::Tokens(
                 starts.iter().flat_map(|&start| &tokens[start..=start + seq_len]).copied().collect(),
             ),

@@ -94,7 +94,7 @@ pub(super) fn epoch_lines(
 pub(crate) fn quality(task: Task, sums: &StepSums) -> String {
     match task {
         Task::Chars => format!("{} bits/char", fixed(sums.mean_loss() / std::f64::consts::LN_2, 3)),
-        Task::Rows => format!("accuracy {:.2} %", 100.0 * sums.accuracy()),
+        Task::Rows | Task::Classify => format!("accuracy {:.2} %", 100.0 * sums.accuracy()),
     }
 }
 

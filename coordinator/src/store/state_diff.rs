@@ -328,10 +328,10 @@ mod tests {
     #[test]
     fn another_batch_size_is_no_other_shape_without_recurrent_state() {
         let [text, images] = [testing::checkpoint(17, 1), testing::rows_checkpoint(3)].map(|c| c.image);
-        let layout = StateLayout::new(images.layout().shape, 7);
+        let layout = StateLayout::new(images.layout().shape.clone(), 7);
         let same = StateImage::new(&layout, images.bytes().to_vec()).unwrap();
         assert_eq!(state_diff(&images, &same), Ok(None));
-        let layout = StateLayout::new(text.layout().shape, 2);
+        let layout = StateLayout::new(text.layout().shape.clone(), 2);
         let fewer = StateImage::new(&layout, text.bytes()[..layout.image_bytes()].to_vec()).unwrap();
         let reason = state_diff(&text, &fewer).unwrap_err();
         assert_eq!(reason, "recurrent_state is [3, 2] in A and [2, 2] in B");

@@ -95,11 +95,11 @@ struct LayerTrace {
 impl RowBlock {
     /// Takes over these rows of a batch. Keeps its memory.
     pub(super) fn resize(&mut self, shape: &ModelShape, seq_len: usize, rows: Range<usize>) {
-        let (n, hidden) = (rows.len(), shape.hidden_size);
+        let (n, hidden) = (rows.len(), shape.hidden_sizes[0]);
         let (unit, gates) = (n * hidden, shape.cell.gates() * n * hidden);
         let targets = if shape.head == Head::EveryStep { seq_len * n } else { n };
         (self.rows, self.seq_len) = (rows, seq_len);
-        self.layers.resize_with(shape.num_layers, LayerTrace::default);
+        self.layers.resize_with(shape.num_layers(), LayerTrace::default);
         for layer in &mut self.layers {
             layer.pre.resize(seq_len * gates, 0.0);
             layer.h.resize((seq_len + 1) * unit, 0.0);
@@ -120,21 +120,21 @@ impl RowBlock {
 
     /// Bytes of blocks of `rows` rows in all, however they are cut, after a training step.
     pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize, has_dropout: bool) -> usize {
-        let (unit, steps) = (rows * shape.hidden_size, seq_len * rows * shape.hidden_size);
+        let (unit, steps) = (rows * shape.hidden_sizes[0], seq_len * rows * shape.hidden_sizes[0]);
         let gates = shape.cell.gates() * steps;
         let cell = match shape.cell {
             Cell::Rnn => 0,
             Cell::Lstm => steps + unit,
             Cell::Gru => 4 * steps + 3 * unit + 3 * steps,
         };
-        let layers: usize = (0..shape.num_layers)
+        let layers: usize = (0..shape.num_layers())
             .map(|index| {
                 let dropped = if has_dropout && drops_output(shape, index) { steps } else { 0 };
                 2 * gates + steps + unit + cell + dropped
             })
             .sum();
         let inputs = match shape.input {
-            Input::OneHot(_) => seq_len * rows,
+            Input::OneHot(_) | Input::Embedding { .. } => seq_len * rows,
             Input::Bytes(width) => seq_len * rows * width,
         };
         let targets = if shape.head == Head::EveryStep { seq_len * rows } else { rows };
@@ -221,9 +221,9 @@ impl RowBlock {
             (input, expected) => panic!("forward_one_step: the input is {input:?}, expected {expected:?}"),
         }
         for layer in &mut self.layers {
-            layer.h.copy_within(shape.hidden_size.., 0);
+            layer.h.copy_within(shape.hidden_sizes[0].., 0);
             if shape.cell == Cell::Lstm {
-                layer.c.copy_within(shape.hidden_size.., 0);
+                layer.c.copy_within(shape.hidden_sizes[0].., 0);
             }
         }
         self.layers_forward(simd, shape, weights, None);
@@ -239,7 +239,7 @@ impl RowBlock {
         weights: &Weights,
         dropout: Option<Dropout>,
     ) {
-        for index in 0..shape.num_layers {
+        for index in 0..shape.num_layers() {
             self.project_input(simd, shape, &weights.layers[index], index);
             self.layer_forward(simd, shape, &weights.layers[index], index);
             match dropout {
@@ -278,8 +278,8 @@ impl RowBlock {
 
     /// Sets h and c before the first step; zeros where rows carry no state.
     fn load_state(&mut self, shape: &ModelShape, state: &[f32]) {
-        let (n, hidden) = (self.len(), shape.hidden_size);
-        let (vectors, size) = (shape.cell.state_vectors(), shape.state_size());
+        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
+        let (vectors, size) = ((1 + usize::from(shape.cell == Cell::Lstm)), shape.state_size());
         for (index, layer) in self.layers.iter_mut().enumerate() {
             for (vector, place) in [&mut layer.h, &mut layer.c].into_iter().take(vectors).enumerate() {
                 if size == 0 {
@@ -296,8 +296,8 @@ impl RowBlock {
 
     /// Writes h and c after the last step to `[rows][state_size]`.
     pub(super) fn store_state(&self, shape: &ModelShape, state: &mut [f32]) {
-        let (n, hidden) = (self.len(), shape.hidden_size);
-        let (vectors, size) = (shape.cell.state_vectors(), shape.state_size());
+        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
+        let (vectors, size) = ((1 + usize::from(shape.cell == Cell::Lstm)), shape.state_size());
         if size == 0 {
             return;
         }
@@ -314,7 +314,7 @@ impl RowBlock {
 
     /// The input's part of the gates for all steps.
     fn project_input(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let gates = shape.cell.gates() * shape.hidden_size;
+        let gates = shape.cell.gates() * shape.hidden_sizes[0];
         let (below, from) = self.layers.split_at_mut(index);
         let pre = &mut from[0].pre;
         match &weights.input {
@@ -324,15 +324,15 @@ impl RowBlock {
             InputWeights::Dense { forward, .. } => {
                 broadcast_rows(&weights.bias, pre);
                 let n = self.rows.len();
-                let x = below.last().map_or(&self.dense[..], |layer| layer.output(n * shape.hidden_size));
-                let width = shape.layer_input_size(index);
+                let x = below.last().map_or(&self.dense[..], |layer| layer.output(n * shape.hidden_sizes[0]));
+                let width = shape.layer(index).input_size;
                 gemm(simd, self.seq_len * n, x, width, forward, pre, gates, true);
             }
         }
     }
 
     fn layer_forward(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let sequence = self.sequence(shape.hidden_size);
+        let sequence = self.sequence(shape.hidden_sizes[0]);
         let LayerTrace { pre, gates, h_part, h, c, .. } = &mut self.layers[index];
         let weight_hh = &weights.hidden;
         match shape.cell {
@@ -349,7 +349,7 @@ impl RowBlock {
     }
 
     fn drop_output(&mut self, simd: Simd, shape: &ModelShape, index: usize, dropout: Dropout) {
-        let (n, hidden) = (self.len(), shape.hidden_size);
+        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
         let (rows, seq_len) = (self.rows.clone(), self.seq_len);
         let LayerTrace { h, dropped, .. } = &mut self.layers[index];
         dropped.resize(seq_len * n * hidden, 0.0);
@@ -362,11 +362,11 @@ impl RowBlock {
 
     /// The logits of every target.
     fn project_output(&mut self, simd: Simd, shape: &ModelShape, weights: &Weights) {
-        let (unit, classes) = (self.len() * shape.hidden_size, shape.classes);
+        let (unit, classes) = (self.len() * shape.hidden_sizes[0], shape.classes);
         let Self { layers, logits, targets, .. } = self;
         let output = head_input(shape, layers, unit);
         broadcast_rows(&weights.head_bias, logits);
-        gemm(simd, targets.len(), output, shape.hidden_size, &weights.head, logits, classes, true);
+        gemm(simd, targets.len(), output, shape.hidden_sizes[0], &weights.head, logits, classes, true);
     }
 
     /// Back through head, layers and steps to the gates' gradients.
@@ -378,7 +378,7 @@ impl RowBlock {
         dropout: Option<Dropout>,
     ) {
         let shape = &layout.shape;
-        let (hidden, n, seq_len) = (shape.hidden_size, self.len(), self.seq_len);
+        let (hidden, n, seq_len) = (shape.hidden_sizes[0], self.len(), self.seq_len);
         let unit = n * hidden;
         self.d_out.resize(seq_len * unit, 0.0);
         let first_read = if shape.head == Head::EveryStep { 0 } else { (seq_len - 1) * unit };
@@ -394,7 +394,7 @@ impl RowBlock {
             hidden,
             false,
         );
-        for index in (0..shape.num_layers).rev() {
+        for index in (0..shape.num_layers()).rev() {
             if let Some(dropout) = dropout.filter(|_| drops_output(shape, index)) {
                 for (at, d) in self.d_out.chunks_exact_mut(hidden).enumerate() {
                     let stream = mask(shape, dropout, self.rows.start + at % n, at / n, index);
@@ -413,8 +413,8 @@ impl RowBlock {
     }
 
     fn layer_backward(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let sequence = self.sequence(shape.hidden_size);
-        let unit = self.len() * shape.hidden_size;
+        let sequence = self.sequence(shape.hidden_sizes[0]);
+        let unit = self.len() * shape.hidden_sizes[0];
         let Self { layers, d_out, d_h, d_c, seq_len, .. } = self;
         let LayerTrace { pre, gates, h, c, d_pre, d_h_part, .. } = &mut layers[index];
         d_pre.resize(*seq_len * shape.cell.gates() * unit, 0.0);
@@ -534,7 +534,7 @@ fn head_input<'a>(shape: &ModelShape, layers: &'a [LayerTrace], unit: usize) -> 
 /// Whether dropout applies to a layer's output. Where the head reads the final state, nobody reads the last layer's
 /// output: the state is never dropped, neither on its way through time nor for the head.
 fn drops_output(shape: &ModelShape, layer: usize) -> bool {
-    shape.head == Head::EveryStep || layer + 1 < shape.num_layers
+    shape.head == Head::EveryStep || layer + 1 < shape.num_layers()
 }
 
 fn mask(shape: &ModelShape, dropout: Dropout, row: usize, t: usize, layer: usize) -> MaskStream {
@@ -542,6 +542,6 @@ fn mask(shape: &ModelShape, dropout: Dropout, row: usize, t: usize, layer: usize
         seed: dropout.seed,
         step: dropout.step,
         row: dropout.first_slot + row as u32,
-        position: (t * shape.num_layers + layer) as u32,
+        position: (t * shape.num_layers() + layer) as u32,
     }
 }

@@ -55,7 +55,7 @@ impl GradientTask<'_> {
         let (d_weight, d_bias) = self.gradient.split_at_mut(layout.head().0.len());
         let pairs = || pairs(blocks, 0..steps, self.rows.clone());
         let d = || pairs().map(|(block, t, row)| block.d_logits(shape.classes, t, row));
-        let (hidden, last) = (shape.hidden_size, shape.num_layers - 1);
+        let (hidden, last) = (shape.hidden_sizes[0], shape.num_layers() - 1);
         let output = pairs().map(|(block, t, row)| block.output(last, hidden, t + shift, row));
         let pair_count = steps * self.rows.len();
         scratch.pack_left((pair_count, shape.classes), d());
@@ -71,12 +71,12 @@ impl GradientTask<'_> {
         blocks: &[RowBlock],
         scratch: &mut Scratch,
     ) {
-        let (shape, ranges, seq_len) = (&layout.shape, layout.layer(layer), seq_len(blocks));
-        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let (shape, ranges, seq_len) = (&layout.shape, layout.layer(layer)[0].clone(), seq_len(blocks));
+        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
         let (d_weight_ih, rest) = self.gradient.split_at_mut(ranges.weight_ih.len());
         let (d_weight_hh, rest) = rest.split_at_mut(ranges.weight_hh.len());
         let (d_bias_ih, d_bias_hh) = rest.split_at_mut(ranges.bias_ih.len());
-        let (width, pair_count) = (shape.layer_input_size(layer), seq_len * self.rows.len());
+        let (width, pair_count) = (shape.layer(layer).input_size, seq_len * self.rows.len());
         let pairs = || pairs(blocks, 0..seq_len, self.rows.clone());
         let d_pre = || pairs().map(|(block, t, row)| block.d_pre(layer, gates, t, row));
 
@@ -117,12 +117,13 @@ impl GradientTask<'_> {
 impl Scratch {
     /// The most bytes of the room for a shard of `rows` rows.
     pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize) -> usize {
-        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
         let pairs = seq_len * rows;
         let head_pairs = if shape.head == Head::EveryStep { pairs } else { rows };
         let left = PackedLeft::bytes_of(pairs, gates).max(PackedLeft::bytes_of(head_pairs, shape.classes));
         let (dense, table) = match shape.input {
             Input::OneHot(width) => (hidden, width * gates),
+            Input::Embedding { size, .. } => (hidden.max(size), 0),
             Input::Bytes(width) => (hidden.max(width), 0),
         };
         left + PackedMatrix::bytes_of(pairs, dense) + size_of::<f32>() * table

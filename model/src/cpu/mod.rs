@@ -135,7 +135,7 @@ impl CpuDevice {
 
     /// Rows that a block should have.
     fn block_rows(shape: &ModelShape) -> usize {
-        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_size * shape.hidden_size;
+        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_sizes[0] * shape.hidden_sizes[0];
         if weight_bytes <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS }
     }
 
@@ -242,7 +242,7 @@ impl Device for CpuDevice {
     fn finish_bucket(&mut self, bucket: usize, partials: &mut [Vec<f32>]) -> Result<()> {
         assert_eq!(partials.len(), self.shard_rows.len(), "finish_bucket: one partial per shard of the step");
         let range = self.buckets[bucket].clone();
-        let layer = (bucket > 0).then(|| self.layout.shape.num_layers - bucket);
+        let layer = (bucket > 0).then(|| self.layout.shape.num_layers() - bucket);
         let (simd, layout, blocks, scratch) = (self.simd, &self.layout, &self.blocks, &self.scratch);
         self.pool.install(|| {
             partials.par_iter_mut().zip(&self.shard_rows).for_each(|(partial, rows)| {
@@ -323,6 +323,7 @@ fn block_inputs<'a>(batch: &'a Batch, input: &Input, seq_len: usize, rows: Range
         Inputs::Tokens(tokens) => {
             BlockInputs::Tokens(&tokens[rows.start * (seq_len + 1)..rows.end * (seq_len + 1)])
         }
+        Inputs::LabelledTokens { .. } => todo!(),
         Inputs::Bytes { bytes, labels } => {
             let row = seq_len * input.size();
             BlockInputs::Bytes { bytes: &bytes[rows.start * row..rows.end * row], labels: &labels[rows] }

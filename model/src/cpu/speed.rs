@@ -37,7 +37,7 @@ impl Speed {
 
 /// Floating-point operations per second of the recurrent product, on so many threads at once.
 fn gemm_rate(simd: Simd, shape: &ModelShape, threads: usize) -> f64 {
-    let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+    let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
     let rows = CpuDevice::block_rows(shape);
     let probe = || {
         let state = vec![0.5; rows * hidden];

@@ -49,9 +49,9 @@ impl Weights {
     /// Room for the weights of a network; for the forms that only the backward pass reads, if there will be one.
     pub(super) fn new(shape: &ModelShape, backward: bool) -> Self {
         let backward = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
-        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
         let layer = |layer: usize| {
-            let width = shape.layer_input_size(layer);
+            let width = shape.layer(layer).input_size;
             let input = match shape.input {
                 Input::OneHot(_) if layer == 0 => InputWeights::Table(vec![0.0; width * gates]),
                 _ => InputWeights::Dense {
@@ -68,7 +68,7 @@ impl Weights {
             }
         };
         Self {
-            layers: (0..shape.num_layers).map(layer).collect(),
+            layers: (0..shape.num_layers()).map(layer).collect(),
             head: PackedMatrix::new(hidden, shape.classes),
             head_backward: backward(shape.classes, hidden),
             head_bias: vec![0.0; shape.classes],
@@ -77,10 +77,10 @@ impl Weights {
 
     /// Bytes of the weights of a network, with those that only the backward pass reads.
     pub(super) fn bytes_of(shape: &ModelShape) -> usize {
-        let (hidden, gates) = (shape.hidden_size, shape.cell.gates() * shape.hidden_size);
+        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
         let both_ways = |k, n| PackedMatrix::bytes_of(k, n) + PackedMatrix::bytes_of(n, k);
         let layer = |layer: usize| {
-            let width = shape.layer_input_size(layer);
+            let width = shape.layer(layer).input_size;
             let input = match shape.input {
                 Input::OneHot(_) if layer == 0 => size_of::<f32>() * width * gates,
                 _ => both_ways(width, gates),
@@ -88,7 +88,7 @@ impl Weights {
             input + both_ways(hidden, gates) + size_of::<f32>() * 2 * gates
         };
         let head = both_ways(hidden, shape.classes) + size_of::<f32>() * shape.classes;
-        (0..shape.num_layers).map(layer).sum::<usize>() + head
+        (0..shape.num_layers()).map(layer).sum::<usize>() + head
     }
 
     /// Bytes that these weights hold.
@@ -109,7 +109,7 @@ impl Weights {
 
     /// Packs the parameters; the forms that only the backward pass reads, if it will run (and there is room).
     pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
-        let (shape, hidden) = (&layout.shape, layout.shape.hidden_size);
+        let (shape, hidden) = (&layout.shape, layout.shape.hidden_sizes[0]);
         self.head_bias.copy_from_slice(&parameters[layout.head().1]);
         let (head, head_backward) = (&mut self.head, &mut self.head_backward);
         let layers = &mut self.layers;
@@ -123,7 +123,7 @@ impl Weights {
             },
             || {
                 layers.par_iter_mut().enumerate().for_each(|(index, layer)| {
-                    let ranges = layout.layer(index);
+                    let ranges = layout.layer(index)[0].clone();
                     let (bias_ih, bias_hh) = (&parameters[ranges.bias_ih], &parameters[ranges.bias_hh]);
                     layer.bias_hh.copy_from_slice(bias_hh);
                     layer.bias.copy_from_slice(bias_ih);
@@ -132,7 +132,7 @@ impl Weights {
                     }
                     let weight_ih = &parameters[ranges.weight_ih];
                     let weight_hh = &parameters[ranges.weight_hh];
-                    let width = shape.layer_input_size(index);
+                    let width = shape.layer(index).input_size;
                     match &mut layer.input {
                         InputWeights::Table(table) => token_table(weight_ih, &layer.bias, table),
                         InputWeights::Dense { forward, backward: into } => {
