@@ -5,13 +5,14 @@
 use kernels::cpu::dropout::{MaskStream, dropout_forward};
 use kernels::cpu::gru::{GruBackward, GruForward, GruWeights, gru_backward, gru_forward};
 use kernels::cpu::lstm::{LstmBackward, LstmForward, LstmOptions, lstm_backward, lstm_forward};
-use kernels::cpu::optimizer::{AdamOptions, AdamStep, EpsilonPlacement, adam_update, squared_norm};
+use kernels::cpu::optimizer::{AdamOptions, AdamStep, adam_update, squared_norm};
 use kernels::cpu::reduce::{digest, tree_add};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
 use kernels::cpu::softmax::softmax_cross_entropy;
 use kernels::{PackedMatrix, Simd, gemm};
 use protocol::cell::{Activation, RecurrentActivation};
+use protocol::job::EpsilonPlacement;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

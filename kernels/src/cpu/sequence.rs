@@ -225,7 +225,8 @@ pub(crate) mod tests {
         assert_eq!(steps[1].carry(3), 0..12);
         let mut states: Vec<f32> = (0..26).map(|at| at as f32).collect();
         let (before, after) = steps[2].split(&mut states, 2);
-        assert_eq!((&*before, &*after), (&[16.0, 17.0][..], &[24.0, 25.0][..]));
+        assert_eq!(before, [16.0, 17.0]);
+        assert_eq!(after, [24.0, 25.0]);
     }
 
     #[test]
