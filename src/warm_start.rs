@@ -55,7 +55,7 @@ fn by_character(
     layout: &StateLayout,
     (there, here): (&[char], &[char]),
 ) -> Result<(Vec<f32>, String), Problem> {
-    let mut parameters = initial_parameters(layout, job.init, job.seed);
+    let mut parameters = initial_parameters(layout, job);
     // The places of each shared character, here and there; both vocabularies are ascending.
     let shared: Vec<(usize, usize)> = here
         .iter()
@@ -160,7 +160,7 @@ mod tests {
         let (parameters, notice) =
             source(dir.path(), "gru", "bce").make(&job, &facts(Some("abxe")), &here).unwrap();
         assert!(notice.contains(": 2 of 4 characters carried over"), "{notice}");
-        let seeds = initial_parameters(&here, job.init, job.seed);
+        let seeds = initial_parameters(&here, &job);
         // Of a b x e, b was the first character there and e the third.
         let origin = [None, Some(0), None, Some(2)];
         let (ih, head, bias) = (here.layer(0).weight_ih, here.head().0, here.head().1);

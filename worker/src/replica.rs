@@ -40,7 +40,7 @@ impl<D: Device> Replica<D> {
     /// The device has no room.
     pub fn initial(device: &D, layout: StateLayout, job: &JobSpec) -> Result<Self> {
         let mut replica = Self::zeros(device, layout)?;
-        let values = initial_parameters(&replica.layout, job.init, job.seed);
+        let values = initial_parameters(&replica.layout, job);
         device.import(&mut replica.parameters, 0, &values)?;
         Ok(replica)
     }
