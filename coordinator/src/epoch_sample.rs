@@ -70,4 +70,11 @@ mod tests {
         assert_eq!(sample.text(&[0, 1, u32::MAX, 2]).chars().count(), 2);
         assert_eq!(sample.text(&[0; 9]).chars().count(), 3);
     }
+
+    #[test]
+    fn padding_is_no_part_of_a_text_of_lines() {
+        let sample = sample("char-lstm", &[("mode", "lines"), ("pad", "pre"), ("max_len", "100")]).unwrap();
+        assert_eq!(sample.text(&sample.request().prime), "\n");
+        assert_eq!(sample.text(&[0, 1, 0, 1]), "\n\n");
+    }
 }
