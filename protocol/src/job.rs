@@ -703,7 +703,7 @@ mod tests {
     #[test]
     fn every_preset_resolves() {
         let names: Vec<String> = presets().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names.len(), 6);
+        assert_eq!(names.len(), 7);
         for name in names {
             JobFile::resolve(&name, None, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
         }
