@@ -193,7 +193,8 @@ impl RowBlock {
         };
         let floats = [dense, features, logits, d_out, d_features, &room.input, &room.d_out].map(Vec::len);
         let words = [tokens, targets, &room.tokens].map(Vec::len);
-        let words = floats.iter().chain(&words).sum::<usize>() + traces + works.iter().map(work).sum::<usize>();
+        let words =
+            floats.iter().chain(&words).sum::<usize>() + traces + works.iter().map(work).sum::<usize>();
         4 * words + 8 * losses.len() + correct.len()
     }
 
@@ -391,7 +392,8 @@ impl RowBlock {
         for (at, work) in directions.iter_mut().enumerate() {
             let direction = Self::direction(network, index, at);
             let pre = direction.room_for_input(&self.runs, work);
-            let input = if index > 0 && Self::copies_output(network, index - 1) { Some(&input[..]) } else { None };
+            let input =
+                if index > 0 && Self::copies_output(network, index - 1) { Some(&input[..]) } else { None };
             self.project_input(network, index, at, input, pre);
             direction.forward(&self.runs, &mut self.traces[index][at], work);
         }
@@ -683,7 +685,8 @@ fn scale_bytes(bytes: &[u8], scaled: &mut [f32]) {
 
 /// Whether dropout applies to a layer's output.
 fn drops_output(network: &Network<'_>, layer: usize) -> bool {
-    network.dropout.is_some_and(|dropout| dropout.keep[layer] < 1.0) && has_droppable_output(network.shape, layer)
+    network.dropout.is_some_and(|dropout| dropout.keep[layer] < 1.0)
+        && has_droppable_output(network.shape, layer)
 }
 
 /// Whether somebody reads a layer's output. Where the head reads the final state, nobody reads the last layer's: the

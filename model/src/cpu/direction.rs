@@ -178,10 +178,8 @@ impl Direction<'_> {
                     shape,
                     options: self.weights.lstm_options(options),
                     weight_hh: self.weights.hidden.whole(),
-                    projection: projection.map(|weights| LstmProjection {
-                        weight_hr: &weights.forward,
-                        m: unprojected,
-                    }),
+                    projection: projection
+                        .map(|weights| LstmProjection { weight_hr: &weights.forward, m: unprojected }),
                     gates: pre,
                     h,
                     c,

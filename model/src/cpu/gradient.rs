@@ -155,7 +155,8 @@ impl<'a> GradientTask<'a> {
                 let (of_gates, of_candidate) = d_weight_hh.split_at_mut(2 * hidden_size * hidden_size);
                 scratch.pack_left((count, 2 * hidden_size), d_h_part().map(|d| &d[..2 * hidden_size]));
                 scratch.product(simd, (count, hidden_size), h_before(), of_gates);
-                let reset = pairs().map(move |pair| &row(&pair.work().gates, 4 * hidden_size, pair.own)[3 * hidden_size..]);
+                let reset = pairs()
+                    .map(move |pair| &row(&pair.work().gates, 4 * hidden_size, pair.own)[3 * hidden_size..]);
                 scratch.pack_left((count, hidden_size), d_h_part().map(|d| &d[2 * hidden_size..]));
                 scratch.product(simd, (count, hidden_size), reset, of_candidate);
             }
@@ -192,9 +193,9 @@ impl<'a> GradientTask<'a> {
 
     fn embedding(&self, gradient: &mut [f32]) {
         let width = self.shape().input.size();
-        let rows = self.pairs().map(move |Pair { block, place }| {
-            (block.token(place), block.d_embedded(width, place))
-        });
+        let rows = self
+            .pairs()
+            .map(move |Pair { block, place }| (block.token(place), block.d_embedded(width, place)));
         embedding_gradient(self.simd(), rows, width, gradient);
     }
 }

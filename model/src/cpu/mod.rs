@@ -214,13 +214,15 @@ impl Device for CpuDevice {
         row_starts(batch, self.layout.shape.input.size(), &mut self.row_starts);
         let backward = pass != Pass::Evaluate;
         self.dropout = match pass {
-            Pass::Train { step } if self.keep_probs.iter().any(|&keep_prob| keep_prob < 1.0) => Some(Dropout {
-                keep: self.keep_probs.clone(),
-                variational: self.variational,
-                seed: self.seed,
-                step,
-                first_slot: batch.first_slot,
-            }),
+            Pass::Train { step } if self.keep_probs.iter().any(|&keep_prob| keep_prob < 1.0) => {
+                Some(Dropout {
+                    keep: self.keep_probs.clone(),
+                    variational: self.variational,
+                    seed: self.seed,
+                    step,
+                    first_slot: batch.first_slot,
+                })
+            }
             _ => None,
         };
         let (layout, recompute) = (&self.layout, self.recompute);
@@ -260,7 +262,9 @@ impl Device for CpuDevice {
 
     fn reader(&mut self, parameters: &Vec<f32>) -> Result<CpuReader> {
         if self.layout.shape.bidirectional {
-            return Err(DeviceError("a bidirectional network reads whole rows, not one step at a time".to_owned()));
+            return Err(DeviceError(
+                "a bidirectional network reads whole rows, not one step at a time".to_owned(),
+            ));
         }
         Ok(self.pool.install(|| CpuReader::new(self.simd, &self.layout, parameters)))
     }

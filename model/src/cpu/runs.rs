@@ -40,7 +40,13 @@ pub(super) struct Run {
 impl Runs {
     /// Takes over these rows of a batch. Keeps its memory. `goes_on`: rows start from a carried state, unless they begin
     /// with `reset_token`.
-    pub(super) fn of_batch(&mut self, batch: &BatchRows<'_>, rows: Range<usize>, goes_on: bool, reset_token: Option<u16>) {
+    pub(super) fn of_batch(
+        &mut self,
+        batch: &BatchRows<'_>,
+        rows: Range<usize>,
+        goes_on: bool,
+        reset_token: Option<u16>,
+    ) {
         self.runs.clear();
         for (at, row) in rows.clone().enumerate() {
             let length = batch.length(row);
