@@ -198,3 +198,203 @@ fn check_weights(check: &Check, weights: GruWeights<'_>, shape_of: impl Fn(usize
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::cell_tests::*;
+    use super::super::sequence::tests::{numbers, widen};
+    use super::*;
+    use crate::oracle::algebra::{affine, hadamard, parts};
+    use crate::oracle::cell::State;
+    use crate::oracle::gru as oracle;
+    use crate::oracle::parameters::Recurrent;
+    use protocol::cell::Reset;
+    use std::collections::BTreeMap;
+
+    #[derive(Debug)]
+    struct Gru {
+        recurrent_activation: RecurrentActivation,
+        reset: Reset,
+    }
+
+    const PLAIN: Gru = Gru { recurrent_activation: RecurrentActivation::Sigmoid, reset: Reset::After };
+
+    /// Plain, and its variants.
+    const CELLS: [Gru; 4] = [
+        PLAIN,
+        Gru { reset: Reset::Before, ..PLAIN },
+        Gru { recurrent_activation: RecurrentActivation::HardSigmoid, ..PLAIN },
+        Gru { recurrent_activation: RecurrentActivation::HardSigmoid, reset: Reset::Before },
+    ];
+
+    fn parameters(hidden: usize) -> Recurrent<Vec<f32>> {
+        let weight_hh = numbers(3 * hidden * hidden, 1.5 / (hidden as f32).sqrt(), 1);
+        Recurrent::plain(weight_hh, numbers(3 * hidden, 0.5, 6))
+    }
+
+    /// The three matrices that `weight_hh` may be packed into: all gates, r and z, n.
+    fn packed(
+        weight: &[f32],
+        hidden: usize,
+        pack: impl Fn(&[f32], usize) -> PackedMatrix,
+    ) -> [PackedMatrix; 3] {
+        let (gates, candidate) = weight.split_at(2 * hidden * hidden);
+        [pack(weight, 3), pack(gates, 2), pack(candidate, 1)]
+    }
+
+    impl Gru {
+        fn weights<'a>(&self, [all, gates, candidate]: &'a [PackedMatrix; 3]) -> GruWeights<'a> {
+            match self.reset {
+                Reset::After => GruWeights::After(all),
+                Reset::Before => GruWeights::Before { gates, candidate },
+            }
+        }
+    }
+
+    impl TestedCell for Gru {
+        fn inputs(&self, block: &Block) -> Vec<Tensor> {
+            let of = |name, layout, salt| Tensor::numbers(block, name, layout, block.hidden, 1.0, salt);
+            vec![
+                Tensor::numbers(
+                    block,
+                    "x",
+                    Layout::Steps,
+                    3 * block.hidden,
+                    input_scale(self.recurrent_activation),
+                    2,
+                ),
+                of("d_out", Layout::Steps, 4),
+                of("h0", Layout::Carry, 3),
+                of("d_h", Layout::Carry, 5),
+            ]
+        }
+
+        fn run(&self, simd: Simd, block: &Block, inputs: &[Tensor]) -> Vec<Tensor> {
+            let [x, d_out, h0, d_h] = inputs else { panic!("inputs") };
+            let (shape, hidden, recurrent_activation) =
+                (block.shape(), block.hidden, self.recurrent_activation);
+            let Recurrent { weight_hh, bias_hh, .. } = parameters(hidden);
+            let forward = packed(&weight_hh, hidden, |rows, gates| {
+                let mut packed = PackedMatrix::new(hidden, gates * hidden);
+                packed.pack_columns(rows, hidden);
+                packed
+            });
+            let mut gates = Tensor::unset(block, "gates", Layout::Steps, 4 * hidden);
+            let mut h = Tensor::started(block, "h", h0);
+            gru_forward(
+                simd,
+                GruForward {
+                    shape,
+                    recurrent_activation,
+                    weight_hh: self.weights(&forward),
+                    bias_hh: &bias_hh,
+                    x_part: &x.values,
+                    h_part: &mut vec![f32::NAN; shape.rows() * 3 * hidden],
+                    gates: &mut gates.values,
+                    h: &mut h.values,
+                },
+            );
+            let backward = packed(&weight_hh, hidden, |rows, gates| {
+                let mut packed = PackedMatrix::new(gates * hidden, hidden);
+                packed.pack_rows(rows, hidden);
+                packed
+            });
+            let mut d_x = Tensor::unset(block, "d_x_part", Layout::Steps, 3 * hidden);
+            let mut d_y = d_x.named("d_h_part");
+            let mut d_h = d_h.named("d_h0");
+            gru_backward(
+                simd,
+                GruBackward {
+                    shape,
+                    recurrent_activation,
+                    weight_hh: self.weights(&backward),
+                    gates: &gates.values,
+                    h: &h.values,
+                    d_out: &d_out.values,
+                    d_x_part: &mut d_x.values,
+                    d_h_part: &mut d_y.values,
+                    d_h: &mut d_h.values,
+                    h_scratch: &mut vec![f32::NAN; shape.rows() * hidden],
+                },
+            );
+            vec![gates, h, d_x, d_y, d_h]
+        }
+
+        fn weight_gradients(&self, block: &Block, outputs: &BTreeMap<&str, Vec<f32>>) -> Named {
+            let hidden = block.hidden;
+            let (d_y, h) = (&outputs["d_h_part"], &outputs["h"]);
+            let mut weight_hh = outer_sum(d_y, 3 * hidden, h, hidden);
+            if self.reset == Reset::Before {
+                // W_hn multiplied r·h, which stands behind r, z and n.
+                let part_of = |x: &[f32], width: usize, part: usize| -> Vec<f32> {
+                    x.chunks(width * hidden).flat_map(|x| &x[part * hidden..][..hidden]).copied().collect()
+                };
+                let (d_n, reset) = (part_of(d_y, 3, 2), part_of(&outputs["gates"], 4, 3));
+                weight_hh.truncate(2 * hidden * hidden);
+                weight_hh.extend(outer_sum(&d_n, hidden, &reset, hidden));
+            }
+            vec![("weight_hh", weight_hh), ("bias_hh", outer_sum(d_y, 3 * hidden, &vec![1.0; d_y.len()], 1))]
+        }
+
+        fn oracle(&self, block: &Block, inputs: &[Vec<f64>]) -> Option<Named> {
+            let [x, d_out, h0, d_h] = inputs else { panic!("inputs") };
+            let hidden = block.hidden;
+            let parameters = parameters(hidden).map(|values| widen(values));
+            let weights = slices(&parameters);
+            let options = oracle::Gru {
+                recurrent_activation: oracle_gate(self.recurrent_activation),
+                reset: match self.reset {
+                    Reset::After => oracle::Reset::After,
+                    Reset::Before => oracle::Reset::Before,
+                },
+            };
+            let mut trace = oracle::gru_forward(options, x, &weights, &State::of_h(h0.clone()));
+            for (x, h) in x.chunks(3 * hidden).zip(trace.h.chunks(hidden)) {
+                let y = affine(weights.weight_hh, weights.bias_hh, h);
+                let sums = x.iter().zip(y).map(|(x, y)| x + y).take(2 * hidden);
+                if self.recurrent_activation == RecurrentActivation::HardSigmoid
+                    && sums.into_iter().any(|sum| is_near(sum.abs(), 2.5))
+                {
+                    return None;
+                }
+            }
+            let d_end = State::of_h(d_h.clone());
+            let gradient = oracle::gru_backward(options, &trace, &weights, d_out, &d_end);
+            if self.reset == Reset::Before {
+                // The kernel keeps r·h in place of the product.
+                for (gates, h) in trace.gates.chunks_mut(4 * hidden).zip(trace.h.chunks(hidden)) {
+                    let [r, _, _, _] = parts(gates);
+                    let reset = hadamard(r, h);
+                    gates[3 * hidden..].copy_from_slice(&reset);
+                }
+            }
+            Some(vec![
+                ("gates", trace.gates),
+                ("h", trace.h),
+                ("d_x_part", gradient.d_x),
+                ("d_h_part", gradient.d_y),
+                ("d_h0", gradient.d_start.h),
+                ("weight_hh", gradient.recurrent.weight_hh),
+                ("bias_hh", gradient.recurrent.bias_hh),
+            ])
+        }
+    }
+
+    #[test]
+    fn equals_the_oracle_at_every_level() {
+        let cases: Vec<(&dyn TestedCell, _)> = CELLS
+            .iter()
+            .enumerate()
+            .map(|(at, cell)| {
+                let blocks = if at == 0 { odd_blocks() } else { mixed_blocks() };
+                (cell as &dyn TestedCell, blocks)
+            })
+            .collect();
+        assert_follows_the_oracle("gru", &cases);
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_of_the_row_in_company() {
+        assert_rows_are_alone(&CELLS.each_ref().map(|cell| cell as &dyn TestedCell));
+    }
+}

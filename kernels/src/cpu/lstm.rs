@@ -215,3 +215,280 @@ pub fn lstm_backward(simd: Simd, args: LstmBackward<'_>) {
         gemm(simd, step.rows, d_gates, 4 * hidden, weight_hh, d_h, output, false);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::cell_tests::*;
+    use super::super::reduce::product_column_sum;
+    use super::super::sequence::tests::{numbers, widen};
+    use super::*;
+    use crate::oracle::algebra::{affine, parts};
+    use crate::oracle::cell::{State, Trace};
+    use crate::oracle::lstm as oracle;
+    use crate::oracle::parameters::{self, Recurrent};
+    use std::collections::BTreeMap;
+
+    #[derive(Clone, Copy, Debug)]
+    struct Lstm {
+        recurrent_activation: RecurrentActivation,
+        cell_clip: Option<f32>,
+        has_peepholes: bool,
+        projection: Option<usize>,
+    }
+
+    const PLAIN: Lstm = Lstm {
+        recurrent_activation: RecurrentActivation::Sigmoid,
+        cell_clip: None,
+        has_peepholes: false,
+        projection: None,
+    };
+
+    /// All combinations, the plain cell first. The clip lies where it cuts off about a third of the cells.
+    fn cells() -> Vec<Lstm> {
+        let mut cells = Vec::new();
+        for recurrent_activation in [RecurrentActivation::Sigmoid, RecurrentActivation::HardSigmoid] {
+            for has_peepholes in [false, true] {
+                for cell_clip in [None, Some(0.7)] {
+                    for projection in [None, Some(1), Some(5)] {
+                        cells.push(Lstm { recurrent_activation, cell_clip, has_peepholes, projection });
+                    }
+                }
+            }
+        }
+        cells
+    }
+
+    impl Lstm {
+        fn parameters(&self, block: &Block) -> Recurrent<Vec<f32>> {
+            let (hidden, output) = (block.hidden, block.output);
+            let of = |rows: usize, columns: usize, salt| {
+                numbers(rows * columns, 1.5 / (columns as f32).sqrt(), salt)
+            };
+            Recurrent {
+                weight_hh: of(4 * hidden, output, 1),
+                bias_hh: vec![0.0; 4 * hidden],
+                weight_hr: self.projection.map(|_| of(output, hidden, 8)),
+                peepholes: self.has_peepholes.then(|| parameters::Peepholes {
+                    i: of(hidden, 1, 9),
+                    f: of(hidden, 1, 10),
+                    o: of(hidden, 1, 11),
+                }),
+            }
+        }
+
+        fn options<'a>(&self, parameters: &'a Recurrent<Vec<f32>>) -> LstmOptions<'a> {
+            LstmOptions {
+                recurrent_activation: self.recurrent_activation,
+                cell_clip: self.cell_clip,
+                peepholes: parameters.peepholes.as_ref().map(|p| Peepholes { i: &p.i, f: &p.f, o: &p.o }),
+            }
+        }
+
+        /// Whether a sum of a hard gate or a cell state lies near a corner.
+        fn is_near_a_corner(&self, x: &[f64], weights: &Recurrent<&[f64]>, trace: &Trace) -> bool {
+            let (output, hidden) = (trace.end.h.len(), trace.end.c.len());
+            let is_hard = self.recurrent_activation == RecurrentActivation::HardSigmoid;
+            x.chunks(4 * hidden).enumerate().any(|(t, x)| {
+                let sums = affine(weights.weight_hh, x, &trace.h[t * output..(t + 1) * output]);
+                let [sum_i, sum_f, _, sum_o] = parts(&sums);
+                let [i, f, g, _] = parts(&trace.gates[4 * t * hidden..4 * (t + 1) * hidden]);
+                let (c_previous, c) = (&trace.c[t * hidden..], &trace.c[(t + 1) * hidden..]);
+                (0..hidden).any(|j| {
+                    let p = weights.peepholes_of(j);
+                    let gates = [
+                        sum_i[j] + p.i * c_previous[j],
+                        sum_f[j] + p.f * c_previous[j],
+                        sum_o[j] + p.o * c[j],
+                    ];
+                    let unclipped = f[j] * c_previous[j] + i[j] * g[j];
+                    (is_hard && gates.iter().any(|sum| is_near(sum.abs(), 2.5)))
+                        || self.cell_clip.is_some_and(|limit| is_near(unclipped.abs(), f64::from(limit)))
+                })
+            })
+        }
+    }
+
+    impl TestedCell for Lstm {
+        fn projection(&self) -> Option<usize> {
+            self.projection
+        }
+
+        fn inputs(&self, block: &Block) -> Vec<Tensor> {
+            let (hidden, output) = (block.hidden, block.output);
+            let of =
+                |name, layout, width, scale, salt| Tensor::numbers(block, name, layout, width, scale, salt);
+            vec![
+                of("x", Layout::Steps, 4 * hidden, input_scale(self.recurrent_activation), 2),
+                of("d_out", Layout::Steps, output, 1.0, 5),
+                of("h0", Layout::Carry, output, 1.0, 3),
+                of("c0", Layout::Carry, hidden, 2.0, 4),
+                of("d_h", Layout::Carry, output, 1.0, 6),
+                of("d_c", Layout::Carry, hidden, 1.0, 7),
+            ]
+        }
+
+        fn run(&self, simd: Simd, block: &Block, inputs: &[Tensor]) -> Vec<Tensor> {
+            let [x, d_out, h0, c0, d_h, d_c] = inputs else { panic!("inputs") };
+            let (shape, hidden, output) = (block.shape(), block.hidden, block.output);
+            let parameters = self.parameters(block);
+            let options = self.options(&parameters);
+            let (mut weight_hh, mut weight_hr) =
+                (PackedMatrix::new(output, 4 * hidden), PackedMatrix::new(hidden, output));
+            weight_hh.pack_columns(&parameters.weight_hh, output);
+            if let Some(values) = &parameters.weight_hr {
+                weight_hr.pack_columns(values, hidden);
+            }
+            let mut gates = x.named("gates");
+            let (mut h, mut c) = (Tensor::started(block, "h", h0), Tensor::started(block, "c", c0));
+            let mut m = Tensor::unset(block, "m", Layout::Steps, hidden);
+            lstm_forward(
+                simd,
+                LstmForward {
+                    shape,
+                    options,
+                    weight_hh: &weight_hh,
+                    projection: self
+                        .projection
+                        .map(|_| LstmProjection { weight_hr: &weight_hr, m: &mut m.values }),
+                    gates: &mut gates.values,
+                    h: &mut h.values,
+                    c: &mut c.values,
+                },
+            );
+            weight_hh.reset(4 * hidden, output);
+            weight_hh.pack_rows(&parameters.weight_hh, output);
+            weight_hr.reset(output, hidden);
+            if let Some(values) = &parameters.weight_hr {
+                weight_hr.pack_rows(values, hidden);
+            }
+            let mut d_gates = Tensor::unset(block, "d_gates", Layout::Steps, 4 * hidden);
+            let mut d_projected = Tensor::unset(block, "d_projected", Layout::Steps, output);
+            let (mut d_h, mut d_c) = (d_h.named("d_h0"), d_c.named("d_c0"));
+            let mut d_m = vec![f32::NAN; shape.rows() * hidden];
+            lstm_backward(
+                simd,
+                LstmBackward {
+                    shape,
+                    options,
+                    weight_hh: &weight_hh,
+                    projection: self.projection.map(|_| LstmProjectionBackward {
+                        weight_hr: &weight_hr,
+                        d_projected: &mut d_projected.values,
+                        d_m: &mut d_m,
+                    }),
+                    gates: &gates.values,
+                    c: &c.values,
+                    d_out: &d_out.values,
+                    d_gates: &mut d_gates.values,
+                    d_h: &mut d_h.values,
+                    d_c: &mut d_c.values,
+                },
+            );
+            let mut outputs = vec![gates, h, c, d_gates, d_h, d_c];
+            if self.projection.is_some() {
+                outputs.extend([m, d_projected]);
+            }
+            outputs
+        }
+
+        fn weight_gradients(&self, block: &Block, outputs: &BTreeMap<&str, Vec<f32>>) -> Named {
+            let (hidden, output) = (block.hidden, block.output);
+            let (d_gates, c) = (&outputs["d_gates"], &outputs["c"]);
+            let mut gradients = vec![("weight_hh", outer_sum(d_gates, 4 * hidden, &outputs["h"], output))];
+            if self.projection.is_some() {
+                let weight_hr = outer_sum(&outputs["d_projected"], output, &outputs["m"], hidden);
+                gradients.push(("weight_hr", weight_hr));
+            }
+            if self.has_peepholes {
+                let peephole = |gate: usize, c: &[f32]| {
+                    let d = d_gates.chunks(4 * hidden).map(|d| &d[gate * hidden..][..hidden]);
+                    let mut sum = vec![f32::NAN; hidden];
+                    product_column_sum(Simd::detect(), d.zip(c.chunks(hidden)), &mut sum);
+                    widen(&sum)
+                };
+                let [i, f, o] = [0, 1, 3];
+                gradients.push(("peephole_i", peephole(i, c)));
+                gradients.push(("peephole_f", peephole(f, c)));
+                gradients.push(("peephole_o", peephole(o, &c[hidden..])));
+            }
+            gradients
+        }
+
+        fn oracle(&self, block: &Block, inputs: &[Vec<f64>]) -> Option<Named> {
+            let [x, d_out, h0, c0, d_h, d_c] = inputs else { panic!("inputs") };
+            let parameters = self.parameters(block).map(|values| widen(values));
+            let weights = slices(&parameters);
+            let options = oracle::Lstm {
+                recurrent_activation: oracle_gate(self.recurrent_activation),
+                forget_bias: 0.0,
+                peepholes: self.has_peepholes,
+                cell_clip: self.cell_clip.map(f64::from),
+                projection: self.projection,
+            };
+            let start = State { h: h0.clone(), c: c0.clone() };
+            let trace = oracle::lstm_forward(options, x, &weights, &start);
+            if self.is_near_a_corner(x, &weights, &trace) {
+                return None;
+            }
+            let d_end = State { h: d_h.clone(), c: d_c.clone() };
+            let gradient = oracle::lstm_backward(options, &trace, &weights, d_out, &d_end);
+            let mut wants = vec![
+                ("gates", trace.gates),
+                ("h", trace.h),
+                ("c", trace.c),
+                ("d_gates", gradient.d_x),
+                ("d_h0", gradient.d_start.h),
+                ("d_c0", gradient.d_start.c),
+                ("weight_hh", gradient.recurrent.weight_hh),
+            ];
+            wants.extend(gradient.recurrent.weight_hr.map(|values| ("weight_hr", values)));
+            if let Some(parameters::Peepholes { i, f, o }) = gradient.recurrent.peepholes {
+                wants.extend([("peephole_i", i), ("peephole_f", f), ("peephole_o", o)]);
+            }
+            Some(wants)
+        }
+    }
+
+    #[test]
+    fn equals_the_oracle_at_every_level() {
+        assert_follows_the_oracle("lstm", &[(&PLAIN as &dyn TestedCell, odd_blocks())]);
+    }
+
+    #[test]
+    fn every_combination_of_options_equals_the_oracle_at_every_level() {
+        let cells = cells();
+        let cases: Vec<_> = cells.iter().map(|cell| (cell as &dyn TestedCell, mixed_blocks())).collect();
+        assert_follows_the_oracle("lstm, all options", &cases);
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_of_the_row_in_company() {
+        let cells = cells();
+        assert_rows_are_alone(&cells.iter().map(|cell| cell as &dyn TestedCell).collect::<Vec<_>>());
+    }
+
+    /// The cell states that a block leaves, of starts that hold a NaN.
+    fn cells_after(cell_clip: Option<f32>) -> Vec<f32> {
+        let (cell, block) = (Lstm { cell_clip, ..PLAIN }, Block::new(&[4, 4, 2], 7));
+        let mut inputs = cell.inputs(&block);
+        inputs[3].values[0] = f32::NAN;
+        let outputs = cell.run(Simd::detect(), &block, &inputs);
+        outputs.into_iter().find(|output| output.name == "c").unwrap().values.split_off(4 * 7)
+    }
+
+    #[test]
+    fn a_clip_cuts_off_what_is_outside_and_neither_a_nan_nor_what_is_inside() {
+        let clipped = cells_after(Some(0.7));
+        assert!(clipped[0].is_nan());
+        assert!(clipped.contains(&0.7) && clipped.contains(&-0.7));
+        assert!(!clipped.iter().any(|c| c.abs() > 0.7));
+        let free = cells_after(None);
+        assert!(free.iter().any(|c| c.abs() > 0.7));
+        assert_eq!(bits_of(&cells_after(Some(1e3))), bits_of(&free));
+    }
+
+    /// A NaN's own bits are not promised.
+    fn bits_of(x: &[f32]) -> Vec<Option<u32>> {
+        x.iter().map(|x| (!x.is_nan()).then_some(x.to_bits())).collect()
+    }
+}

@@ -1,6 +1,7 @@
 //! The global norm, Adam and gradient descent with momentum, over flat f32 buffers.
 
 use super::simd::{LANES, Simd, map_units, simd_kernel};
+use protocol::job::EpsilonPlacement;
 
 /// Elements of a leaf of [`squared_norm`]'s tree. A constant of the result's bits.
 pub const NORM_BLOCK: usize = 4096;
@@ -69,15 +70,6 @@ simd_kernel! {
             *x *= factor;
         }
     }
-}
-
-/// Where Adam's ε stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EpsilonPlacement {
-    /// PyTorch: `sqrt(v / (1 - β2^t)) + ε`.
-    AfterCorrection,
-    /// TensorFlow 1 ("epsilon hat"): `sqrt(v) + ε`, the correction standing outside.
-    BeforeCorrection,
 }
 
 /// Adam's options, as a job states them.

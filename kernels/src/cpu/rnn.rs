@@ -126,3 +126,115 @@ simd_kernel! {
 fn backward_unit<const RELU: bool>([h, d_out, d_h]: [f32; 3], _: [f32; 1]) -> [f32; 1] {
     [(d_out + d_h) * unit_slope::<RELU>(h)]
 }
+#[cfg(test)]
+mod tests {
+    use super::super::cell_tests::*;
+    use super::super::sequence::tests::{numbers, widen};
+    use super::*;
+    use crate::oracle::activation;
+    use crate::oracle::algebra::affine;
+    use crate::oracle::cell::State;
+    use crate::oracle::parameters::Recurrent;
+    use crate::oracle::rnn as oracle;
+    use std::collections::BTreeMap;
+
+    #[derive(Debug)]
+    struct Rnn(Activation);
+
+    fn weight(hidden: usize) -> Vec<f32> {
+        numbers(hidden * hidden, 1.5 / (hidden as f32).sqrt(), 1)
+    }
+
+    impl TestedCell for Rnn {
+        fn inputs(&self, block: &Block) -> Vec<Tensor> {
+            let of = |name, layout, salt| Tensor::numbers(block, name, layout, block.hidden, 1.0, salt);
+            vec![
+                of("pre", Layout::Steps, 2),
+                of("d_out", Layout::Steps, 4),
+                of("h0", Layout::Carry, 3),
+                of("d_h", Layout::Carry, 5),
+            ]
+        }
+
+        fn run(&self, simd: Simd, block: &Block, inputs: &[Tensor]) -> Vec<Tensor> {
+            let [pre, d_out, h0, d_h] = inputs else { panic!("inputs") };
+            let (shape, hidden, activation) = (block.shape(), block.hidden, self.0);
+            let weight = weight(hidden);
+            let mut packed = PackedMatrix::new(hidden, hidden);
+            packed.pack_columns(&weight, hidden);
+            let mut pre = pre.clone();
+            let mut h = Tensor::started(block, "h", h0);
+            let (pre, states) = (&mut pre.values, &mut h.values);
+            rnn_forward(simd, RnnForward { shape, activation, weight_hh: &packed, pre, h: states });
+            packed.pack_rows(&weight, hidden);
+            let mut d_pre = Tensor::unset(block, "d_pre", Layout::Steps, hidden);
+            let mut d_h = d_h.named("d_h0");
+            rnn_backward(
+                simd,
+                RnnBackward {
+                    shape,
+                    activation,
+                    weight_hh: &packed,
+                    h: &h.values,
+                    d_out: &d_out.values,
+                    d_pre: &mut d_pre.values,
+                    d_h: &mut d_h.values,
+                },
+            );
+            vec![h, d_pre, d_h]
+        }
+
+        fn weight_gradients(&self, block: &Block, outputs: &BTreeMap<&str, Vec<f32>>) -> Named {
+            let hidden = block.hidden;
+            vec![("weight_hh", outer_sum(&outputs["d_pre"], hidden, &outputs["h"], hidden))]
+        }
+
+        fn oracle(&self, block: &Block, inputs: &[Vec<f64>]) -> Option<Named> {
+            let [pre, d_out, h0, d_h] = inputs else { panic!("inputs") };
+            let hidden = block.hidden;
+            let (weight, bias) = (widen(&weight(hidden)), vec![0.0; hidden]);
+            let weights = Recurrent::plain(&weight[..], &bias[..]);
+            let activation = match self.0 {
+                Activation::Tanh => activation::Activation::Tanh,
+                Activation::Relu => activation::Activation::Relu,
+            };
+            let options = oracle::Rnn { activation };
+            let trace = oracle::rnn_forward(options, pre, &weights, &State::of_h(h0.clone()));
+            if self.0 == Activation::Relu {
+                for (pre, h) in pre.chunks(hidden).zip(trace.h.chunks(hidden)) {
+                    if affine(&weight, pre, h).iter().any(|sum| is_near(*sum, 0.0)) {
+                        return None;
+                    }
+                }
+            }
+            let gradient = oracle::rnn_backward(options, &trace, &weights, d_out, &State::of_h(d_h.clone()));
+            Some(vec![
+                ("h", trace.h),
+                ("d_pre", gradient.d_x),
+                ("d_h0", gradient.d_start.h),
+                ("weight_hh", gradient.recurrent.weight_hh),
+            ])
+        }
+    }
+
+    #[test]
+    fn equals_the_oracle_at_every_level() {
+        let cases: [(&dyn TestedCell, _); 2] =
+            [(&Rnn(Activation::Tanh), odd_blocks()), (&Rnn(Activation::Relu), odd_blocks())];
+        assert_follows_the_oracle("rnn", &cases);
+    }
+
+    #[test]
+    fn a_row_alone_has_the_bits_of_the_row_in_company() {
+        assert_rows_are_alone(&[&Rnn(Activation::Tanh), &Rnn(Activation::Relu)]);
+    }
+
+    #[test]
+    fn relu_lets_a_nan_through() {
+        let (mut pre, mut h) = ([f32::NAN, -1.0], [0.0, 0.0, 9.0, 9.0]);
+        let shape = SequenceShape { active: &[1], hidden_size: 2, output_size: 2 };
+        let (activation, weight_hh) = (Activation::Relu, &PackedMatrix::new(2, 2));
+        rnn_forward(Simd::detect(), RnnForward { shape, activation, weight_hh, pre: &mut pre, h: &mut h });
+        assert!(h[2].is_nan() && h[3] == 0.0, "{h:?}");
+    }
+}

@@ -15,7 +15,7 @@ use protocol::layout::{Head, Input, LayerShape, ModelShape};
 
 use crate::device::StepInput;
 
-use super::direction::{Direction, Trace, Workspace};
+use super::direction::{Direction, Trace, Workspace, resize_exactly};
 use super::runs::{BatchRows, Runs};
 use super::weights::{InputWeights, Weights, input_has_gradient, reads_one_hot};
 
@@ -147,10 +147,16 @@ impl RowBlock {
             shape.layers().map(|layer| layer.directions * Trace::floats(&layer, rows, steps)).sum();
         let work = |(index, layer): (usize, LayerShape)| {
             let input = if index > 0 && copied(index - 1) { steps * layer.input_size } else { 0 };
-            input + layer.directions * Workspace::floats(shape, &layer, rows, steps)
+            (input, Workspace::sizes(shape, &layer, rows, steps).map(|size| layer.directions * size))
         };
+        // Where all layers share one workspace, each of its buffers grows to what the largest layer needs.
         let works = shape.layers().enumerate().map(work);
-        let works: usize = if recompute { works.max().unwrap_or(0) } else { works.sum() };
+        let join = |a: usize, b: usize| if recompute { a.max(b) } else { a + b };
+        let (input, sizes) = works.fold((0, [0; Workspace::BUFFERS]), |(input, sizes), of_layer| {
+            let both = |at: usize| join(sizes[at], of_layer.1[at]);
+            (join(input, of_layer.0), std::array::from_fn(both))
+        });
+        let works = input + sizes.iter().sum::<usize>();
         let last = shape.num_layers() - 1;
         let (targets, features, d_features) = match shape.head {
             Head::EveryStep => (steps, if copied(last) { steps * shape.output_width() } else { 0 }, 0),
@@ -184,18 +190,19 @@ impl RowBlock {
 
     /// Bytes that this block holds, its small tables of places left out.
     #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
+    pub(super) fn held_bytes(&mut self) -> usize {
         let Self { tokens, dense, traces, works, features, targets, logits, losses, correct, .. } = self;
         let Self { d_out, d_features, room, .. } = self;
         let traces: usize = traces.iter().flatten().map(Trace::held_floats).sum();
-        let work = |work: &LayerWork| {
-            work.input.len() + work.directions.iter().map(Workspace::held_floats).sum::<usize>()
+        let work = |work: &mut LayerWork| {
+            work.input.capacity() + work.directions.iter_mut().map(Workspace::held_floats).sum::<usize>()
         };
-        let floats = [dense, features, logits, d_out, d_features, &room.input, &room.d_out].map(Vec::len);
-        let words = [tokens, targets, &room.tokens].map(Vec::len);
-        let words =
-            floats.iter().chain(&words).sum::<usize>() + traces + works.iter().map(work).sum::<usize>();
-        4 * words + 8 * losses.len() + correct.len()
+        let works: usize = works.iter_mut().map(work).sum();
+        let Room { tokens: room_tokens, input, d_out: room_d_out } = room;
+        let floats = [dense, features, logits, d_out, d_features, input, room_d_out].map(|f| f.capacity());
+        let words = [tokens, targets, room_tokens].map(|words| words.capacity());
+        let words = floats.iter().chain(&words).sum::<usize>() + traces + works;
+        4 * words + 8 * losses.capacity() + correct.capacity()
     }
 
     /// Number of rows.
@@ -207,8 +214,8 @@ impl RowBlock {
     fn read(&mut self, network: &Network<'_>, batch: &BatchRows<'_>) {
         let (shape, steps) = (network.shape, self.runs.steps());
         match &batch.batch.inputs {
-            Inputs::Tokens(_) | Inputs::LabelledTokens { .. } => self.tokens.resize(steps, 0),
-            Inputs::Bytes { .. } => self.dense.resize(steps * shape.input.size(), 0.0),
+            Inputs::Tokens(_) | Inputs::LabelledTokens { .. } => resize_exactly(&mut self.tokens, steps),
+            Inputs::Bytes { .. } => resize_exactly(&mut self.dense, steps * shape.input.size()),
         }
         for at in 0..self.rows.len() {
             let row = self.rows.start + at;
@@ -242,7 +249,7 @@ impl RowBlock {
     /// Looks the tokens up, where they are embedded.
     fn embed(&mut self, network: &Network<'_>) {
         if let Input::Embedding { size, .. } = network.shape.input {
-            self.dense.resize(self.tokens.len() * size, 0.0);
+            resize_exactly(&mut self.dense, self.tokens.len() * size);
             gather_rows(&network.weights.embedding, &self.tokens, &mut self.dense);
         }
     }
@@ -332,12 +339,12 @@ impl RowBlock {
     pub(super) fn read_step(&mut self, network: &Network<'_>, input: StepInput<'_>) -> &[f32] {
         match (input, network.shape.input) {
             (StepInput::Token(token), Input::OneHot(_) | Input::Embedding { .. }) => {
-                self.tokens.resize(1, 0);
+                resize_exactly(&mut self.tokens, 1);
                 self.tokens[0] = token;
                 self.embed(network);
             }
             (StepInput::Bytes(bytes), Input::Bytes(width)) if bytes.len() == width => {
-                self.dense.resize(width, 0.0);
+                resize_exactly(&mut self.dense, width);
                 scale_bytes(bytes, &mut self.dense);
             }
             (input, expected) => panic!("read_step: the input is {input:?}, expected {expected:?}"),
@@ -420,8 +427,8 @@ impl RowBlock {
         match &weights.input {
             InputWeights::Table(table) if reads_backwards => {
                 let mirrored = (0..self.tokens.len()).map(|place| self.tokens[self.runs.mirrored(place)]);
-                room.tokens.clear();
-                room.tokens.extend(mirrored);
+                resize_exactly(&mut room.tokens, mirrored.len());
+                room.tokens.iter_mut().zip(mirrored).for_each(|(own, token)| *own = token);
                 gather_rows(table, &room.tokens, pre);
             }
             InputWeights::Table(table) => gather_rows(table, &self.tokens, pre),
@@ -432,7 +439,7 @@ impl RowBlock {
                     _ => self.output_as_it_lies(network.shape, index - 1),
                 });
                 if reads_backwards {
-                    room.input.resize(x.len(), 0.0);
+                    resize_exactly(&mut room.input, x.len());
                     for (place, row) in room.input.chunks_exact_mut(width).enumerate() {
                         row.copy_from_slice(&x[self.runs.mirrored(place) * width..][..width]);
                     }
@@ -449,7 +456,7 @@ impl RowBlock {
     fn write_output(&self, network: &Network<'_>, index: usize, into: &mut Vec<f32>) {
         let layer = network.shape.layer(index);
         let (width, output_size) = (layer.width(), layer.output_size);
-        into.resize(self.runs.steps() * width, 0.0);
+        resize_exactly(into, self.runs.steps() * width);
         for (place, row) in into.chunks_exact_mut(width).enumerate() {
             for (at, part) in row.chunks_exact_mut(output_size).enumerate() {
                 part.copy_from_slice(self.output(&layer, index, at, place));
@@ -495,7 +502,7 @@ impl RowBlock {
             Head::EveryStep => {}
             Head::Final => {
                 let layer = shape.layer(last);
-                features.resize(self.len() * layer.width(), 0.0);
+                resize_exactly(&mut features, self.len() * layer.width());
                 for (row, features) in features.chunks_exact_mut(layer.width()).enumerate() {
                     for (at, part) in features.chunks_exact_mut(layer.output_size).enumerate() {
                         part.copy_from_slice(self.output(&layer, last, at, self.last_read(row, at)));
@@ -533,12 +540,12 @@ impl RowBlock {
     /// Back through the head.
     pub(super) fn head_backward(&mut self, network: &Network<'_>) {
         let (shape, width) = (network.shape, network.shape.output_width());
-        self.d_out.resize(self.runs.steps() * width, 0.0);
+        resize_exactly(&mut self.d_out, self.runs.steps() * width);
         let d_read = match shape.head {
             Head::EveryStep => &mut self.d_out,
             Head::Final => {
                 self.d_out.fill(0.0);
-                self.d_features.resize(self.rows.len() * width, 0.0);
+                resize_exactly(&mut self.d_features, self.rows.len() * width);
                 &mut self.d_features
             }
         };
@@ -573,7 +580,7 @@ impl RowBlock {
             direction.backward(&self.runs, &self.traces[index][at], d_out, work);
         }
         if input_has_gradient(shape, index) {
-            d_out.resize(self.runs.steps() * layer.input_size, 0.0);
+            resize_exactly(&mut d_out, self.runs.steps() * layer.input_size);
             self.input_backward(network, index, &work, &mut room.input, &mut d_out);
         }
         self.works[work_at] = work;
@@ -592,7 +599,7 @@ impl RowBlock {
     /// One direction's part of the gradient of a layer's output, in its own order of steps: `[N][R]`.
     fn part_of_direction(&self, layer: &LayerShape, at: usize, d_out: &[f32], into: &mut Vec<f32>) {
         let size = layer.output_size;
-        into.resize(self.runs.steps() * size, 0.0);
+        resize_exactly(into, self.runs.steps() * size);
         for (place, row) in into.chunks_exact_mut(size).enumerate() {
             let place = if at == 1 { self.runs.mirrored(place) } else { place };
             row.copy_from_slice(&d_out[place * layer.width() + at * size..][..size]);
@@ -618,7 +625,7 @@ impl RowBlock {
                 gemm(network.simd, steps, &work.d_pre, gates, backward, d_input, width, false);
                 continue;
             }
-            room.resize(steps * width, 0.0);
+            resize_exactly(room, steps * width);
             gemm(network.simd, steps, &work.d_pre, gates, backward, room, width, false);
             for (place, row) in d_input.chunks_exact_mut(width).enumerate() {
                 tree_add(network.simd, row, &room[self.runs.mirrored(place) * width..][..width]);

@@ -44,17 +44,10 @@ pub(super) struct Workspace {
     pub(super) d_h: Vec<f32>,
     /// The same of c, `[runs][H]`.
     pub(super) d_c: Vec<f32>,
-    /// Room for one step.
-    step: StepRoom,
-}
-
-/// What kernels need for one step of all runs.
-#[derive(Default)]
-struct StepRoom {
-    /// GRU: the state's part of the gates, `[runs][3·H]`.
+    /// GRU, room for one step: the state's part of the gates, `[runs][3·H]`.
     h_part: Vec<f32>,
-    /// LSTM with a projection: gradient of what is projected, `[runs][H]`. GRU that resets before the product: gradient
-    /// of the reset state, `[runs][H]`.
+    /// Room for one step, `[runs][H]`. LSTM with a projection: gradient of what is projected. GRU: gradient of the reset
+    /// state.
     d_state: Vec<f32>,
 }
 
@@ -71,8 +64,8 @@ impl Trace {
     /// Makes room for these runs.
     pub(super) fn resize(&mut self, layer: &LayerShape, runs: &Runs) {
         let states = runs.len() + runs.steps();
-        self.h.resize(states * layer.output_size, 0.0);
-        self.c.resize(states * layer.cell_size, 0.0);
+        resize_exactly(&mut self.h, states * layer.output_size);
+        resize_exactly(&mut self.c, states * layer.cell_size);
     }
 
     /// Floats for so many runs and steps.
@@ -83,7 +76,7 @@ impl Trace {
     /// Floats that are held.
     #[cfg(test)]
     pub(super) fn held_floats(&self) -> usize {
-        self.h.len() + self.c.len()
+        self.h.capacity() + self.c.capacity()
     }
 
     /// h and c, and the width of each; c is empty where the cell has none.
@@ -93,59 +86,61 @@ impl Trace {
 }
 
 impl Workspace {
-    /// Makes room for the forward pass.
-    fn resize(&mut self, model: &ModelShape, layer: &LayerShape, runs: &Runs) {
-        let (steps, hidden) = (runs.steps(), layer.hidden_size);
-        self.pre.resize(steps * layer.gate_size(), 0.0);
-        if model.cell == Cell::Gru {
-            self.gates.resize(steps * 4 * hidden, 0.0);
-            self.step.h_part.resize(runs.len() * 3 * hidden, 0.0);
-        }
-        if is_projected(model) {
-            self.unprojected.resize(steps * hidden, 0.0);
-        }
+    /// Floats of each buffer after a backward pass over so many runs and steps.
+    pub(super) fn sizes(
+        model: &ModelShape,
+        layer: &LayerShape,
+        runs: usize,
+        steps: usize,
+    ) -> [usize; Self::BUFFERS] {
+        let (hidden, gates) = (layer.hidden_size, layer.gate_size());
+        let if_gru = |size| if model.cell == Cell::Gru { size } else { 0 };
+        let if_projected = |size| if is_projected(model) { size } else { 0 };
+        [
+            steps * gates,
+            if_gru(steps * 4 * hidden),
+            if_projected(steps * hidden),
+            steps * gates,
+            if_gru(steps * gates),
+            if_projected(steps * layer.output_size),
+            runs * layer.output_size,
+            runs * layer.cell_size,
+            if_gru(runs * 3 * hidden),
+            if_gru(runs * hidden) + if_projected(runs * hidden),
+        ]
     }
 
-    /// Makes room for the backward pass.
-    fn resize_backward(&mut self, model: &ModelShape, layer: &LayerShape, runs: &Runs) {
-        let steps = runs.steps();
-        self.d_pre.resize(steps * layer.gate_size(), 0.0);
-        if model.cell == Cell::Gru {
-            self.d_h_part.resize(steps * layer.gate_size(), 0.0);
-        }
-        if is_projected(model) {
-            self.d_projected.resize(steps * layer.output_size, 0.0);
-        }
-        if has_state_room(model) {
-            self.step.d_state.resize(runs.len() * layer.hidden_size, 0.0);
-        }
+    /// Number of buffers.
+    pub(super) const BUFFERS: usize = 10;
+
+    /// The buffers in the order of [`sizes`](Self::sizes): the first three for the forward pass.
+    fn buffers(&mut self) -> [&mut Vec<f32>; Self::BUFFERS] {
+        let Self { pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state } = self;
+        [pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state]
     }
 
-    /// Floats after a backward pass over so many runs and steps.
-    pub(super) fn floats(model: &ModelShape, layer: &LayerShape, runs: usize, steps: usize) -> usize {
-        let hidden = layer.hidden_size;
-        let gru = if model.cell == Cell::Gru { steps * (4 + 3) * hidden + runs * 3 * hidden } else { 0 };
-        let projection = if is_projected(model) { steps * (hidden + layer.output_size) } else { 0 };
-        let room = if has_state_room(model) { runs * hidden } else { 0 };
-        2 * steps * layer.gate_size() + gru + projection + room + runs * layer.state_size()
+    /// Makes room for a pass over the runs, forward or both ways.
+    fn resize(&mut self, model: &ModelShape, layer: &LayerShape, runs: &Runs, backward: bool) {
+        let sizes = Self::sizes(model, layer, runs.len(), runs.steps());
+        let is_needed = |at: usize| backward || !(3..8).contains(&at);
+        for (at, (buffer, size)) in self.buffers().into_iter().zip(sizes).enumerate() {
+            if is_needed(at) {
+                resize_exactly(buffer, size);
+            }
+        }
     }
 
     /// Floats that are held.
     #[cfg(test)]
-    pub(super) fn held_floats(&self) -> usize {
-        let Self { pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, step } = self;
-        let StepRoom { h_part, d_state } = step;
-        [pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state]
-            .map(Vec::len)
-            .iter()
-            .sum()
+    pub(super) fn held_floats(&mut self) -> usize {
+        self.buffers().iter().map(|buffer| buffer.capacity()).sum()
     }
 
     /// The gradient of each run's end is zero, until somebody knows better.
     pub(super) fn clear_carry(&mut self, layer: &LayerShape, runs: &Runs) {
         for (carry, width) in [(&mut self.d_h, layer.output_size), (&mut self.d_c, layer.cell_size)] {
             carry.clear();
-            carry.resize(runs.len() * width, 0.0);
+            resize_exactly(carry, runs.len() * width);
         }
     }
 }
@@ -158,7 +153,7 @@ impl Direction<'_> {
 
     /// Makes room for a forward pass, and hands out that for the input's part of the gates, `[N][G·H]`.
     pub(super) fn room_for_input<'w>(&self, runs: &Runs, work: &'w mut Workspace) -> &'w mut [f32] {
-        work.resize(self.model, &self.layer, runs);
+        work.resize(self.model, &self.layer, runs, false);
         &mut work.pre
     }
 
@@ -166,7 +161,7 @@ impl Direction<'_> {
     pub(super) fn forward(&self, runs: &Runs, trace: &mut Trace, work: &mut Workspace) {
         let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
         let Trace { h, c } = trace;
-        let Workspace { pre, gates, unprojected, step, .. } = work;
+        let Workspace { pre, gates, unprojected, h_part, .. } = work;
         match self.model.cell {
             Cell::Rnn => {
                 let weight_hh = self.weights.hidden.whole();
@@ -193,7 +188,7 @@ impl Direction<'_> {
                     weight_hh: self.weights.hidden.of_gru(),
                     bias_hh: &self.weights.bias_hh,
                     x_part: pre,
-                    h_part: &mut step.h_part,
+                    h_part,
                     gates,
                     h,
                 };
@@ -204,10 +199,10 @@ impl Direction<'_> {
 
     /// Back through all steps; `d_out` is `[N][R]`, the gradients of the runs' ends are in the workspace.
     pub(super) fn backward(&self, runs: &Runs, trace: &Trace, d_out: &[f32], work: &mut Workspace) {
-        work.resize_backward(self.model, &self.layer, runs);
+        work.resize(self.model, &self.layer, runs, true);
         let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
         let Trace { h, c } = trace;
-        let Workspace { pre, gates, d_pre, d_h_part, d_projected, d_h, d_c, step, .. } = work;
+        let Workspace { pre, gates, d_pre, d_h_part, d_projected, d_h, d_c, d_state, .. } = work;
         match self.model.cell {
             Cell::Rnn => {
                 let weight_hh = self.weights.hidden_backward.whole();
@@ -223,7 +218,7 @@ impl Direction<'_> {
                     projection: projection.map(|weights| LstmProjectionBackward {
                         weight_hr: &weights.backward,
                         d_projected,
-                        d_m: &mut step.d_state,
+                        d_m: d_state,
                     }),
                     gates: pre,
                     c,
@@ -245,7 +240,7 @@ impl Direction<'_> {
                     d_x_part: d_pre,
                     d_h_part,
                     d_h,
-                    h_scratch: &mut step.d_state,
+                    h_scratch: d_state,
                 };
                 gru_backward(simd, args);
             }
@@ -257,6 +252,8 @@ fn is_projected(model: &ModelShape) -> bool {
     model.cell == Cell::Lstm && model.options.projection.is_some()
 }
 
-fn has_state_room(model: &ModelShape) -> bool {
-    is_projected(model) || model.cell == Cell::Gru
+/// Gives a buffer that is used for several layers just the room that the largest needs.
+pub(super) fn resize_exactly<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    buffer.reserve_exact(len.saturating_sub(buffer.len()));
+    buffer.resize(len, T::default());
 }

@@ -19,11 +19,20 @@ pub(super) struct Scratch {
     right: PackedMatrix,
     /// Gradient of a one-hot input's weights, `[V][G·H]`.
     table: Vec<f32>,
+    /// The most bytes that were in use at a time.
+    #[cfg(test)]
+    pub(super) most_bytes: usize,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { left: PackedLeft::new(0, 0), right: PackedMatrix::new(0, 0), table: Vec::new() }
+        Self {
+            left: PackedLeft::new(0, 0),
+            right: PackedMatrix::new(0, 0),
+            table: Vec::new(),
+            #[cfg(test)]
+            most_bytes: 0,
+        }
     }
 }
 
@@ -298,15 +307,6 @@ impl Scratch {
         left + right + size_of::<f32>() * table
     }
 
-    /// Bytes that are in use.
-    #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
-        let Self { left, right, table } = self;
-        PackedLeft::bytes_of(left.k(), left.m())
-            + PackedMatrix::bytes_of(right.k(), right.n())
-            + 4 * table.len()
-    }
-
     /// Packs the left operand of the products that follow: `pairs` rows of `outputs` numbers.
     fn pack_left<'a>(&mut self, (pairs, outputs): (usize, usize), d: impl Iterator<Item = &'a [f32]>) {
         if (self.left.k(), self.left.m()) != (pairs, outputs) {
@@ -327,6 +327,12 @@ impl Scratch {
             self.right.reset(pairs, inputs);
         }
         self.right.pack_row_iter(x);
+        #[cfg(test)]
+        {
+            let packed =
+                PackedLeft::bytes_of(self.left.k(), self.left.m()) + PackedMatrix::bytes_of(pairs, inputs);
+            self.most_bytes = self.most_bytes.max(packed + 4 * self.table.len());
+        }
         gemm_transposed(simd, &self.left, &self.right, d_weight, inputs, false);
     }
 

@@ -19,10 +19,10 @@ mod weights;
 use std::ops::Range;
 
 use kernels::Simd;
-use kernels::cpu::optimizer::{AdamOptions, AdamStep, EpsilonPlacement, adam_update, scale, squared_norm};
+use kernels::cpu::optimizer::{AdamOptions, AdamStep, adam_update, scale, squared_norm};
 use kernels::cpu::reduce;
 use protocol::batch::{Batch, DataShape};
-use protocol::job::JobSpec;
+use protocol::job::{EpsilonPlacement, JobSpec};
 use protocol::layout::{ModelShape, Part, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use rayon::prelude::*;
