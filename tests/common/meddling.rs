@@ -54,8 +54,14 @@ impl Backend for Meddling {
         Self::cpu().threads()
     }
 
-    fn open(&self, layout: &StateLayout, job: &JobSpec, data: &DataShape) -> Result<MeddlingDevice> {
-        Ok(MeddlingDevice { rows: self.rows, cpu: Self::cpu().open(layout, job, data)? })
+    fn open(
+        &self,
+        layout: &StateLayout,
+        job: &JobSpec,
+        data: &DataShape,
+        recompute: bool,
+    ) -> Result<MeddlingDevice> {
+        Ok(MeddlingDevice { rows: self.rows, cpu: Self::cpu().open(layout, job, data, recompute)? })
     }
 }
 
@@ -151,8 +157,11 @@ fn without_last_row(batch: &Batch) -> Batch {
     let rows = batch.rows() - 1;
     batch.sample_ids.pop();
     batch.shards.last_mut().unwrap().rows.end = rows;
+    batch.lengths.pop();
+    batch.paddings.pop();
     match &mut batch.inputs {
         Inputs::Tokens(tokens) => tokens.truncate(tokens.len() / (rows + 1) * rows),
+        Inputs::LabelledTokens { .. } => unreachable!("no audited run here classifies text"),
         Inputs::Bytes { bytes, labels } => {
             bytes.truncate(bytes.len() / (rows + 1) * rows);
             labels.pop();
@@ -166,6 +175,7 @@ fn with_first_row_twice(batch: &Batch) -> Batch {
     let rows = batch.rows();
     batch.sample_ids[1] = batch.sample_ids[0];
     match &mut batch.inputs {
+        Inputs::LabelledTokens { .. } => unreachable!("no audited run here classifies text"),
         Inputs::Tokens(tokens) => {
             let row = tokens.len() / rows;
             tokens.copy_within(0..row, row);

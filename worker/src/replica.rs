@@ -23,8 +23,6 @@ pub struct Replica<D: Device> {
     pub state: D::Buffer,
     /// The same after the step under way; becomes [`state`](Self::state) when the step is committed.
     pub next_state: D::Buffer,
-    /// Zeros: the state at the start of an epoch.
-    pub zero_state: D::Buffer,
     /// The summed gradient of the step under way, `[P]`.
     pub gradient: D::Buffer,
     /// Steps done.
@@ -83,7 +81,6 @@ impl<D: Device> Replica<D> {
             second_moment: device.zeros(parameters)?,
             state: device.zeros(recurrent)?,
             next_state: device.zeros(recurrent)?,
-            zero_state: device.zeros(recurrent)?,
             gradient: device.zeros(parameters)?,
             progress: Progress::default(),
             control: ControlState::default(),
