@@ -30,7 +30,7 @@ pub(crate) fn logits(path: &Path, steps: &[Step]) -> Result<Vec<Vec<f32>>, Probl
     let parameters = checkpoint.image.parameters();
     let failed = |error: model::device::DeviceError| Problem::failed(error.to_string());
     let classes = layout.shape.classes;
-    let mut device = CpuDevice::new(Simd::detect(), 1, layout, &checkpoint.job, 1).map_err(failed)?;
+    let mut device = CpuDevice::new(Simd::detect(), 1, layout, &checkpoint.job, false).map_err(failed)?;
     let mut reader = device.reader(&parameters).map_err(failed)?;
     let mut answers = Vec::new();
     for step in steps {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
+use coordinator::InitialParameters;
 use kernels::Simd;
 use kernels::cpu::simd::SimdError;
 use model::cpu::CpuBackend;
@@ -27,7 +28,7 @@ use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
 use crate::forecast::Estimate;
 use crate::token::TokenArgs;
-use crate::warm_start::WarmStart;
+use crate::warm_start::{ArrayArgs, WarmStart};
 
 /// What this binary is: `0.1.0 (revision 1a2b3c4d5e6f, features: cpu)`.
 pub(crate) const BUILD: &str = concat!(
@@ -254,9 +255,11 @@ fn word(name: &str, value: impl Into<OsString>) -> OsString {
 /// What a run starts or goes on from, besides its seed and its newest checkpoint.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct StartArgs {
-    /// Start from the parameters of another run, of a checkpoint, or of a safetensors file with PyTorch's names
+    /// Start from the parameters of another run, of a checkpoint, or of a file from PyTorch or TensorFlow, see import
     #[arg(long, value_name = "RUN|FILE")]
     init_from: Option<PathBuf>,
+    #[command(flatten)]
+    arrays: ArrayArgs,
     /// Go on from the newest checkpoint with another learning rate; an event of the run
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     change_learning_rate: Option<f64>,
@@ -269,10 +272,22 @@ impl StartArgs {
         if let Some(path) = &self.init_from {
             words.push(word("--init-from", path));
         }
+        words.extend(self.arrays.to_words().into_iter().map(OsString::from));
         if let Some(rate) = self.change_learning_rate {
             words.push(word("--change-learning-rate", rate.to_string()));
         }
         words
+    }
+
+    fn init_from(&self) -> Result<Option<Arc<dyn InitialParameters>>, Problem> {
+        match &self.init_from {
+            Some(path) => Ok(Some(Arc::new(WarmStart::new(path.clone(), self.arrays)))),
+            None if self.arrays.is_empty() => Ok(None),
+            None => Err(Problem::usage(
+                "--gates and --forget-bias are about a file to start from, but none is named",
+            )
+            .hint("give --init-from FILE.npz with them")),
+        }
     }
 }
 
@@ -325,7 +340,7 @@ pub(crate) struct CoordinatorArgs {
 
 impl CoordinatorArgs {
     pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
-        let init_from = self.start.init_from.clone().map(|path| Arc::new(WarmStart::new(path)) as Arc<_>);
+        let init_from = self.start.init_from()?;
         // A token file is made for a job that can be used.
         let of_job = self.job.config()?;
         Ok(coordinator::Config {

@@ -37,7 +37,9 @@ impl Estimate {
         (0..world_size)
             .map(|rank| {
                 let shards = shards_of_rank(file.job.shards, world_size, rank);
-                let device = Footprint::of(layout, &file.job, data.seq_len, shards.clone(), threads).total();
+                let (job, recompute) = (&file.job, file.run.recompute);
+                let device =
+                    Footprint::of(layout, job, data.seq_len, shards.clone(), threads, recompute).total();
                 worker_bytes(layout, &file.job, data, shards, world_size, device)
             })
             .collect()

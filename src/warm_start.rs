@@ -1,24 +1,60 @@
-//! First parameters from another run, or from PyTorch: what `--init-from` and `import` mean.
+//! First parameters from another run, or from another program: what `--init-from` and `import` mean.
 
 use std::path::PathBuf;
 
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use coordinator::InitialParameters;
 use coordinator::data::DataFacts;
-use coordinator::store::torch::Weights;
+use coordinator::store::gate_order::GateOrder;
+use coordinator::store::weights::{ArrayOptions, Weights};
 use model::init::initial_parameters;
-use protocol::job::JobSpec;
-use protocol::layout::{StateLayout, Tensor};
+use protocol::cell::Cell;
+use protocol::job::{JobSpec, Task};
+use protocol::layout::{Input, StateLayout, Tensor};
 use protocol::problem::Problem;
 
-/// The parameters of a run directory, a checkpoint, or any safetensors file with PyTorch's names.
+/// The parameters of a run directory, of a checkpoint, of a safetensors file with PyTorch's names, or of a `.npz` file
+/// with TensorFlow's.
 #[derive(Debug)]
 pub(crate) struct WarmStart {
     path: PathBuf,
+    options: ArrayOptions,
+}
+
+/// What a `.npz` file does not say about its arrays.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct ArrayArgs {
+    /// The order of the gates in a .npz file [default: tf1, or keras where it has a recurrent_kernel]
+    #[arg(long, value_name = "ORDER", value_parser = gate_order())]
+    gates: Option<GateOrder>,
+    /// What an LSTM in a .npz file added to its forget gates besides the bias [default: 1 for tf1, else 0]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    forget_bias: Option<f64>,
+}
+
+fn gate_order() -> impl TypedValueParser<Value = GateOrder> {
+    let order_of = |name: String| GateOrder::ALL.into_iter().find(|(known, _)| *known == name);
+    PossibleValuesParser::new(GateOrder::ALL.map(|(name, _)| name))
+        .map(move |name| order_of(name).expect("the parser lets through what is known").1)
+}
+
+impl ArrayArgs {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.gates.is_none() && self.forget_bias.is_none()
+    }
+
+    /// The same options as `--name=value`.
+    pub(crate) fn to_words(self) -> Vec<String> {
+        let name_of = |order| GateOrder::ALL.into_iter().find(|(_, known)| *known == order);
+        let gates = self.gates.and_then(name_of).map(|(name, _)| format!("--gates={name}"));
+        gates.into_iter().chain(self.forget_bias.map(|x| format!("--forget-bias={x}"))).collect()
+    }
 }
 
 impl WarmStart {
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub(crate) fn new(path: PathBuf, args: ArrayArgs) -> Self {
+        Self { path, options: ArrayOptions { gates: args.gates, forget_bias: args.forget_bias } }
     }
 }
 
@@ -29,22 +65,35 @@ impl InitialParameters for WarmStart {
         facts: &DataFacts,
         layout: &StateLayout,
     ) -> Result<(Vec<f32>, String), Problem> {
-        let weights = Weights::read(&self.path)?;
-        match (&weights.vocabulary, &facts.vocabulary) {
-            (Some(there), Some(here)) if there != here => by_character(&weights, job, layout, (there, here)),
-            _ => verbatim(&weights, layout),
-        }
+        let weights = Weights::read(&self.path, job.cell, &self.options)?;
+        let (mut parameters, notice) = match (&weights.vocabulary, &facts.vocabulary) {
+            (Some(there), Some(here)) if there != here => by_character(&weights, job, layout, (there, here))?,
+            _ => verbatim(&weights, layout)?,
+        };
+        // Of another cell, the shapes have already been refused.
+        weights.mean_the_same(job)?;
+        move_forget_bias(weights.forget_bias - job.forget_bias, layout, &mut parameters);
+        Ok((parameters, notice))
     }
 }
 
 /// Parameters of a network of the same shape over the same characters.
 fn verbatim(weights: &Weights, layout: &StateLayout) -> Result<(Vec<f32>, String), Problem> {
     let mut parameters = vec![0.0; layout.parameters()];
-    for Tensor { name, shape, range } in &layout.tensors {
-        parameters[range.clone()].copy_from_slice(weights.tensor(name, shape)?);
+    for tensor in &layout.tensors {
+        copy(weights, tensor, &mut parameters[tensor.range.clone()])?;
     }
     weights.only(&layout.tensors)?;
     Ok((parameters, format!("starting from the parameters of {}", weights.origin)))
+}
+
+/// All of a tensor. An initial state that was never learnt was zero.
+fn copy(weights: &Weights, Tensor { name, shape, .. }: &Tensor, own: &mut [f32]) -> Result<(), Problem> {
+    match name.starts_with("rnn.initial_") && !weights.has(name) {
+        true => own.fill(0.0),
+        false => own.copy_from_slice(weights.tensor(name, shape)?),
+    }
+    Ok(())
 }
 
 /// Parameters of a network over other characters: those that both texts have keep what was learnt about them, the
@@ -55,35 +104,30 @@ fn by_character(
     layout: &StateLayout,
     (there, here): (&[char], &[char]),
 ) -> Result<(Vec<f32>, String), Problem> {
-    let mut parameters = initial_parameters(layout, job.init, job.seed);
-    // The places of each shared character, here and there; both vocabularies are ascending.
+    let mut parameters = initial_parameters(layout, job);
+    // The places of each shared character, here and there.
     let shared: Vec<(usize, usize)> = here
         .iter()
         .enumerate()
         .filter_map(|(at, character)| Some((at, there.iter().position(|other| other == character)?)))
         .collect();
-    for Tensor { name, shape, range } in &layout.tensors {
-        let own = &mut parameters[range.clone()];
-        match (name.as_str(), &shape[..]) {
-            // A column a character.
-            ("rnn.weight_ih_l0", &[rows, width]) => {
-                let theirs = weights.tensor(name, &[rows, there.len()])?;
+    for tensor in &layout.tensors {
+        let own = &mut parameters[tensor.range.clone()];
+        match (by(tensor, job.task, layout.shape.input), &tensor.shape[..]) {
+            (Characters::Columns, &[rows, width]) => {
+                let theirs = weights.tensor(&tensor.name, &[rows, there.len()])?;
                 for (own, theirs) in own.chunks_exact_mut(width).zip(theirs.chunks_exact(there.len())) {
                     shared.iter().for_each(|&(to, from)| own[to] = theirs[from]);
                 }
             }
-            // A row a character.
-            ("head.weight", &[_, width]) => {
-                let theirs = weights.tensor(name, &[there.len(), width])?;
+            (Characters::Rows, &[_, ref row @ ..]) => {
+                let theirs = weights.tensor(&tensor.name, &[&[there.len()], row].concat())?;
+                let width: usize = row.iter().product();
                 for &(to, from) in &shared {
                     own[to * width..][..width].copy_from_slice(&theirs[from * width..][..width]);
                 }
             }
-            ("head.bias", _) => {
-                let theirs = weights.tensor(name, &[there.len()])?;
-                shared.iter().for_each(|&(to, from)| own[to] = theirs[from]);
-            }
-            _ => own.copy_from_slice(weights.tensor(name, shape)?),
+            _ => copy(weights, tensor, own)?,
         }
     }
     weights.only(&layout.tensors)?;
@@ -96,115 +140,41 @@ fn by_character(
     Ok((parameters, notice))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use coordinator::store::checkpoint::Checkpoint;
-    use coordinator::store::state::StateImage;
-    use coordinator::store::torch::to_torch;
-    use protocol::job::JobFile;
+/// What of a tensor belongs to a character.
+enum Characters {
+    Columns,
+    Rows,
+    Nothing,
+}
 
-    fn job(cell: &str) -> JobSpec {
-        let settings = [("cell", cell), ("hidden_size", "3"), ("num_layers", "2"), ("seed", "9")];
-        let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
-        JobFile::resolve("char-lstm", None, &settings).unwrap().job
-    }
-
-    /// A text with these characters.
-    fn facts(vocabulary: Option<&str>) -> DataFacts {
-        DataFacts {
-            name: "text".to_owned(),
-            digest: "d".to_owned(),
-            vocabulary: vocabulary.map(|text| text.chars().collect()),
-            sample_unit: "characters",
-            train_samples: 1,
-            skipped_per_epoch: 0,
-            validation_samples: 0,
+fn by(tensor: &Tensor, task: Task, input: Input) -> Characters {
+    match tensor.name.as_str() {
+        "rnn.weight_ih_l0" | "rnn.weight_ih_l0_reverse" if matches!(input, Input::OneHot(_)) => {
+            Characters::Columns
         }
-    }
-
-    /// A file with the parameters 1000, 1001, ... of a network over these characters.
-    fn source(dir: &std::path::Path, cell: &str, vocabulary: &str) -> WarmStart {
-        let width = vocabulary.chars().count();
-        let layout = StateLayout::of(&job(cell), width, width);
-        let values: Vec<f32> = (0..layout.parameters()).map(|i| 1000.0 + i as f32).collect();
-        let checkpoint = Checkpoint {
-            image: StateImage::initial(&layout, &values),
-            job: job(cell),
-            data_digest: "d".to_owned(),
-            vocabulary: Some(vocabulary.to_owned()),
-        };
-        let path = dir.join("w.safetensors");
-        std::fs::write(&path, to_torch(&checkpoint)).unwrap();
-        WarmStart::new(path)
-    }
-
-    #[test]
-    fn over_the_same_characters_every_parameter_is_copied() {
-        let dir = tempfile::tempdir().unwrap();
-        for cell in ["rnn", "lstm", "gru"] {
-            let layout = StateLayout::of(&job(cell), 4, 4);
-            let source = source(dir.path(), cell, "abcd");
-            let (parameters, notice) = source.make(&job(cell), &facts(Some("abcd")), &layout).unwrap();
-            let expected: Vec<f32> = (0..layout.parameters()).map(|i| 1000.0 + i as f32).collect();
-            assert_eq!(parameters, expected);
-            assert!(notice.starts_with("starting from the parameters of ") && !notice.contains("carried"));
-        }
-    }
-
-    #[test]
-    fn over_other_characters_the_shared_ones_keep_their_numbers_and_the_rest_is_the_seeds() {
-        let dir = tempfile::tempdir().unwrap();
-        let job = job("gru");
-        let (there, here) = (StateLayout::of(&job, 3, 3), StateLayout::of(&job, 4, 4));
-        let (parameters, notice) =
-            source(dir.path(), "gru", "bce").make(&job, &facts(Some("abxe")), &here).unwrap();
-        assert!(notice.contains(": 2 of 4 characters carried over"), "{notice}");
-        let seeds = initial_parameters(&here, job.init, job.seed);
-        // Of a b x e, b was the first character there and e the third.
-        let origin = [None, Some(0), None, Some(2)];
-        let (ih, head, bias) = (here.layer(0).weight_ih, here.head().0, here.head().1);
-        for row in 0..9 {
-            for (column, origin) in origin.iter().enumerate() {
-                let at = ih.start + row * 4 + column;
-                let expected = origin.map_or(seeds[at], |from| 1000.0 + (row * 3 + from) as f32);
-                assert_eq!(parameters[at], expected, "row {row}, column {column}");
-            }
-        }
-        for (token, origin) in origin.iter().enumerate() {
-            for unit in 0..3 {
-                let at = head.start + token * 3 + unit;
-                let expected =
-                    origin.map_or(seeds[at], |from| 1000.0 + (there.head().0.start + from * 3 + unit) as f32);
-                assert_eq!(parameters[at], expected, "token {token}, unit {unit}");
-            }
-            let at = bias.start + token;
-            let expected = origin.map_or(seeds[at], |from| 1000.0 + (there.head().1.start + from) as f32);
-            assert_eq!(parameters[at], expected, "bias of token {token}");
-        }
-        let (mine, theirs) = (here.layer(0).weight_hh.start..head.start, there.layer(0).weight_hh.start);
-        for (offset, value) in parameters[mine].iter().enumerate() {
-            assert_eq!(*value, 1000.0 + (theirs + offset) as f32);
-        }
-    }
-
-    #[test]
-    fn another_network_is_refused_with_the_tensor_and_both_shapes() {
-        let dir = tempfile::tempdir().unwrap();
-        let source = source(dir.path(), "lstm", "abcd");
-        let refused = |cell: &str, vocabulary: &str| {
-            let width = vocabulary.chars().count();
-            let layout = StateLayout::of(&job(cell), width, width);
-            source.make(&job(cell), &facts(Some(vocabulary)), &layout).unwrap_err()
-        };
-        for vocabulary in ["abcd", "abxyz"] {
-            let problem = refused("gru", vocabulary);
-            assert!(problem.sentence.starts_with("tensor rnn.weight_ih_l0 is [12, 4] in "), "{problem}");
-            let hint = problem.hint.unwrap();
-            assert!(hint.contains("--set cell=lstm --set num_layers=2 --set hidden_size=3"), "{hint}");
-        }
-        let images = StateLayout::of(&job("lstm"), 28, 10);
-        let problem = source.make(&job("lstm"), &facts(None), &images).unwrap_err();
-        assert!(problem.sentence.ends_with(", [12, 28] in this job"), "{problem}");
+        "embedding.weight" => Characters::Rows,
+        // Other tasks' classes are no characters.
+        "head.weight" | "head.bias" if task == Task::Chars => Characters::Rows,
+        _ => Characters::Nothing,
     }
 }
+
+/// Makes the forget gates' biases larger by what these gates got besides where the parameters come from, and do not get
+/// here.
+fn move_forget_bias(by: f64, layout: &StateLayout, parameters: &mut [f32]) {
+    if layout.shape.cell != Cell::Lstm || by == 0.0 {
+        return;
+    }
+    for (at, layer) in layout.shape.layers().enumerate() {
+        for direction in layout.layer(at) {
+            let bias = &mut parameters[direction.bias_ih.clone()];
+            // i, f, g, o
+            for value in &mut bias[layer.hidden_size..2 * layer.hidden_size] {
+                *value = (f64::from(*value) + by) as f32;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

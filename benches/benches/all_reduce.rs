@@ -66,7 +66,7 @@ fn two_ranks() -> [Rank; 2] {
         let collective = TcpCollective::new(mesh, SILENCE_LIMIT, Arc::default()).expect("threads start");
         let workload = Workload::new("mnist-rnn", &[]).expect("a preset is a valid job");
         let device = CpuBackend::new(Simd::detect(), 1)
-            .open(&workload.layout, &workload.job, &workload.data)
+            .open(&workload.layout, &workload.job, &workload.data, false)
             .expect("threads start");
         Rank { rank, device, collective }
     };

@@ -7,10 +7,11 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
-use kernels::cpu::lstm::{LstmBackward, LstmForward, lstm_backward, lstm_forward};
+use kernels::cpu::gru::{GruBackward, GruForward, GruWeights, gru_backward, gru_forward};
+use kernels::cpu::lstm::{LstmBackward, LstmForward, LstmOptions, lstm_backward, lstm_forward};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::{PackedLeft, PackedMatrix, SequenceShape, Simd, gemm, gemm_transposed};
+use protocol::cell::{Activation, RecurrentActivation};
 
 /// (m, n, k): recurrent product of a block, its backward twin, the projection of a whole block.
 const GEMMS: [(usize, usize, usize); 9] = [
@@ -28,9 +29,9 @@ const GEMMS: [(usize, usize, usize); 9] = [
 const GRADIENTS: [(usize, usize, usize); 4] =
     [(512, 128, 400), (2048, 512, 800), (600, 150, 525), (150, 150, 525)];
 
-const CHAR: SequenceShape = SequenceShape { seq_len: 50, rows: 16, hidden_size: 128 };
-const CHAR_512: SequenceShape = SequenceShape { seq_len: 100, rows: 16, hidden_size: 512 };
-const IMAGE: SequenceShape = SequenceShape { seq_len: 28, rows: 38, hidden_size: 150 };
+const CHAR: SequenceShape<'_> = SequenceShape { active: &[16; 50], hidden_size: 128, output_size: 128 };
+const CHAR_512: SequenceShape<'_> = SequenceShape { active: &[16; 100], hidden_size: 512, output_size: 512 };
+const IMAGE: SequenceShape<'_> = SequenceShape { active: &[38; 28], hidden_size: 150, output_size: 150 };
 
 fn products(criterion: &mut Criterion) {
     let simd = Simd::detect();
@@ -67,12 +68,13 @@ fn products(criterion: &mut Criterion) {
 }
 
 /// Zeros of `[steps][rows][width · H]`. Values do not change the time: no kernel branches on one.
-fn zeros(shape: SequenceShape, steps: usize, width: usize) -> Vec<f32> {
-    vec![0.0; steps * shape.rows * width * shape.hidden_size]
+fn zeros(shape: SequenceShape<'_>, steps: usize, width: usize) -> Vec<f32> {
+    vec![0.0; steps * shape.rows() * width * shape.hidden_size]
 }
 
-fn name(direction: &str, shape: SequenceShape) -> BenchmarkId {
-    BenchmarkId::new(direction, format!("T {} rows {} H {}", shape.seq_len, shape.rows, shape.hidden_size))
+fn name(direction: &str, shape: SequenceShape<'_>) -> BenchmarkId {
+    let (seq_len, rows, hidden) = (shape.active.len(), shape.rows(), shape.hidden_size);
+    BenchmarkId::new(direction, format!("T {seq_len} rows {rows} H {hidden}"))
 }
 
 fn lstm(criterion: &mut Criterion) {
@@ -80,24 +82,42 @@ fn lstm(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("lstm");
     group.sample_size(20);
     for shape in [CHAR, CHAR_512, IMAGE] {
-        let (hidden, steps) = (shape.hidden_size, shape.seq_len);
+        let (hidden, steps) = (shape.hidden_size, shape.active.len());
         let mut weight_hh = PackedMatrix::new(hidden, 4 * hidden);
         let [mut gates, mut d_gates] = [zeros(shape, steps, 4), zeros(shape, steps, 4)];
         let [mut h, mut c] = [zeros(shape, steps + 1, 1), zeros(shape, steps + 1, 1)];
         let [mut d_h, mut d_c] = [zeros(shape, 1, 1), zeros(shape, 1, 1)];
         let d_out = zeros(shape, steps, 1);
+        let recurrent_activation = RecurrentActivation::Sigmoid;
+        let options = LstmOptions { recurrent_activation, cell_clip: None, peepholes: None };
         group.bench_function(name("forward", shape), |bencher| {
             bencher.iter(|| {
-                let weight_hh = &weight_hh;
-                lstm_forward(simd, LstmForward { shape, weight_hh, gates: &mut gates, h: &mut h, c: &mut c });
+                let (weight_hh, projection) = (&weight_hh, None);
+                let (gates, h, c) = (&mut gates[..], &mut h[..], &mut c[..]);
+                lstm_forward(simd, LstmForward { shape, options, weight_hh, projection, gates, h, c });
             });
         });
         weight_hh.reset(4 * hidden, hidden);
         group.bench_function(name("backward", shape), |bencher| {
             bencher.iter(|| {
                 let (weight_hh, gates, c, d_out) = (&weight_hh, &gates, &c, &d_out);
-                let (d_gates, d_h, d_c) = (&mut d_gates, &mut d_h, &mut d_c);
-                lstm_backward(simd, LstmBackward { shape, weight_hh, gates, c, d_out, d_gates, d_h, d_c });
+                let (d_gates, d_h, d_c) = (&mut d_gates[..], &mut d_h[..], &mut d_c[..]);
+                let projection = None;
+                lstm_backward(
+                    simd,
+                    LstmBackward {
+                        shape,
+                        options,
+                        weight_hh,
+                        projection,
+                        gates,
+                        c,
+                        d_out,
+                        d_gates,
+                        d_h,
+                        d_c,
+                    },
+                );
             });
         });
     }
@@ -109,8 +129,9 @@ fn gru(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gru");
     group.sample_size(20);
     for shape in [CHAR, IMAGE] {
-        let (hidden, steps) = (shape.hidden_size, shape.seq_len);
+        let (hidden, steps) = (shape.hidden_size, shape.active.len());
         let mut weight_hh = PackedMatrix::new(hidden, 3 * hidden);
+        let recurrent_activation = RecurrentActivation::Sigmoid;
         let bias_hh = vec![0.0; 3 * hidden];
         let [x_part, mut d_x_part, mut d_h_part] = [(); 3].map(|()| zeros(shape, steps, 3));
         let [mut h_part, mut gates] = [zeros(shape, 1, 3), zeros(shape, steps, 4)];
@@ -118,20 +139,35 @@ fn gru(criterion: &mut Criterion) {
         let d_out = zeros(shape, steps, 1);
         group.bench_function(name("forward", shape), |bencher| {
             bencher.iter(|| {
-                let (weight_hh, bias_hh, x_part) = (&weight_hh, &bias_hh[..], &x_part[..]);
-                let (h_part, gates, h) = (&mut h_part[..], &mut gates[..], &mut h[..]);
-                gru_forward(simd, GruForward { shape, weight_hh, bias_hh, x_part, h_part, gates, h });
+                let args = GruForward {
+                    shape,
+                    recurrent_activation,
+                    weight_hh: GruWeights::After(&weight_hh),
+                    bias_hh: &bias_hh,
+                    x_part: &x_part,
+                    h_part: &mut h_part,
+                    gates: &mut gates,
+                    h: &mut h,
+                };
+                gru_forward(simd, args);
             });
         });
         weight_hh.reset(3 * hidden, hidden);
         group.bench_function(name("backward", shape), |bencher| {
             bencher.iter(|| {
-                let (weight_hh, gates, h, d_out) = (&weight_hh, &gates[..], &h[..], &d_out[..]);
-                let (d_x_part, d_h_part, d_h) = (&mut d_x_part[..], &mut d_h_part[..], &mut d_h[..]);
-                gru_backward(
-                    simd,
-                    GruBackward { shape, weight_hh, gates, h, d_out, d_x_part, d_h_part, d_h },
-                );
+                let args = GruBackward {
+                    shape,
+                    recurrent_activation,
+                    weight_hh: GruWeights::After(&weight_hh),
+                    gates: &gates,
+                    h: &h,
+                    d_out: &d_out,
+                    d_x_part: &mut d_x_part,
+                    d_h_part: &mut d_h_part,
+                    d_h: &mut d_h,
+                    h_scratch: &mut [],
+                };
+                gru_backward(simd, args);
             });
         });
     }
@@ -142,19 +178,21 @@ fn rnn(criterion: &mut Criterion) {
     let simd = Simd::detect();
     let mut group = criterion.benchmark_group("rnn");
     group.sample_size(20);
-    let (shape, steps) = (IMAGE, IMAGE.seq_len);
+    let (shape, steps) = (IMAGE, IMAGE.active.len());
     let weight_hh = PackedMatrix::new(shape.hidden_size, shape.hidden_size);
     let [mut pre, mut d_pre, d_out] = [(); 3].map(|()| zeros(shape, steps, 1));
     let [mut h, mut d_h] = [zeros(shape, steps + 1, 1), zeros(shape, 1, 1)];
+    let (activation, weight_hh) = (Activation::Tanh, &weight_hh);
     group.bench_function(name("forward", shape), |bencher| {
         bencher.iter(|| {
-            rnn_forward(simd, RnnForward { shape, weight_hh: &weight_hh, pre: &mut pre, h: &mut h })
+            let (pre, h) = (&mut pre[..], &mut h[..]);
+            rnn_forward(simd, RnnForward { shape, activation, weight_hh, pre, h });
         });
     });
     group.bench_function(name("backward", shape), |bencher| {
         bencher.iter(|| {
-            let (weight_hh, h, d_out) = (&weight_hh, &h, &d_out);
-            rnn_backward(simd, RnnBackward { shape, weight_hh, h, d_out, d_pre: &mut d_pre, d_h: &mut d_h });
+            let (h, d_out, d_pre, d_h) = (&h[..], &d_out[..], &mut d_pre[..], &mut d_h[..]);
+            rnn_backward(simd, RnnBackward { shape, activation, weight_hh, h, d_out, d_pre, d_h });
         });
     });
     group.finish();

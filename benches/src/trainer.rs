@@ -26,7 +26,7 @@ impl<'a> Trainer<'a> {
     /// The device's threads cannot be started.
     pub fn new(workload: &'a Workload, simd: Simd, threads: usize) -> Result<Self> {
         let Workload { job, data, layout, .. } = workload;
-        let device = CpuBackend::new(simd, threads).open(layout, job, data)?;
+        let device = CpuBackend::new(simd, threads).open(layout, job, data, false)?;
         let replica = Replica::initial(&device, layout.clone(), job)?;
         let partials = (0..job.shards).map(|_| device.zeros(layout.parameters())).collect::<Result<_>>()?;
         Ok(Self { workload, device, replica, partials })

@@ -150,12 +150,17 @@ mod tests {
     use crate::data::locate::Places;
     use protocol::job::JobFile;
 
-    /// Embedded data, cut small: both tasks.
-    fn data_sets() -> [Box<dyn Dataset>; 2] {
-        ["char-gru", "mnist-rnn"].map(|preset| {
-            let settings =
-                [("batch_size", "5"), ("shards", "3"), ("train_samples", "64"), ("seq_len", "5000")]
-                    .map(|(key, value)| (key.to_owned(), value.to_owned()));
+    /// Embedded data, cut small: a text, lines, images and labelled lines.
+    fn data_sets() -> [Box<dyn Dataset>; 4] {
+        let cases = [
+            ("char-gru", "seq_len", "5000"),
+            ("char-gru", "mode", "lines"),
+            ("mnist-rnn", "train_samples", "64"),
+            ("classify-text", "validation_fraction", "0.98"),
+        ];
+        cases.map(|(preset, key, value)| {
+            let settings = [("batch_size", "5"), ("shards", "3"), (key, value)]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()));
             let JobFile { job, run, .. } = JobFile::resolve(preset, None, &settings).unwrap();
             data::open_in(&job, &run, &Places::default()).unwrap()
         })
@@ -231,7 +236,7 @@ mod tests {
 
     #[test]
     fn what_is_said_has_both_sums() {
-        let [mut data, _] = data_sets();
+        let [mut data, ..] = data_sets();
         let mut ledger = ledger(1, &mut *data);
         let expected = ledger[&1].row_hash;
         ledger.insert(1, LedgerLine { rows: 4, row_hash: 255 });

@@ -1,6 +1,6 @@
 //! The text that the network writes at each epoch's end: what is asked for, and what people are shown of it.
 
-use protocol::job::JobFile;
+use protocol::job::{JobFile, Task};
 use protocol::message::SampleRequest;
 
 use crate::data::DataFacts;
@@ -13,9 +13,12 @@ pub(crate) struct EpochSample {
 }
 
 impl EpochSample {
-    /// The texts of a run, `None` if it has none: on request, or because its network reads images.
+    /// The texts of a run, `None` if it has none: on request, or because its network names classes.
     pub(crate) fn new(file: &JobFile, facts: &DataFacts) -> Option<Self> {
-        let vocabulary = Vocabulary::new(facts.vocabulary.as_ref()?.iter().copied());
+        if file.job.task != Task::Chars {
+            return None;
+        }
+        let vocabulary = Vocabulary::of_job(&file.job.text, facts.vocabulary.as_ref()?.iter().copied());
         let request = SampleRequest {
             prime: vocabulary.default_prime(),
             length: file.run.sample_chars,
@@ -53,6 +56,7 @@ mod tests {
     #[test]
     fn texts_are_asked_for_where_there_are_any() {
         assert!(sample("mnist-rnn", &[]).is_none());
+        assert!(sample("classify-text", &[]).is_none());
         assert!(sample("char-lstm", &[("sample_chars", "0")]).is_none());
         let sample = sample("char-lstm", &[("sample_chars", "3"), ("seed", "7")]).unwrap();
         let request = sample.request();
@@ -65,5 +69,12 @@ mod tests {
         let sample = sample("char-lstm", &[("sample_chars", "3")]).unwrap();
         assert_eq!(sample.text(&[0, 1, u32::MAX, 2]).chars().count(), 2);
         assert_eq!(sample.text(&[0; 9]).chars().count(), 3);
+    }
+
+    #[test]
+    fn padding_is_no_part_of_a_text_of_lines() {
+        let sample = sample("char-lstm", &[("mode", "lines"), ("pad", "pre"), ("max_len", "100")]).unwrap();
+        assert_eq!(sample.text(&sample.request().prime), "\n");
+        assert_eq!(sample.text(&[0, 1, 0, 1]), "\n\n");
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use protocol::control::ControlState;
 use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::{SHORTEST_TOKEN, Token};
-use protocol::job::{Clip, Decay, JobFile, JobSpec, Optimizer, Task};
+use protocol::job::{Clip, Decay, JobFile, JobSpec, Optimizer, Pad, Task, TextMode};
 use protocol::layout::{Head, Input, Progress, StateLayout};
 use protocol::message::Stop;
 use protocol::problem::{Exit, Problem};
@@ -92,10 +92,16 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
     rows.append(&mut forecast);
     screen.job(&config.preset, &config.file, &rows);
     if data.facts().validation_samples == 0 {
-        screen.notice(
-            "the validation part is shorter than one batch: there will be no validation loss (hint: a smaller \
-             batch_size or seq_len, or a larger validation_fraction)",
-        );
+        screen.notice(match reads_lines(&config.file.job) {
+            true => {
+                "no line is held out: there will be no validation loss (hint: a larger validation_fraction, or more \
+                 lines)"
+            }
+            false => {
+                "the validation part is shorter than one batch: there will be no validation loss (hint: a smaller \
+                 batch_size or seq_len, or a larger validation_fraction)"
+            }
+        });
     }
     records.notices.iter().for_each(|notice| screen.notice(notice));
     let resumed = resumed.map(|image| StartState {
@@ -305,7 +311,10 @@ fn check_batch_size(job: &JobSpec, data: &dyn Dataset) -> Result<(), Problem> {
             "a batch of {} rows is {bytes} bytes, the most that travels at once is {FRAME_LIMIT_BYTES}",
             job.batch_size
         ))
-        .hint("choose a smaller batch_size or seq_len"));
+        .hint(match reads_lines(job) {
+            true => "choose a smaller batch_size, or keep the last steps of long lines with --set text.max_len=STEPS",
+            false => "choose a smaller batch_size or seq_len",
+        }));
     }
     Ok(())
 }
@@ -321,6 +330,15 @@ fn check_patience(patience: u64, validation_samples: u64) -> Result<(), Problem>
     .hint("choose a smaller batch_size or seq_len, or a larger validation_fraction; or patience = 0"))
 }
 
+/// Whether each line of a text is a row of its own length.
+fn reads_lines(job: &JobSpec) -> bool {
+    match job.task {
+        Task::Chars => job.text.mode == TextMode::Lines,
+        Task::Rows => false,
+        Task::Classify => true,
+    }
+}
+
 /// What stands in the box above a run.
 fn job_rows(
     config: &Config,
@@ -332,10 +350,17 @@ fn job_rows(
 ) -> Vec<(&'static str, String)> {
     let (job, facts, shape) = (&config.file.job, data.facts(), data.shape());
     let schedule = shape.schedule;
-    let reads = match shape.model.head {
-        Head::EveryStep => format!("one-hot {} → head at every step", shape.model.input.size()),
-        Head::Final => format!("{} bytes a row → head on the final state", shape.model.input.size()),
+    let reads = match shape.model.input {
+        Input::OneHot(tokens) => format!("one-hot {tokens}"),
+        Input::Embedding { tokens, size } => format!("{tokens} learnt vectors of {size}"),
+        Input::Bytes(width) => format!("{width} bytes a row"),
     };
+    let head = match shape.model.head {
+        Head::EveryStep => "head at every step",
+        Head::Final if job.bidirectional => "head on both final states",
+        Head::Final => "head on the final state",
+    };
+    let up_to = if reads_lines(job) && job.text.pad == Pad::Post { "up to " } else { "" };
     let clip = match job.clip {
         Clip::Global => format!("clip global norm {}", job.clip_norm),
         Clip::Shard => format!("clip each shard's norm {}", job.clip_norm),
@@ -359,9 +384,12 @@ fn job_rows(
                 grouped(facts.skipped_per_epoch)
             ),
         ),
-        ("network", format!("{}, {reads}", job.network())),
+        ("network", format!("{}, {reads} → {head}", job.network())),
         ("parameters", grouped(layout.parameters() as u64)),
-        ("batch", format!("{} rows × {} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
+        (
+            "batch",
+            format!("{} rows × {up_to}{} steps in {} shards", job.batch_size, shape.seq_len, job.shards),
+        ),
         ("training", format!("{optimizer}, {clip}{dropout}, seed {}", job.seed)),
         (
             "length",

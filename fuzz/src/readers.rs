@@ -11,10 +11,10 @@ use coordinator::data::fuzzing;
 use coordinator::store::checkpoint::Checkpoint;
 use coordinator::store::journal::Replay;
 use protocol::batch::{Batch, DataShape};
-use protocol::cell::Cell;
+use protocol::cell::{Cell, CellOptions};
 use protocol::frame::{Frame, decode, encode_bulk, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
-use protocol::job::{JobFile, differences};
+use protocol::job::{InitialState, JobFile, differences};
 use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{ToCoordinator, ToWorker};
 use protocol::problem::Problem;
@@ -73,19 +73,24 @@ pub fn handshake(bytes: &[u8]) {
     }
 }
 
-/// A batch, for a text and for images.
+/// A batch, for a text, for labelled lines and for images.
 pub fn batch(bytes: &[u8]) {
     let model = ModelShape {
         cell: Cell::Gru,
-        num_layers: 1,
-        hidden_size: 2,
+        options: CellOptions::PLAIN,
+        hidden_sizes: vec![2],
+        bidirectional: false,
         input: Input::OneHot(5),
         classes: 5,
         head: Head::EveryStep,
+        initial_state: InitialState::Zero,
+        carries_state: false,
+        reset_token: None,
     };
     let schedule = Schedule { steps_per_epoch: 6, evaluation_batches: 7, total_steps: 8 };
-    let images = ModelShape { input: Input::Bytes(2), head: Head::Final, ..model };
-    for model in [model, images] {
+    let labelled = ModelShape { head: Head::Final, classes: 3, ..model.clone() };
+    let images = ModelShape { input: Input::Bytes(2), head: Head::Final, ..model.clone() };
+    for model in [model, labelled, images] {
         let shape = DataShape { model, seq_len: 2, schedule };
         if let Some(batch) = Batch::from_bytes(bytes, &shape) {
             assert_eq!(Batch::from_bytes(&batch.to_bytes(), &shape).as_ref(), Some(&batch));
@@ -96,7 +101,7 @@ pub fn batch(bytes: &[u8]) {
 /// A job file.
 pub fn job_file(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
-    for preset in ["char-lstm", "mnist-rnn"] {
+    for preset in ["char-lstm", "mnist-rnn", "classify-text"] {
         if let Ok(file) = JobFile::resolve(preset, Some(text), &[]) {
             assert_eq!(JobFile::resolve("char-gru", Some(&file.to_toml()), &[]).as_ref(), Ok(&file));
             assert!(differences(&file.job, &file.job).is_empty());
@@ -109,7 +114,7 @@ pub fn idx(bytes: &[u8]) {
     fuzzing::idx(bytes);
 }
 
-/// A text to train on.
+/// A text to train on: whole, by lines, and as labelled lines.
 pub fn text(bytes: &[u8]) {
     fuzzing::text(bytes);
 }

@@ -3,14 +3,15 @@
 //! The cost of a cell's gate mathematics is the time of the fused kernel less the time of its matrix products.
 
 use kernels::cpu::dropout::{MaskStream, dropout_forward};
-use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
-use kernels::cpu::lstm::{LstmBackward, LstmForward, lstm_backward, lstm_forward};
+use kernels::cpu::gru::{GruBackward, GruForward, GruWeights, gru_backward, gru_forward};
+use kernels::cpu::lstm::{LstmBackward, LstmForward, LstmOptions, Peepholes, lstm_backward, lstm_forward};
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, adam_update, squared_norm};
 use kernels::cpu::reduce::{digest, tree_add};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
 use kernels::cpu::sequence::SequenceShape;
 use kernels::cpu::softmax::softmax_cross_entropy;
 use kernels::{PackedMatrix, Simd, gemm};
+use protocol::cell::{Activation, RecurrentActivation};
 use protocol::job::EpsilonPlacement;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ fn main() {
     };
     println!("{simd}");
     for hidden_size in [128, 150, 512] {
-        cells(simd, SequenceShape { seq_len: 8, rows: 32, hidden_size });
+        cells(simd, SequenceShape { active: &[32; 8], hidden_size, output_size: hidden_size });
     }
     buffers(simd);
 }
@@ -61,50 +62,56 @@ fn buffers(simd: Simd) {
     });
 }
 
-fn cells(simd: Simd, shape: SequenceShape) {
-    let SequenceShape { seq_len, rows, hidden_size: hidden } = shape;
-    let units = (seq_len * rows * hidden) as f64;
-    let zeros = |steps: usize, width: usize| vec![0.1f32; steps * rows * width * hidden];
-    let (mut h, mut c) = (zeros(seq_len + 1, 1), zeros(seq_len + 1, 1));
-    let d_out = zeros(seq_len, 1);
-    let (mut d_h, mut d_c) = (zeros(1, 1), zeros(1, 1));
-    let report = |name: &str, seconds: f64, k: usize, n: usize| {
-        let a = vec![0.0; rows * k];
-        let b = PackedMatrix::new(k, n);
-        let mut product = vec![0.0; rows * n];
-        let gemms = seq_len as f64
-            * best(|| gemm(simd, rows, black_box(&a), k, &b, black_box(&mut product), n, true));
-        println!(
-            "  H {hidden} {name}: {:.2} ns per unit, of that pointwise {:.2}",
-            1e9 * seconds / units,
-            1e9 * (seconds - gemms) / units
-        );
-    };
+fn cells(simd: Simd, shape: SequenceShape<'_>) {
+    rnn(simd, shape);
+    let recurrent_activation = RecurrentActivation::Sigmoid;
+    let plain = LstmOptions { recurrent_activation, cell_clip: None, peepholes: None };
+    lstm(simd, shape, "lstm", plain);
+    let weights = vec![0.1; shape.hidden_size];
+    let peepholes = Some(Peepholes { i: &weights, f: &weights, o: &weights });
+    lstm(simd, shape, "lstm, clip, peepholes", LstmOptions { cell_clip: Some(3.0), peepholes, ..plain });
+    gru(simd, shape, "gru", false);
+    gru(simd, shape, "gru, reset before", true);
+}
 
-    let mut packed = PackedMatrix::new(hidden, hidden);
-    let (mut pre, mut d_pre) = (zeros(seq_len, 1), zeros(seq_len, 1));
-    let seconds =
-        best(|| rnn_forward(simd, RnnForward { shape, weight_hh: &packed, pre: &mut pre, h: &mut h }));
-    report("rnn forward", seconds, hidden, hidden);
+fn rnn(simd: Simd, shape: SequenceShape<'_>) {
+    let (hidden, activation) = (shape.hidden_size, Activation::Tanh);
+    let [mut pre, mut d_pre, d_out] = [(); 3].map(|()| steps(shape, 1));
+    let (mut h, mut d_h) = (states(shape), carry(shape, 1));
+    let packed = PackedMatrix::new(hidden, hidden);
     let seconds = best(|| {
-        let args =
-            RnnBackward { shape, weight_hh: &packed, h: &h, d_out: &d_out, d_pre: &mut d_pre, d_h: &mut d_h };
-        rnn_backward(simd, args);
+        let args = RnnForward { shape, activation, weight_hh: &packed, pre: &mut pre, h: &mut h };
+        rnn_forward(simd, args);
     });
-    report("rnn backward", seconds, hidden, hidden);
+    report(simd, shape, "rnn forward", seconds, &[(hidden, hidden)]);
+    let seconds = best(|| {
+        let (h, d_out, d_pre, d_h) = (&h, &d_out, &mut d_pre, &mut d_h);
+        rnn_backward(simd, RnnBackward { shape, activation, weight_hh: &packed, h, d_out, d_pre, d_h });
+    });
+    report(simd, shape, "rnn backward", seconds, &[(hidden, hidden)]);
+}
 
-    packed.reset(hidden, 4 * hidden);
-    let (mut gates, mut d_gates) = (zeros(seq_len, 4), zeros(seq_len, 4));
+fn lstm(simd: Simd, shape: SequenceShape<'_>, name: &str, options: LstmOptions<'_>) {
+    let hidden = shape.hidden_size;
+    let [mut gates, mut d_gates] = [(); 2].map(|()| steps(shape, 4));
+    let [mut h, mut c] = [(); 2].map(|()| states(shape));
+    let [mut d_h, mut d_c] = [(); 2].map(|()| carry(shape, 1));
+    let d_out = steps(shape, 1);
+    let mut packed = PackedMatrix::new(hidden, 4 * hidden);
     let seconds = best(|| {
-        lstm_forward(simd, LstmForward { shape, weight_hh: &packed, gates: &mut gates, h: &mut h, c: &mut c })
+        let (gates, h, c) = (&mut gates, &mut h, &mut c);
+        let args = LstmForward { shape, options, weight_hh: &packed, projection: None, gates, h, c };
+        lstm_forward(simd, args);
     });
-    report("lstm forward", seconds, hidden, 4 * hidden);
+    report(simd, shape, &format!("{name} forward"), seconds, &[(hidden, 4 * hidden)]);
     packed.reset(4 * hidden, hidden);
     let seconds = best(|| {
         d_c.fill(0.0);
         let args = LstmBackward {
             shape,
+            options,
             weight_hh: &packed,
+            projection: None,
             gates: &gates,
             c: &c,
             d_out: &d_out,
@@ -114,16 +121,23 @@ fn cells(simd: Simd, shape: SequenceShape) {
         };
         lstm_backward(simd, args);
     });
-    report("lstm backward", seconds, 4 * hidden, hidden);
+    report(simd, shape, &format!("{name} backward"), seconds, &[(4 * hidden, hidden)]);
+}
 
-    packed.reset(hidden, 3 * hidden);
-    let (x_part, mut h_part) = (zeros(seq_len, 3), zeros(1, 3));
-    let (mut d_x_part, mut d_h_part) = (zeros(seq_len, 3), zeros(seq_len, 3));
-    let bias = vec![0.0; 3 * hidden];
+fn gru(simd: Simd, shape: SequenceShape<'_>, name: &str, reset_before: bool) {
+    let (hidden, recurrent_activation) = (shape.hidden_size, RecurrentActivation::Sigmoid);
+    let [x_part, mut d_x_part, mut d_h_part] = [(); 3].map(|()| steps(shape, 3));
+    let (mut gates, d_out, bias) = (steps(shape, 4), steps(shape, 1), vec![0.0; 3 * hidden]);
+    let (mut h, mut h_part) = (states(shape), carry(shape, 3));
+    let [mut d_h, mut h_scratch] = [(); 2].map(|()| carry(shape, 1));
+    // The products of a step: of all gates, or of r and z, then of n.
+    let rows: &[usize] = if reset_before { &[2 * hidden, hidden] } else { &[3 * hidden] };
+    let packed: Vec<_> = rows.iter().map(|rows| PackedMatrix::new(hidden, *rows)).collect();
     let seconds = best(|| {
         let args = GruForward {
             shape,
-            weight_hh: &packed,
+            recurrent_activation,
+            weight_hh: gru_weights(&packed),
             bias_hh: &bias,
             x_part: &x_part,
             h_part: &mut h_part,
@@ -132,22 +146,62 @@ fn cells(simd: Simd, shape: SequenceShape) {
         };
         gru_forward(simd, args);
     });
-    report("gru forward", seconds, hidden, 3 * hidden);
-    packed.reset(3 * hidden, hidden);
+    let products: Vec<_> = rows.iter().map(|rows| (hidden, *rows)).collect();
+    report(simd, shape, &format!("{name} forward"), seconds, &products);
+    let packed: Vec<_> = rows.iter().map(|rows| PackedMatrix::new(*rows, hidden)).collect();
     let seconds = best(|| {
         let args = GruBackward {
             shape,
-            weight_hh: &packed,
+            recurrent_activation,
+            weight_hh: gru_weights(&packed),
             gates: &gates,
             h: &h,
             d_out: &d_out,
             d_x_part: &mut d_x_part,
             d_h_part: &mut d_h_part,
             d_h: &mut d_h,
+            h_scratch: &mut h_scratch,
         };
         gru_backward(simd, args);
     });
-    report("gru backward", seconds, 3 * hidden, hidden);
+    let products: Vec<_> = rows.iter().map(|rows| (*rows, hidden)).collect();
+    report(simd, shape, &format!("{name} backward"), seconds, &products);
+}
+
+fn gru_weights(packed: &[PackedMatrix]) -> GruWeights<'_> {
+    match packed {
+        [gates, candidate] => GruWeights::Before { gates, candidate },
+        all => GruWeights::After(&all[0]),
+    }
+}
+
+/// Prints the time of a cell, and what is left of it without its products of (k, n).
+fn report(simd: Simd, shape: SequenceShape<'_>, name: &str, seconds: f64, products: &[(usize, usize)]) {
+    let (rows, units) = (shape.rows(), (shape.steps() * shape.hidden_size) as f64);
+    let mut pointwise = seconds;
+    for &(k, n) in products {
+        let (a, b, mut c) = (vec![0.0; rows * k], PackedMatrix::new(k, n), vec![0.0; rows * n]);
+        let product = best(|| gemm(simd, rows, black_box(&a), k, &b, black_box(&mut c), n, true));
+        pointwise -= shape.active.len() as f64 * product;
+    }
+    println!(
+        "  H {} {name}: {:.2} ns per unit, of that pointwise {:.2}",
+        shape.hidden_size,
+        1e9 * seconds / units,
+        1e9 * pointwise / units
+    );
+}
+
+fn steps(shape: SequenceShape<'_>, width: usize) -> Vec<f32> {
+    vec![0.1; shape.steps() * width * shape.hidden_size]
+}
+
+fn states(shape: SequenceShape<'_>) -> Vec<f32> {
+    vec![0.1; (shape.rows() + shape.steps()) * shape.hidden_size]
+}
+
+fn carry(shape: SequenceShape<'_>, width: usize) -> Vec<f32> {
+    vec![0.1; shape.rows() * width * shape.hidden_size]
 }
 
 /// Seconds per call in the best of several batches.

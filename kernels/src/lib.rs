@@ -8,15 +8,16 @@
 //! Neither is a property of one compilation: AVX-512, AVX2 and portable code return the same bits, because every number
 //! is made by the same sequence of exactly rounded operations. (What kind of NaN comes out of a NaN is not promised.)
 //!
-//! Shape letters, used in every doc comment: `B` batch rows, `T` time steps, `I` input width, `H` hidden width,
-//! `G` gates of the cell (RNN 1, LSTM 4, GRU 3), `L` layers, `V` classes, `P` parameters, `S` shards.
+//! Shape letters, used in every doc comment: `B` batch rows, `T` time steps, `N` (step, row) pairs of a block, `I` input
+//! width, `H` units, `R` width of h (`H`, or less behind a projection), `G` gates of the cell (RNN 1, LSTM 4, GRU 3), `L`
+//! layers, `V` classes, `P` parameters, `S` shards.
 //! All matrices are row-major; weights have PyTorch's shapes and gate orders (LSTM `i, f, g, o`; GRU `r, z, n`).
 //!
 //! Reading order of [`cpu`]:
 //! 1. [`cpu::simd`], [`cpu::math`]: the levels and how one text is compiled for each; exp, sigmoid, tanh.
 //! 2. [`cpu::pack`], `micro`, [`cpu::gemm`]: matrix products in one fixed order.
-//! 3. [`cpu::sequence`], [`cpu::rnn`], [`cpu::lstm`], [`cpu::gru`]: the fused sequence kernels; [`cpu::input`] before
-//!    them, [`cpu::dropout`] and [`cpu::softmax`] behind.
+//! 3. [`cpu::sequence`], `activation`, [`cpu::rnn`], [`cpu::lstm`], [`cpu::gru`]: how rows of different lengths are
+//!    packed, and the fused sequence kernels; [`cpu::input`] before them, [`cpu::dropout`] and [`cpu::softmax`] behind.
 //! 4. [`cpu::reduce`], [`cpu::optimizer`]: what happens to gradients.
 //!
 //! [`oracle`] is the same mathematics, naive and in f64, which the tests of all of these compare with.

@@ -10,7 +10,7 @@ use model::init::initial_parameters;
 use protocol::batch::DataShape;
 use protocol::cell::Cell;
 use protocol::job::JobFile;
-use protocol::layout::{Head, Input, ModelShape, StateLayout};
+use protocol::layout::{ModelShape, StateLayout};
 use protocol::schedule::Schedule;
 
 const STEPS: u32 = 20_000;
@@ -25,20 +25,19 @@ fn main() {
     for (cell, num_layers, hidden_size) in
         [(Cell::Lstm, 2, 128), (Cell::Gru, 2, 128), (Cell::Rnn, 2, 128), (Cell::Lstm, 2, 512)]
     {
-        let model = ModelShape {
-            cell,
-            num_layers,
-            hidden_size,
-            input: Input::OneHot(TOKENS),
-            classes: TOKENS,
-            head: Head::EveryStep,
-        };
+        let sizes = [
+            ("cell", cell.to_string()),
+            ("num_layers", num_layers.to_string()),
+            ("hidden_size", hidden_size.to_string()),
+        ];
+        let settings = sizes.map(|(key, value)| (key.to_owned(), value));
+        let job = JobFile::resolve("char-lstm", None, &settings).expect("the settings fit").job;
+        let model = ModelShape::of(&job, TOKENS, TOKENS);
         let schedule = Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 1 };
+        let layout = StateLayout::new(model.clone(), 1);
         let data = DataShape { model, seq_len: 50, schedule };
-        let job = JobFile::resolve("char-lstm", None, &[]).expect("the preset is whole").job;
-        let layout = StateLayout::new(model, 1);
-        let parameters = initial_parameters(&layout, job.init, job.seed);
-        let mut device = CpuBackend::new(simd, 1).open(&layout, &job, &data).expect("a thread starts");
+        let parameters = initial_parameters(&layout, &job);
+        let mut device = CpuBackend::new(simd, 1).open(&layout, &job, &data, false).expect("a thread starts");
         let mut reader = device.reader(&parameters).expect("a reader opens");
         let mut logits = vec![0.0; TOKENS];
         let rate = (0..5)

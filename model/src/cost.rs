@@ -6,11 +6,12 @@ use protocol::layout::{Head, Input, StateLayout};
 ///
 /// A product of `[m, k]` and `[k, n]` is `2·m·n·k`. With `I_l` the input width of layer l:
 ///
-/// | product | for each (row, step) and layer | forward | backward |
+/// | product | for each (row, step), layer and direction | forward | backward |
 /// |---|---|---|---|
-/// | recurrent, `W_hh h` | `2·G·H·H` | once | twice: gradient of h, gradient of W |
+/// | recurrent, `W_hh h`, with R the width of h | `2·G·H·R` | once | twice: gradient of h, gradient of W |
+/// | projection | `2·H·R` | once | twice |
 /// | input, `W_ih x` | `2·G·H·I_l` | once | twice; in the first layer once, as nobody asks for x's gradient |
-/// | head | `2·H·V` per target | once | twice |
+/// | head | `2·D·R·V` per target | once | twice |
 ///
 /// Tokens are a table lookup and not a product: their layer's input counts 0 times. Implementations that multiply
 /// one-hot vectors execute more than this. Pointwise operations and the optimizer are not counted.
@@ -26,16 +27,20 @@ impl Flop {
     /// The operations of all rows of a global batch with `seq_len` time steps.
     pub fn of_batch(layout: &StateLayout, seq_len: usize) -> Self {
         let shape = &layout.shape;
-        let (hidden, gates) =
-            (shape.hidden_sizes[0] as f64, (shape.cell.gates() * shape.hidden_sizes[0]) as f64);
         let steps = layout.batch_size as f64 * seq_len as f64;
         let targets = if shape.head == Head::EveryStep { steps } else { layout.batch_size as f64 };
-        let head = targets * 2.0 * hidden * shape.classes as f64;
+        let head = targets * 2.0 * shape.output_width() as f64 * shape.classes as f64;
         let mut flop = Self { forward: head, backward: 2.0 * head };
-        for layer in 0..shape.num_layers() {
-            let input = steps * 2.0 * gates * shape.layer(layer).input_size as f64;
-            let recurrent = steps * 2.0 * gates * hidden;
-            let (input_forward, input_backward) = match (layer, shape.input) {
+        for (index, layer) in shape.layers().enumerate() {
+            let steps = steps * layer.directions as f64;
+            let (gates, width) = (layer.gate_size() as f64, layer.output_size as f64);
+            let projection = match shape.options.projection {
+                Some(_) => width * layer.hidden_size as f64,
+                None => 0.0,
+            };
+            let input = steps * 2.0 * gates * layer.input_size as f64;
+            let recurrent = steps * 2.0 * (gates * width + projection);
+            let (input_forward, input_backward) = match (index, shape.input) {
                 (0, Input::OneHot(_)) => (0.0, 0.0),
                 (0, Input::Bytes(_)) => (input, input),
                 _ => (input, 2.0 * input),

@@ -106,11 +106,18 @@ pub trait Backend: Send {
     /// Threads that compute.
     fn threads(&self) -> usize;
 
-    /// Opens the device for one job.
+    /// Opens the device for one job. With `recompute` it keeps little of the forward pass and computes it again for
+    /// the backward pass: the same bits, less memory.
     ///
     /// # Errors
     /// The device has no room or is not there.
-    fn open(&self, layout: &StateLayout, job: &JobSpec, data: &DataShape) -> Result<Self::Device>;
+    fn open(
+        &self,
+        layout: &StateLayout,
+        job: &JobSpec,
+        data: &DataShape,
+        recompute: bool,
+    ) -> Result<Self::Device>;
 }
 
 /// Something that trains: a CPU with some threads, or one GPU.
@@ -140,7 +147,7 @@ pub trait Device: Send {
     /// |---|---|---|
     /// | `parameters` | `[P]` | in |
     /// | `batch` | its rows lie in slots `first_slot ..` | in |
-    /// | `state_in` | `[B, state_size]` by slot, only the batch's slots are read | in; not changed, so that an aborted step can run again |
+    /// | `state_in` | `[B, state_size]` by slot, only the batch's slots are read, and none where the batch begins a pass over the data | in; not changed, so that an aborted step can run again |
     /// | `state_out` | as `state_in` | out: only the batch's slots are written |
     ///
     /// For [`Pass::Train`] the gradients' row sums are left inside the device for
@@ -154,8 +161,11 @@ pub trait Device: Send {
         state_out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Begins to read one row with these parameters `[P]`, from a recurrent state of zeros. The weights are prepared
+    /// Begins to read one row with these parameters `[P]`, from the network's initial state. The weights are prepared
     /// here, once; later changes of the buffer do not reach the reader.
+    ///
+    /// # Errors
+    /// The network is bidirectional: it cannot say anything before a row's end.
     fn reader(&mut self, parameters: &Self::Buffer) -> Result<Self::Reader>;
 
     /// Reads one time step, without dropout. `logits` `[V]` becomes the head's output for the state after it, with

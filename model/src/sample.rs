@@ -5,7 +5,7 @@
 
 use std::cmp::Ordering;
 
-use protocol::layout::{Input, ModelShape};
+use protocol::layout::ModelShape;
 use protocol::problem::Problem;
 use protocol::random::{Purpose, key, philox4x32_10};
 
@@ -108,7 +108,7 @@ pub struct Sampler<'d, D: Device> {
 }
 
 impl<'d, D: Device> Sampler<'d, D> {
-    /// Reads the prime with these parameters `[P]`, from a state of zeros.
+    /// Reads the prime with these parameters `[P]`, from the initial state.
     ///
     /// # Errors
     /// The network does not read tokens, the prime is empty or has a token that the network does not know, or the
@@ -120,7 +120,7 @@ impl<'d, D: Device> Sampler<'d, D> {
         prime: &[u32],
         options: SampleOptions,
     ) -> Result<Self> {
-        let Input::OneHot(tokens) = shape.input else {
+        let Some(tokens) = shape.input.tokens() else {
             return Err(DeviceError("only a network that reads tokens can be sampled from".to_owned()));
         };
         if let Some(token) = prime.iter().find(|&&token| token as usize >= tokens) {

@@ -4,7 +4,7 @@ mod common;
 
 use std::ops::Range;
 
-use common::{CELLS, Fleet, OutcomeBits, Setup, Sizes, TASKS, bits, on};
+use common::{CELLS, Combination, Fleet, OutcomeBits, Setup, Sizes, TASKS, bits, combinations, on};
 use kernels::Simd;
 use model::device::{Device, Pass};
 use proptest::prelude::*;
@@ -51,6 +51,33 @@ fn threads_instructions_and_devices_change_no_bit() {
             }
         }
     }
+}
+
+#[test]
+fn no_option_changes_a_bit_with_the_fleet() {
+    let (mut count, mut runs) = (0, 0);
+    for Combination { name, setup } in combinations() {
+        let want = train(setup.alone());
+        let mut check = |simd: Simd, threads: usize, workers: u32, recompute: bool| {
+            let got = train(setup.fleet_with(simd, threads, &setup.split(workers), recompute));
+            assert!(
+                got == want,
+                "{workers} workers, {threads} threads, {simd}, recompute {recompute}: {name}"
+            );
+            runs += 1;
+        };
+        for workers in [2, 3] {
+            check(Simd::detect(), 1, workers, false);
+        }
+        for simd in Simd::available() {
+            check(simd, 2, 1, false);
+        }
+        for (threads, workers) in [(1, 1), (2, 3)] {
+            check(Simd::detect(), threads, workers, true);
+        }
+        count += 1;
+    }
+    println!("{count} combinations of options, {runs} other fleets with the same bits");
 }
 
 /// Sizes at which sums are cut into blocks and long buffers are shared among threads.

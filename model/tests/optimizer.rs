@@ -30,7 +30,7 @@ fn device(job: &JobSpec, threads: usize) -> CpuDevice {
     let layout = StateLayout::new(model.clone(), job.batch_size as usize);
     let schedule = Schedule { steps_per_epoch: 9, evaluation_batches: 0, total_steps: 9 };
     let data = DataShape { model, seq_len: job.seq_len as usize, schedule };
-    CpuBackend::new(Simd::detect(), threads).open(&layout, job, &data).unwrap()
+    CpuBackend::new(Simd::detect(), threads).open(&layout, job, &data, false).unwrap()
 }
 
 /// Numbers of a size from 0 to `size`, of both signs.

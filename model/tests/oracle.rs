@@ -2,100 +2,19 @@
 
 mod common;
 
-use common::{CELLS, Largest, Outcome, Setup, Sizes, State, TASKS, distance, widen};
-use kernels::oracle::activation::Activation;
-use kernels::oracle::gru::Gru;
-use kernels::oracle::layer::Layer;
-use kernels::oracle::lstm::Lstm;
-use kernels::oracle::network::{self, Network};
+use common::{
+    CELLS, Combination, Largest, Outcome, Setup, Sizes, State, TASKS, combinations, distance, expected,
+    network, setup, widen,
+};
 use kernels::oracle::optimizer::{Adam, EpsilonPlacement, adam, clip_by_global_norm};
-use kernels::oracle::rnn::Rnn;
-use kernels::oracle::stack::{InitialState, Stack};
-use kernels::oracle::{cell, head};
 use model::device::Pass;
-use protocol::batch::{Batch, Inputs};
+use protocol::batch::Batch;
 use protocol::cell::Cell;
 use protocol::job::{Clip, Task};
-use protocol::layout::Head;
 use protocol::sums::StepSums;
 
 /// The largest difference allowed, as a share of a tensor's largest number.
 const LIMIT: f64 = 1e-5;
-
-/// What the oracle says about one batch.
-struct Expected {
-    loss: f64,
-    correct: u64,
-    recurrent: Vec<f64>,
-    /// Gradient of each shard's summed loss.
-    by_shard: Vec<Vec<f64>>,
-}
-
-/// The oracle's network of a job.
-fn network(setup: &Setup) -> Network {
-    let shape = &setup.layout.shape;
-    let layer = Layer {
-        cell: match shape.cell {
-            Cell::Rnn => cell::Cell::Rnn(Rnn { activation: Activation::Tanh }),
-            Cell::Lstm => cell::Cell::Lstm(Lstm::PLAIN),
-            Cell::Gru => cell::Cell::Gru(Gru::PLAIN),
-        },
-        hidden_size: shape.hidden_sizes[0],
-        bidirectional: false,
-    };
-    Network {
-        embedding: None,
-        stack: Stack {
-            input_size: shape.input.size(),
-            layers: vec![layer; shape.num_layers()],
-            initial_state: InitialState::Zero,
-        },
-        head: match shape.head {
-            Head::EveryStep => head::Head::EveryStep,
-            Head::Final => head::Head::Final,
-        },
-        classes: shape.classes,
-    }
-}
-
-fn expected(setup: &Setup, parameters: &[f64], recurrent: &[f64], batch: &Batch) -> Expected {
-    let shape = &setup.layout.shape;
-    let network = network(setup);
-    let mut all = Expected { loss: 0.0, correct: 0, recurrent: Vec::new(), by_shard: Vec::new() };
-    for shard in 0..setup.job.shards {
-        let part = setup.part(batch, shard..shard + 1);
-        let (rows, seq_len, size) = (part.rows(), setup.data.seq_len, network.stack.state_size());
-        let state = match shape.head {
-            Head::EveryStep => recurrent[part.first_slot as usize * size..][..rows * size].to_vec(),
-            Head::Final => vec![0.0; rows * size],
-        };
-        let run = |input: network::Input<'_>, targets: &[u32]| {
-            let batch = network::Batch::new(rows, seq_len, input, targets);
-            network.forward_backward(parameters, &network::Batch { fed_state: Some(&state), ..batch })
-        };
-        let outcome = match &part.inputs {
-            Inputs::Tokens(tokens) => {
-                let windows = || tokens.chunks_exact(seq_len + 1);
-                let of = |range: std::ops::Range<usize>| -> Vec<u32> {
-                    windows().flat_map(|w| w[range.clone()].iter().map(|&t| t.into())).collect()
-                };
-                run(network::Input::Tokens(&of(0..seq_len)), &of(1..seq_len + 1))
-            }
-            Inputs::Bytes { bytes, labels } => {
-                let dense: Vec<f64> = bytes.iter().map(|&byte| f64::from(byte) / 255.0).collect();
-                let labels: Vec<u32> = labels.iter().map(|&label| label.into()).collect();
-                run(network::Input::Dense(&dense), &labels)
-            }
-        };
-        all.loss += outcome.loss_sum;
-        all.correct += outcome.correct as u64;
-        if shape.head == Head::EveryStep {
-            all.recurrent.extend(outcome.final_state);
-        }
-        all.by_shard.push(outcome.gradient);
-    }
-    all
-}
 
 fn add_up(by_shard: &[Vec<f64>]) -> Vec<f64> {
     (0..by_shard[0].len()).map(|at| by_shard.iter().map(|gradient| gradient[at]).sum()).collect()
@@ -117,7 +36,13 @@ fn a_step_equals_the_oracle() {
                     let setup = Setup::new(sizes, &[("init", "pytorch")]);
                     let (state, batch) = (setup.start(true), setup.batch(0));
                     let got = setup.alone().pass(Pass::Train { step: 0 }, &state, &batch);
-                    let want = expected(&setup, &widen(&state.parameters), &widen(&state.recurrent), &batch);
+                    let want = expected(
+                        &setup,
+                        Pass::Train { step: 0 },
+                        &widen(&state.parameters),
+                        &widen(&state.recurrent),
+                        &batch,
+                    );
 
                     let sums = StepSums::total(&got.sums);
                     let targets = if task == Task::Chars { 5 * seq_len } else { 5 };
@@ -148,6 +73,70 @@ fn a_step_equals_the_oracle() {
     gradients.print("gradient tensors against f64");
 }
 
+#[test]
+fn every_option_equals_the_oracle() {
+    let [mut losses, mut states, mut gradients] = [(); 3].map(|()| Largest::default());
+    let mut count = 0;
+    let larger = [
+        (Cell::Rnn, 33, 1),
+        (Cell::Lstm, 33, 5),
+        (Cell::Gru, 33, 1),
+        (Cell::Lstm, 150, 2),
+        (Cell::Gru, 150, 2),
+    ]
+    .into_iter()
+    .flat_map(|(cell, hidden_size, batch_size)| {
+        let sizes =
+            |task| Sizes { cell, task, num_layers: 2, hidden_size, seq_len: 9, batch_size, shards: 1 };
+        let of_cell: &[(&str, &str)] = match cell {
+            Cell::Rnn => &[("activation", "relu")],
+            Cell::Lstm => &[("peepholes", "true"), ("cell_clip", "0.2"), ("projection", "20")],
+            Cell::Gru => &[("reset", "before")],
+        };
+        let lines = [of_cell, &[("mode", "lines"), ("initial_state", "learnt")]].concat();
+        let labelled = [of_cell, &[("bidirectional", "true"), ("embedding_size", "16")]].concat();
+        [setup(sizes(Task::Chars), &lines), setup(sizes(Task::Classify), &labelled)]
+            .map(|setup| Combination { name: format!("{cell} {hidden_size}, {batch_size} rows"), setup })
+    });
+    for Combination { name, setup } in combinations().chain(larger) {
+        let want_layout = network(&setup).layout();
+        let places = |name: &str, shape: &[usize], range: &std::ops::Range<usize>| {
+            (name.to_owned(), shape.to_vec(), range.clone())
+        };
+        let ours = setup.layout.tensors.iter().map(|t| places(&t.name, &t.shape, &t.range));
+        assert!(ours.eq(want_layout.tensors.iter().map(|t| places(&t.name, &t.shape, &t.range))), "{name}");
+
+        let pass = Pass::Train { step: 3 };
+        let (mut state, batch) = (setup.start(true), setup.batch(3));
+        spread(&mut state.parameters);
+        let got = setup.alone().pass(pass, &state, &batch);
+        let want = expected(&setup, pass, &widen(&state.parameters), &widen(&state.recurrent), &batch);
+        let sums = StepSums::total(&got.sums);
+        assert_eq!(got.sums.iter().map(|sums| sums.weight).collect::<Vec<_>>(), want.weights, "{name}");
+        assert_eq!(sums.correct, want.correct, "{name}");
+        losses.note((sums.loss - want.loss).abs() / want.loss, 1e-6, || name.clone());
+        states.note(distance(&got.recurrent, &want.recurrent), LIMIT, || name.clone());
+        let sum = add_up(&want.by_shard);
+        for tensor in &setup.layout.tensors {
+            let range = || tensor.range.clone();
+            let difference = distance(&got.gradient[range()], &sum[range()]);
+            gradients.note(difference, LIMIT, || format!("{} of {name}", tensor.name));
+        }
+        count += 1;
+    }
+    println!("{count} combinations of options");
+    losses.print("loss against f64");
+    states.print("final state against f64");
+    gradients.print("gradient tensors against f64");
+}
+
+/// Gives parameters that start at zero, or small, something to do.
+fn spread(parameters: &mut [f32]) {
+    for (at, value) in parameters.iter_mut().enumerate() {
+        *value += 0.3 * (at as f32 * 0.7).sin();
+    }
+}
+
 /// The oracle's training state.
 struct Reference {
     parameters: Vec<f64>,
@@ -170,10 +159,8 @@ impl Reference {
     /// and how many were looked at.
     fn train(&mut self, setup: &Setup, step: u64, batch: &Batch) -> (usize, usize) {
         let job = &setup.job;
-        let want = expected(setup, &self.parameters, &self.recurrent, batch);
-        let targets = if job.task == Task::Chars { setup.data.seq_len } else { 1 };
-        let weights: Vec<f64> =
-            batch.shards.iter().map(|shard| (shard.rows.len() * targets) as f64).collect();
+        let want = expected(setup, Pass::Train { step }, &self.parameters, &self.recurrent, batch);
+        let weights: Vec<f64> = want.weights.iter().map(|&weight| weight as f64).collect();
         let total: f64 = weights.iter().sum();
         let mut clips = (0, 0);
         let mut clip = |mean: &mut [f64]| {

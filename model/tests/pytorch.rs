@@ -115,6 +115,7 @@ fn batch(setup: &Setup, fixture: &SafeTensors<'_>, step: usize) -> Batch {
     let inputs = match setup.job.task {
         Task::Chars => Inputs::Tokens(words("tokens")),
         Task::Rows => Inputs::Bytes { bytes: part("bytes", Dtype::U8), labels: words("labels") },
+        Task::Classify => unreachable!("no fixture classifies text"),
     };
     let work = Work::Train { step: step as u64, epoch: 0, index: step as u64 };
     setup.batch_of(work, (0..u64::from(setup.job.batch_size)).collect(), inputs)

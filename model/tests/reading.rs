@@ -22,6 +22,7 @@ fn steps_of<'a>(setup: &Setup, batch: &'a Batch, row: usize) -> Vec<Step<'a>> {
             let step = |pair: &[u16]| (StepInput::Token(pair[0].into()), Some(pair[1].into()));
             tokens.windows(2).map(step).collect()
         }
+        Inputs::LabelledTokens { .. } => unreachable!("no test here classifies text"),
         Inputs::Bytes { bytes, labels } => {
             let width = setup.data.model.input.size();
             let bytes = bytes[row * seq_len * width..].chunks_exact(width).take(seq_len);
@@ -34,7 +35,7 @@ fn steps_of<'a>(setup: &Setup, batch: &'a Batch, row: usize) -> Vec<Step<'a>> {
 /// All logits of a row `[T][V]`, its summed loss and its hits.
 fn read_row(setup: &Setup, simd: Simd, batch: &Batch, row: usize) -> (Vec<f32>, f64, u64) {
     let classes = setup.data.model.classes;
-    let mut device = CpuBackend::new(simd, 1).open(&setup.layout, &setup.job, &setup.data).unwrap();
+    let mut device = CpuBackend::new(simd, 1).open(&setup.layout, &setup.job, &setup.data, false).unwrap();
     let mut parameters = on(&device, &setup.start(false).parameters);
     let mut reader = device.reader(&parameters).unwrap();
     parameters.fill(f32::NAN); // The reader has its own.
@@ -95,7 +96,8 @@ fn readers_of_one_device_have_states_of_their_own() {
     };
     let setup = Setup::new(sizes, &[]);
     let batch = setup.evaluation_batch(2);
-    let mut device = CpuBackend::new(Simd::detect(), 2).open(&setup.layout, &setup.job, &setup.data).unwrap();
+    let mut device =
+        CpuBackend::new(Simd::detect(), 2).open(&setup.layout, &setup.job, &setup.data, false).unwrap();
     let state = setup.start(false);
     let parameters = on(&device, &state.parameters);
     let mut readers = [(); 2].map(|()| device.reader(&parameters).unwrap());

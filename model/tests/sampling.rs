@@ -28,7 +28,7 @@ fn setup(task: Task) -> Setup {
 /// So many tokens of a network with large random weights, which finds some tokens much likelier than others.
 fn sample(simd: Simd, prime: &[u32], options: SampleOptions, length: usize) -> Vec<u32> {
     let setup = setup(Task::Chars);
-    let mut device = CpuBackend::new(simd, 1).open(&setup.layout, &setup.job, &setup.data).unwrap();
+    let mut device = CpuBackend::new(simd, 1).open(&setup.layout, &setup.job, &setup.data, false).unwrap();
     let parameters: Vec<f32> = setup.start(false).parameters.iter().map(|weight| 8.0 * weight).collect();
     let parameters = on(&device, &parameters);
     let shape = setup.layout.shape;
@@ -70,7 +70,7 @@ fn what_cannot_be_sampled_is_refused() {
     let refusal = |task, prime: &[u32]| {
         let setup = setup(task);
         let mut device =
-            CpuBackend::new(Simd::detect(), 1).open(&setup.layout, &setup.job, &setup.data).unwrap();
+            CpuBackend::new(Simd::detect(), 1).open(&setup.layout, &setup.job, &setup.data, false).unwrap();
         let parameters = on(&device, &setup.start(false).parameters);
         let sampler = Sampler::new(&mut device, &setup.layout.shape, &parameters, prime, OPTIONS);
         sampler.err().map(|error| error.to_string())

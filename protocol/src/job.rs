@@ -450,6 +450,16 @@ impl JobSpec {
         }
     }
 
+    /// The character before which the state becomes the initial state: what a stream is told to reset at, or the one
+    /// that every line begins with. Lines that begin with padding are read from there on.
+    pub fn reset_character(&self) -> Option<char> {
+        match (self.task, self.text.mode, self.text.pad) {
+            (Task::Chars, TextMode::Stream, _) => self.text.reset_at.chars().next(),
+            (Task::Chars, TextMode::Lines, Pad::Post) => Some('\n'),
+            _ => None,
+        }
+    }
+
     /// The cell's options as kernels take them.
     pub fn cell_options(&self) -> CellOptions {
         CellOptions {
@@ -697,7 +707,7 @@ mod tests {
     #[test]
     fn every_preset_resolves() {
         let names: Vec<String> = presets().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names.len(), 6);
+        assert_eq!(names.len(), 7);
         for name in names {
             JobFile::resolve(&name, None, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
         }

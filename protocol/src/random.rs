@@ -19,6 +19,10 @@ pub enum Purpose {
     Digits,
     /// Sampling of text.
     Sample,
+    /// The order of steps whose rows come from several pools, drawn anew each epoch.
+    Pools,
+    /// The embedded labelled lines.
+    Fields,
 }
 
 /// The Philox key of a purpose: for [`Purpose::Dropout`] the seed itself, else the seed mixed with the purpose.
@@ -156,6 +160,8 @@ mod tests {
             Purpose::Shuffle,
             Purpose::Digits,
             Purpose::Sample,
+            Purpose::Pools,
+            Purpose::Fields,
         ];
         for seed in 0..100 {
             for (i, a) in all.iter().enumerate() {

@@ -14,7 +14,7 @@ use model::cpu::CpuDevice;
 use model::device::DeviceError;
 use model::evaluate::evaluate;
 use protocol::job::{JobFile, RunSpec, Task};
-use protocol::layout::Progress;
+use protocol::layout::{ModelShape, Progress};
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Work;
 use protocol::sums::StepSums;
@@ -53,8 +53,8 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
 
     let failed = |error: DeviceError| Problem::failed(error.to_string());
     let threads = args.threads.unwrap_or_else(cores);
-    let (seq_len, batches) = (data.shape().seq_len, data.shape().schedule.evaluation_batches);
-    let mut device = CpuDevice::new(simd, threads, image.layout().clone(), job, seq_len).map_err(failed)?;
+    let batches = data.shape().schedule.evaluation_batches;
+    let mut device = CpuDevice::new(simd, threads, image.layout().clone(), job, false).map_err(failed)?;
     let (started, progress) = (Instant::now(), image.progress());
     let work = (0..batches).map(|index| Work::Evaluate { step: progress.step, index });
     let batches = work.map(|work| data.batch(work, 0..job.shards));
@@ -120,7 +120,7 @@ fn check_fits(checkpoint: &Checkpoint, data: &dyn Dataset) -> Result<(), Problem
     let shape = &data.shape().model;
     if differences.is_empty() {
         let widths = [
-            ("inputs", network.input.size(), shape.input.size()),
+            ("inputs", input_width(network), input_width(shape)),
             ("classes", network.classes, shape.classes),
         ];
         for (what, known, read) in widths {
@@ -144,6 +144,11 @@ fn check_fits(checkpoint: &Checkpoint, data: &dyn Dataset) -> Result<(), Problem
         )));
     }
     Ok(())
+}
+
+/// Different tokens, or bytes of a row.
+fn input_width(shape: &ModelShape) -> usize {
+    shape.input.tokens().unwrap_or_else(|| shape.input.size())
 }
 
 /// What was found.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use coordinator::store::files::write_beside;
 use coordinator::store::run_dir::require_run;
-use coordinator::store::torch::to_torch;
+use coordinator::store::torch::{beyond_pytorch, to_torch};
 use protocol::problem::{Exit, Problem};
 
 use super::{CheckpointArg, print};
@@ -41,6 +41,10 @@ pub(crate) fn run(args: &ExportArgs) -> Result<Exit, Problem> {
     let parameters = checkpoint.image.layout().parameters();
     let step = checkpoint.image.progress().step;
     print(&format!("{out}: {parameters} parameters after {step} steps, under PyTorch's names\n"))?;
+    let beyond = beyond_pytorch(&checkpoint.job);
+    if !beyond.is_empty() {
+        print(&format!("PyTorch's own layers cannot run this network, because of {}\n", beyond.join(", ")))?;
+    }
     Ok(Exit::Done)
 }
 

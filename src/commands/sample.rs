@@ -10,6 +10,7 @@ use coordinator::store::checkpoint::Checkpoint;
 use model::cpu::CpuDevice;
 use model::device::DeviceError;
 use model::sample::{SampleOptions, Sampler};
+use protocol::job::Task;
 use protocol::problem::{Exit, Problem};
 
 use super::CheckpointArg;
@@ -67,8 +68,7 @@ pub(crate) fn run(args: &SampleArgs) -> Result<Exit, Problem> {
     };
     let failed = |error: DeviceError| Problem::failed(error.to_string());
     let layout = checkpoint.image.layout();
-    let seq_len = checkpoint.job.seq_len as usize;
-    let mut device = CpuDevice::new(simd, 1, layout.clone(), &checkpoint.job, seq_len).map_err(failed)?;
+    let mut device = CpuDevice::new(simd, 1, layout.clone(), &checkpoint.job, false).map_err(failed)?;
     let parameters = checkpoint.image.parameters();
 
     let mut text = TextStream::new();
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &SampleArgs) -> Result<Exit, Problem> {
     let written = written.and_then(|()| {
         for _ in 0..args.length {
             let token = sampler.next().expect("a sample has no end").map_err(io::Error::other)?;
-            text.write_character(vocabulary.character(token).expect("every class is a token"))?;
+            vocabulary.character(token).map_or(Ok(()), |character| text.write_character(character))?;
         }
         text.end()
     });
@@ -110,14 +110,19 @@ impl SampleArgs {
 
 /// The characters of a checkpoint, one for each class.
 fn vocabulary_of(checkpoint: &Checkpoint, path: &Path) -> Result<Vocabulary, Problem> {
-    let Some(characters) = &checkpoint.vocabulary else {
-        return Err(Problem::usage(format!(
-            "{} is of a network that reads images: there is no text to sample",
+    let refuse = |what_it_does: &str| {
+        Err(Problem::usage(format!(
+            "{} is of a network that {what_it_does}: there is no text to sample",
             path.display()
         ))
-        .hint("sample from a run of a preset whose task is \"chars\", such as char-lstm"));
+        .hint("sample from a run of a preset whose task is \"chars\", such as char-lstm"))
     };
-    let vocabulary = Vocabulary::new(characters.chars());
+    let characters = match (checkpoint.job.task, &checkpoint.vocabulary) {
+        (Task::Chars, Some(characters)) => characters,
+        (Task::Classify, _) => return refuse("names the class of a text"),
+        _ => return refuse("reads images"),
+    };
+    let vocabulary = Vocabulary::of_job(&checkpoint.job.text, characters.chars());
     let classes = checkpoint.image.layout().shape.classes;
     if vocabulary.len() != classes {
         return Err(Problem::failed(format!(

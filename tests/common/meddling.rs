@@ -66,12 +66,18 @@ impl Backend for Meddling {
         Self::cpu().threads()
     }
 
-    fn open(&self, layout: &StateLayout, job: &JobSpec, data: &DataShape) -> Result<MeddlingDevice> {
+    fn open(
+        &self,
+        layout: &StateLayout,
+        job: &JobSpec,
+        data: &DataShape,
+        recompute: bool,
+    ) -> Result<MeddlingDevice> {
         Ok(MeddlingDevice {
             rows: self.rows,
             broken: self.broken,
             state_size: layout.shape.state_size(),
-            cpu: Self::cpu().open(layout, job, data)?,
+            cpu: Self::cpu().open(layout, job, data, recompute)?,
             breaks_gradients: false,
             sums: Vec::new(),
         })
@@ -194,16 +200,16 @@ fn without_last_row(batch: &Batch) -> Batch {
     let mut batch = batch.clone();
     let rows = batch.rows() - 1;
     batch.sample_ids.pop();
+    batch.shards.last_mut().unwrap().rows.end = rows;
     batch.lengths.pop();
     batch.paddings.pop();
-    batch.shards.last_mut().unwrap().rows.end = rows;
     match &mut batch.inputs {
         Inputs::Tokens(tokens) => tokens.truncate(tokens.len() / (rows + 1) * rows),
+        Inputs::LabelledTokens { .. } => unreachable!("no audited run here classifies text"),
         Inputs::Bytes { bytes, labels } => {
             bytes.truncate(bytes.len() / (rows + 1) * rows);
             labels.pop();
         }
-        Inputs::LabelledTokens { .. } => unreachable!("no test meddles with the rows of labelled lines"),
     }
     batch
 }
@@ -213,6 +219,7 @@ fn with_first_row_twice(batch: &Batch) -> Batch {
     let rows = batch.rows();
     batch.sample_ids[1] = batch.sample_ids[0];
     match &mut batch.inputs {
+        Inputs::LabelledTokens { .. } => unreachable!("no audited run here classifies text"),
         Inputs::Tokens(tokens) => {
             let row = tokens.len() / rows;
             tokens.copy_within(0..row, row);
@@ -222,7 +229,6 @@ fn with_first_row_twice(batch: &Batch) -> Batch {
             bytes.copy_within(0..row, row);
             labels[1] = labels[0];
         }
-        Inputs::LabelledTokens { .. } => unreachable!("no test meddles with the rows of labelled lines"),
     }
     batch
 }

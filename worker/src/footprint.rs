@@ -24,8 +24,8 @@ pub fn worker_bytes(
 ) -> usize {
     let float = size_of::<f32>();
     let (parameters, recurrent) = (layout.parameters(), layout.recurrent());
-    // Parameters, gradient and two moments; the state before, after, and at the start of an epoch.
-    let replica = 4 * parameters + 3 * recurrent;
+    // Parameters, gradient and two moments; the state before and after.
+    let replica = 4 * parameters + 2 * recurrent;
     let partials = shards.len() * parameters;
     // Values of the own nodes on their way out, of the others' nodes for the own part of the sum, and the sum.
     let own_nodes = tree::cover(job.shards, shards.clone()).len();

@@ -23,8 +23,6 @@ pub struct Replica<D: Device> {
     pub state: D::Buffer,
     /// The same after the step under way; becomes [`state`](Self::state) when the step is committed.
     pub next_state: D::Buffer,
-    /// Zeros: the state at the start of an epoch.
-    pub zero_state: D::Buffer,
     /// The summed gradient of the step under way, `[P]`.
     pub gradient: D::Buffer,
     /// Steps done.
@@ -40,7 +38,7 @@ impl<D: Device> Replica<D> {
     /// The device has no room.
     pub fn initial(device: &D, layout: StateLayout, job: &JobSpec) -> Result<Self> {
         let mut replica = Self::zeros(device, layout)?;
-        let values = initial_parameters(&replica.layout, job.init, job.seed);
+        let values = initial_parameters(&replica.layout, job);
         device.import(&mut replica.parameters, 0, &values)?;
         Ok(replica)
     }
@@ -83,7 +81,6 @@ impl<D: Device> Replica<D> {
             second_moment: device.zeros(parameters)?,
             state: device.zeros(recurrent)?,
             next_state: device.zeros(recurrent)?,
-            zero_state: device.zeros(recurrent)?,
             gradient: device.zeros(parameters)?,
             progress: Progress::default(),
             control: ControlState::default(),
@@ -106,16 +103,36 @@ impl<D: Device> Replica<D> {
     }
 
     /// Counts the step under way without taking it: the recurrent state stays the one that the step began with, which at
-    /// an epoch's start is zero.
+    /// an epoch's start is the network's initial state.
     ///
     /// # Errors
-    /// The device has no room.
+    /// The device failed.
     pub fn skip(&mut self, device: &D, steps_per_epoch: u64) -> Result<()> {
         if self.progress.cursor == 0 {
-            self.state = device.zeros(self.layout.recurrent())?;
+            let initial = self.initial_state(device)?;
+            device.import(&mut self.state, 0, &initial)?;
         }
         self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
         Ok(())
+    }
+
+    /// The recurrent state of all slots at the start of a pass over the data.
+    fn initial_state(&self, device: &D) -> Result<Vec<f32>> {
+        let layout = &self.layout;
+        let mut slot = Vec::with_capacity(layout.shape.state_size());
+        for (layer, shape) in layout.shape.layers().enumerate() {
+            for ranges in layout.layer(layer) {
+                let parts = [(&ranges.initial_h, shape.output_size), (&ranges.initial_c, shape.cell_size)];
+                for (learnt, width) in parts {
+                    let mut values = vec![0.0; width];
+                    if let Some(range) = learnt {
+                        device.export(&self.parameters, range.clone(), &mut values)?;
+                    }
+                    slot.append(&mut values);
+                }
+            }
+        }
+        Ok(slot.into_iter().cycle().take(layout.recurrent()).collect())
     }
 
     /// Updates done: a step that was left out has none.
@@ -172,7 +189,7 @@ impl<D: Device> Replica<D> {
 #[cfg(test)]
 mod tests {
     use kernels::Simd;
-    use model::cpu::CpuBackend;
+    use model::cpu::{CpuBackend, CpuDevice};
     use model::device::Backend;
     use protocol::batch::DataShape;
     use protocol::job::JobFile;
@@ -181,25 +198,54 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_step_that_is_left_out_leaves_the_state_that_it_began_with() {
-        let job =
-            JobFile::resolve("char-gru", None, &[("hidden_size".to_owned(), "3".to_owned())]).unwrap().job;
+    const PER_EPOCH: u64 = 4;
+
+    fn replica(settings: &[(&str, &str)]) -> (CpuDevice, Replica<CpuDevice>) {
+        let settings: Vec<_> = [("hidden_size", "3")].iter().chain(settings).collect();
+        let owned: Vec<_> =
+            settings.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let job = JobFile::resolve("char-lstm", None, &owned).unwrap().job;
         let model = ModelShape::of(&job, 5, 5);
-        let schedule = Schedule { steps_per_epoch: 4, evaluation_batches: 0, total_steps: 9 };
+        let schedule = Schedule { steps_per_epoch: PER_EPOCH, evaluation_batches: 0, total_steps: 9 };
         let layout = StateLayout::new(model.clone(), job.batch_size as usize);
         let data = DataShape { model, seq_len: 7, schedule };
-        let device = CpuBackend::new(Simd::detect(), 1).open(&layout, &job, &data).unwrap();
+        let device = CpuBackend::new(Simd::detect(), 1).open(&layout, &job, &data, false).unwrap();
+        let replica = Replica::initial(&device, layout, &job).unwrap();
+        (device, replica)
+    }
+
+    #[test]
+    fn a_step_that_is_left_out_leaves_the_state_that_it_began_with() {
         for (done, stays) in [(0, 0.0), (1, 0.5), (3, 0.5), (4, 0.0)] {
-            let mut replica = Replica::initial(&device, layout.clone(), &job).unwrap();
-            replica.progress = Progress::after(done, 4);
+            let (device, mut replica) = replica(&[]);
+            replica.progress = Progress::after(done, PER_EPOCH);
             replica.state.fill(0.5);
             replica.next_state.fill(f32::NAN);
             let parameters = replica.parameters.clone();
-            replica.skip(&device, 4).unwrap();
-            assert!(replica.state.iter().all(|&number| number == stays), "after {done} steps");
-            assert_eq!(replica.state.len(), layout.recurrent());
-            assert_eq!((replica.progress, replica.parameters), (Progress::after(done + 1, 4), parameters));
+            replica.skip(&device, PER_EPOCH).unwrap();
+            assert_eq!(replica.state, vec![stays; replica.layout.recurrent()], "after {done} steps");
+            assert_eq!(replica.progress, Progress::after(done + 1, PER_EPOCH));
+            assert_eq!(replica.parameters, parameters);
         }
+    }
+
+    #[test]
+    fn an_epoch_whose_first_step_is_left_out_begins_in_the_learnt_state() {
+        let settings = [("initial_state", "learnt"), ("hidden_sizes", "[3, 2]"), ("projection", "2")];
+        let (device, mut replica) = replica(&settings);
+        let mut slot = Vec::new();
+        for layer in 0..2 {
+            let ranges = &replica.layout.layer(layer)[0];
+            for range in [ranges.initial_h.clone(), ranges.initial_c.clone()].map(Option::unwrap) {
+                for at in range {
+                    slot.push(at as f32);
+                    replica.parameters[at] = at as f32;
+                }
+            }
+        }
+        assert_eq!(slot.len(), replica.layout.shape.state_size());
+        replica.state.fill(0.5);
+        replica.skip(&device, PER_EPOCH).unwrap();
+        assert_eq!(replica.state, slot.repeat(replica.layout.batch_size));
     }
 }

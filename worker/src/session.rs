@@ -92,8 +92,9 @@ where
         _ => return Err(lost("it began with something else than a welcome")),
     };
     let layout = StateLayout::new(welcome.data.model.clone(), welcome.job.batch_size as usize);
-    let device =
-        backend.open(&layout, &welcome.job, &welcome.data).map_err(|e| Problem::failed(e.to_string()))?;
+    let device = backend
+        .open(&layout, &welcome.job, &welcome.data, welcome.run.recompute)
+        .map_err(|error| Problem::failed(error.to_string()))?;
     let (frames, outgoing) = unbounded_channel();
     let outbox = Outbox::new(frames, metrics.clone(), welcome.data.schedule, welcome.run.digest_steps);
     let session = Session {

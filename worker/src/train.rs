@@ -160,8 +160,8 @@ impl<D: Device> Generation<D> {
         let batch = self.feed.next(Work::Train { step, epoch, index })?;
         let fed = Instant::now();
 
-        let state_in = if index == 0 { &replica.zero_state } else { &replica.state };
-        device.step(Pass::Train { step }, &replica.parameters, &batch, state_in, &mut replica.next_state)?;
+        let (parameters, state) = (&replica.parameters, &replica.state);
+        device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
         let (own_sums, tickets) = self.begin_gradient(device)?;
         let computed = Instant::now();

@@ -121,7 +121,7 @@ fn published(name: &str) -> Result<(Known, Vec<Published>, Vec<String>), Problem
             });
             Ok((known, files.collect(), owned(&MNIST_MIRRORS)))
         }
-        Known::EmbeddedText | Known::EmbeddedDigits => {
+        Known::EmbeddedText | Known::EmbeddedFields | Known::EmbeddedDigits => {
             Err(Problem::usage("embedded data are compiled in: there is nothing to fetch")
                 .hint("lockstep data fetch tinyshakespeare, or mnist"))
         }

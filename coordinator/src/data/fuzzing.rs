@@ -6,14 +6,22 @@ use protocol::job::{JobFile, JobSpec, RunSpec};
 use protocol::schedule::Work;
 
 use super::images::RowsDataset;
-use super::text::TextDataset;
-use super::{Dataset, idx};
+use super::{Dataset, idx, open_text};
 
-/// Opens these bytes as a text, and takes its first and last batches.
+/// Opens these bytes as a text, as lines and as labelled lines, and takes the first and last batches of each.
 pub fn text(bytes: &[u8]) {
-    let (job, run) = small("char-lstm");
-    if let Ok(data) = TextDataset::new("fuzzed", bytes, &job, &run) {
-        take_batches(data, job.shards);
+    let readings: [&[(&str, &str)]; 5] = [
+        &[],
+        &[("targets", "wrap"), ("reset_at", "\"\\n\"")],
+        &[("mode", "lines")],
+        &[("mode", "lines"), ("pad", "pre"), ("max_len", "3")],
+        &[("task", "classify"), ("pad", "pre")],
+    ];
+    for settings in readings {
+        let (job, run) = small("char-lstm", settings);
+        if let Ok(data) = open_text("fuzzed", bytes, &job, &run) {
+            take_batches(data, job.shards);
+        }
     }
 }
 
@@ -25,21 +33,22 @@ pub fn idx(bytes: &[u8]) {
     let Ok(set) = idx::parse((Path::new("images"), images), (Path::new("labels"), labels), None) else {
         return;
     };
-    let (job, run) = small("mnist-rnn");
+    let (job, run) = small("mnist-rnn", &[]);
     if let Ok(data) = RowsDataset::new("fuzzed", set.clone(), set, &job, &run) {
-        take_batches(data, job.shards);
+        take_batches(Box::new(data), job.shards);
     }
 }
 
 /// A job that a few samples are enough for.
-fn small(preset: &str) -> (JobSpec, RunSpec) {
-    let settings = [("batch_size", "2"), ("shards", "2"), ("seq_len", "3"), ("validation_fraction", "0.5")];
-    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
-    let file = JobFile::resolve(preset, None, &settings).expect("the job is usable whatever the data");
+fn small(preset: &str, settings: &[(&str, &str)]) -> (JobSpec, RunSpec) {
+    let sizes = [("batch_size", "2"), ("shards", "2"), ("seq_len", "3"), ("validation_fraction", "0.5")];
+    let settings = sizes.iter().chain(settings).map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    let file = JobFile::resolve(preset, None, &settings.collect::<Vec<_>>())
+        .expect("the job is usable whatever the data");
     (file.job, file.run)
 }
 
-fn take_batches(mut data: impl Dataset, shards: u32) {
+fn take_batches(mut data: Box<dyn Dataset>, shards: u32) {
     let schedule = data.shape().schedule;
     let last = schedule.steps_per_epoch - 1;
     for (step, index) in [(0, 0), (last, last)] {

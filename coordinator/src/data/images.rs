@@ -1,7 +1,7 @@
 //! Task `rows`: labelled images, read one row of pixels per time step.
 //!
-//! Training samples are dealt to shards by [`Deal`]. An evaluation reads the test set in its own order: batch `i`
-//! has sample i·B + slot in each slot, and the last one ends where the samples do.
+//! Training samples are dealt to shards by [`Deal`]. An evaluation reads the test set, or the training images that are
+//! held out, in its own order: batch `i` has sample i·B + slot in each slot, and the last one ends where the samples do.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,13 +49,16 @@ struct Shared {
     cut: BatchCut,
     train: ImageSet,
     test: ImageSet,
+    /// Training images that an evaluation reads; none: it reads the test images.
+    held_out: Range<u32>,
 }
 
 impl RowsDataset {
     /// Deals the images, which people know as `name`, for this job.
     ///
     /// # Errors
-    /// Training and test images differ in size, or there are fewer than `train_samples` or than one batch.
+    /// Training and test images differ in size, there are fewer than `train_samples`, or too few are left to fill a
+    /// batch.
     pub(super) fn new(
         name: &str,
         train: ImageSet,
@@ -69,15 +72,18 @@ impl RowsDataset {
                 train.rows, train.cols, test.rows, test.cols
             )));
         }
-        let samples = usable_samples(name, train.labels.len(), job)?;
+        let (samples, held_out) = usable_samples(name, train.labels.len(), job)?;
         let deal = Deal::new(job.seed, samples, job.batch_size, job.shards);
         let steps_per_epoch = deal.steps_per_epoch();
-        let test_samples = test.labels.len() as u64;
+        let (validation_samples, images) = match held_out.len() {
+            0 => (test.labels.len() as u64, "images"),
+            held_out => (held_out as u64, "training images"),
+        };
         let facts = DataFacts {
             name: format!(
-                "{name}, {} + {} images of {} x {}",
+                "{name}, {} + {} {images} of {} x {}",
                 grouped(samples.into()),
-                grouped(test_samples),
+                grouped(validation_samples),
                 train.rows,
                 train.cols
             ),
@@ -86,16 +92,16 @@ impl RowsDataset {
             sample_unit: "images",
             train_samples: samples.into(),
             skipped_per_epoch: u64::from(samples) - steps_per_epoch * u64::from(job.batch_size),
-            validation_samples: test_samples,
+            validation_samples,
         };
         let last_label = train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0);
         let classes = FEWEST_CLASSES.max(usize::from(last_label) + 1);
         let shape = DataShape {
             model: ModelShape::of(job, train.cols, classes),
             seq_len: train.rows,
-            schedule: schedule(run, steps_per_epoch, test_samples.div_ceil(job.batch_size.into())),
+            schedule: schedule(run, steps_per_epoch, validation_samples.div_ceil(job.batch_size.into())),
         };
-        let shared = Arc::new(Shared { shape, facts, cut: BatchCut::new(job), train, test });
+        let shared = Arc::new(Shared { shape, facts, cut: BatchCut::new(job), train, test, held_out });
         Ok(Self { shared, deal })
     }
 }
@@ -106,7 +112,7 @@ impl Dataset for RowsDataset {
     }
 
     fn batch(&mut self, work: Work, shards: Range<u32>) -> Batch {
-        let Shared { shape, cut, train, test, .. } = &*self.shared;
+        let Shared { shape, cut, train, test, held_out, .. } = &*self.shared;
         let slots = cut.slots_of(shards.clone());
         let (set, id_bits, filled, samples) = match work {
             Work::Train { epoch, index, .. } => {
@@ -118,12 +124,12 @@ impl Dataset for RowsDataset {
                 (train, 0, cut.batch_size, samples)
             }
             Work::Evaluate { index, .. } => {
-                assert!(index < shape.schedule.evaluation_batches, "{work:?} is not in {:?}", shape.schedule);
-                let first = index * u64::from(cut.batch_size);
-                let filled = (test.labels.len() as u64 - first).min(cut.batch_size.into()) as u32;
-                let sample = |slot: u32| (first + u64::from(slot)) as u32;
-                let samples = (slots.start.min(filled)..slots.end.min(filled)).map(sample).collect();
-                (test, TEST_SAMPLE, filled, samples)
+                let (set, id_bits, samples) = match held_out.is_empty() {
+                    true => (test, TEST_SAMPLE, 0..test.labels.len() as u32),
+                    false => (train, 0, held_out.clone()),
+                };
+                let (filled, places) = cut.in_order(samples.len(), index, slots.clone());
+                (set, id_bits, filled, places.map(|place| samples.start + place as u32).collect())
             }
         };
         Batch {
@@ -157,15 +163,24 @@ impl ImageSet {
     }
 }
 
-/// How many of the `available` training images the job uses.
-fn usable_samples(name: &str, available: usize, job: &JobSpec) -> Result<u32, Problem> {
+/// How many of the `available` training images the job learns from, the first ones, and which it holds out.
+fn usable_samples(name: &str, available: usize, job: &JobSpec) -> Result<(u32, Range<u32>), Problem> {
     let available = u32::try_from(available).expect("an IDX file counts its images in 32 bits");
-    let samples = if job.train_samples == 0 { available } else { job.train_samples };
-    if samples > available {
+    let used = if job.train_samples == 0 { available } else { job.train_samples };
+    if used > available {
         return Err(Problem::usage(format!(
-            "train_samples is {samples}, but {name} has {available} training images"
+            "train_samples is {used}, but {name} has {available} training images"
         ))
         .hint("train_samples = 0 uses all of them"));
+    }
+    let held_out = job.validation_samples;
+    let samples = used.saturating_sub(held_out);
+    if held_out > 0 && samples == 0 {
+        return Err(Problem::usage(format!(
+            "validation_samples is {held_out}, but only {used} training images of {name} are used: none is left to \
+             learn from"
+        ))
+        .hint("choose a smaller validation_samples"));
     }
     if samples < job.batch_size {
         return Err(Problem::usage(format!(
@@ -174,7 +189,7 @@ fn usable_samples(name: &str, available: usize, job: &JobSpec) -> Result<u32, Pr
         ))
         .hint("choose a smaller batch_size"));
     }
-    Ok(samples)
+    Ok((samples, samples..used))
 }
 
 /// Digest of both sets: size, pixels and labels of each.
@@ -274,6 +289,29 @@ mod tests {
     }
 
     #[test]
+    fn validation_samples_holds_the_last_used_images_out() {
+        let settings = [("batch_size", 10), ("shards", 4), ("train_samples", 60), ("validation_samples", 15)];
+        let mut data = open(200, 30, &settings).unwrap();
+        assert_eq!(data.facts().name, "images, 45 + 15 training images of 3 x 2");
+        assert_eq!((data.facts().train_samples, data.facts().skipped_per_epoch), (45, 5));
+        assert_eq!((data.shape().schedule.evaluation_batches, data.facts().validation_samples), (2, 15));
+        for epoch in 0..3 {
+            for index in 0..4 {
+                assert!(data.batch(train(epoch, index), 0..4).sample_ids.iter().all(|&id| id < 45));
+            }
+        }
+        let mut used = Vec::new();
+        for index in 0..2 {
+            let batch = data.batch(Work::Evaluate { step: 0, index }, 0..4);
+            assert_rows_are_the_named_samples(&batch);
+            used.extend(batch.sample_ids);
+        }
+        assert_eq!(used, (45..60).collect::<Vec<u64>>());
+        let all = open(200, 30, &[("batch_size", 10)]).unwrap();
+        assert_eq!(all.facts().digest, data.facts().digest, "the digest is that of the content");
+    }
+
+    #[test]
     fn the_network_is_shaped_by_the_images() {
         let data = open(50, 10, &[("batch_size", 10), ("seq_len", 99)]).unwrap();
         let DataShape { model, seq_len, .. } = data.shape();
@@ -300,6 +338,19 @@ mod tests {
                 "batch_size is 41, but only 40 training images of images are used".into(),
                 "choose a smaller batch_size".into()
             )
+        );
+        assert_eq!(
+            refusal(open(50, 10, &[("batch_size", 10), ("train_samples", 40), ("validation_samples", 40)])),
+            (
+                "validation_samples is 40, but only 40 training images of images are used: none is left to learn \
+                 from"
+                .into(),
+                "choose a smaller validation_samples".into()
+            )
+        );
+        assert_eq!(
+            refusal(open(50, 10, &[("batch_size", 10), ("validation_samples", 45)])).0,
+            "batch_size is 10, but only 5 training images of images are used"
         );
         let mut wide = numbered(12);
         (wide.rows, wide.cols) = (2, 3);

@@ -6,13 +6,15 @@ use protocol::job::Task;
 use protocol::problem::{Problem, nearest};
 
 use super::locate::{NAMES, Places, Source, locate};
-use super::{digits, file, grouped, text};
+use super::{digits, fields, file, grouped, text};
 
 /// A data set that goes by a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
     /// The text that is compiled in.
     EmbeddedText,
+    /// The labelled lines that are written when they are opened.
+    EmbeddedFields,
     /// The digits that are drawn when they are opened.
     EmbeddedDigits,
     /// The text of the char-rnn repository.
@@ -32,9 +34,10 @@ pub struct Verified {
 
 impl Known {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::EmbeddedText, Self::EmbeddedDigits, Self::Tinyshakespeare, Self::Mnist];
+    pub const ALL: [Self; 5] =
+        [Self::EmbeddedText, Self::EmbeddedFields, Self::EmbeddedDigits, Self::Tinyshakespeare, Self::Mnist];
 
-    /// Those that go by `name`: the embedded data are two, a text and images.
+    /// Those that go by `name`: the embedded data are three, a text, labelled lines and images.
     ///
     /// # Errors
     /// None does.
@@ -54,7 +57,7 @@ impl Known {
     /// What `--data` calls it.
     pub fn name(self) -> &'static str {
         match self {
-            Self::EmbeddedText | Self::EmbeddedDigits => "embedded",
+            Self::EmbeddedText | Self::EmbeddedFields | Self::EmbeddedDigits => "embedded",
             Self::Tinyshakespeare => "tinyshakespeare",
             Self::Mnist => "mnist",
         }
@@ -67,6 +70,12 @@ impl Known {
                 "text, version {}, {} characters",
                 text::EMBEDDED_TEXT_VERSION,
                 grouped(text::EMBEDDED_TEXT.chars().count() as u64)
+            ),
+            Self::EmbeddedFields => format!(
+                "labelled lines, version {}, {} of {} kinds",
+                fields::EMBEDDED_FIELDS_VERSION,
+                grouped(fields::LINES.into()),
+                fields::KINDS.len()
             ),
             Self::EmbeddedDigits => format!(
                 "images, version {}, {} + {}",
@@ -87,10 +96,11 @@ impl Known {
     pub fn files(self, places: &Places) -> Result<Vec<(PathBuf, &'static str)>, Problem> {
         let task = match self {
             Self::EmbeddedText | Self::Tinyshakespeare => Task::Chars,
+            Self::EmbeddedFields => Task::Classify,
             Self::EmbeddedDigits | Self::Mnist => Task::Rows,
         };
         Ok(match locate(task, self.name(), places)? {
-            Source::EmbeddedText | Source::EmbeddedDigits => Vec::new(),
+            Source::EmbeddedText | Source::EmbeddedFields | Source::EmbeddedDigits => Vec::new(),
             Source::Text { path, sha256, .. } => {
                 sha256.into_iter().map(|sha256| (path.clone(), sha256)).collect()
             }
@@ -111,6 +121,9 @@ impl Known {
         match self {
             Self::EmbeddedText => {
                 vec![embedded(&[text::EMBEDDED_TEXT.as_bytes()], text::EMBEDDED_TEXT_SHA256)]
+            }
+            Self::EmbeddedFields => {
+                vec![embedded(&[fields::text().as_bytes()], fields::EMBEDDED_FIELDS_SHA256)]
             }
             Self::EmbeddedDigits => {
                 let (train, test) = (digits::train(), digits::test());

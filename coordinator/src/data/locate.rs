@@ -14,6 +14,9 @@ pub(super) const NAMES: [&str; 3] = ["embedded", "tinyshakespeare", "mnist"];
 /// sha256 of the text, 1,115,394 bytes, as the char-rnn repository has it.
 pub const TINYSHAKESPEARE_SHA256: &str = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed";
 
+/// Data of the task `classify`, in hints.
+const LABELLED: &str = "--data embedded, or a file with a label, a tab and a text in each line";
+
 /// The four files of MNIST.
 pub const MNIST: [MnistFile; 4] = [
     MnistFile {
@@ -101,6 +104,7 @@ impl Places {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Source {
     EmbeddedText,
+    EmbeddedFields,
     EmbeddedDigits,
     Text { name: String, path: PathBuf, sha256: Option<&'static str> },
     Images { name: String, train: SetFiles, test: SetFiles },
@@ -118,11 +122,12 @@ pub(super) struct SetFiles {
 /// Finds what `data` names, for this task.
 ///
 /// # Errors
-/// Nothing is there, or it is data of the other task.
+/// Nothing is there, or it is data of another task.
 pub(super) fn locate(task: Task, data: &str, places: &Places) -> Result<Source, Problem> {
     match (data, task) {
         ("embedded", Task::Chars) => Ok(Source::EmbeddedText),
         ("embedded", Task::Rows) => Ok(Source::EmbeddedDigits),
+        ("embedded", Task::Classify) => Ok(Source::EmbeddedFields),
         ("tinyshakespeare", Task::Chars) => named_text(places),
         ("mnist", Task::Rows) => named_images(places),
         ("tinyshakespeare", Task::Rows) => {
@@ -131,6 +136,10 @@ pub(super) fn locate(task: Task, data: &str, places: &Places) -> Result<Source, 
         ("mnist", Task::Chars) => {
             Err(wrong_task("mnist is images", task, "--data embedded, or tinyshakespeare"))
         }
+        ("tinyshakespeare", Task::Classify) => {
+            Err(wrong_task("tinyshakespeare is a text without labels", task, LABELLED))
+        }
+        ("mnist", Task::Classify) => Err(wrong_task("mnist is images", task, LABELLED)),
         (path, task) => at_path(task, Path::new(path)),
     }
 }
@@ -138,10 +147,10 @@ pub(super) fn locate(task: Task, data: &str, places: &Places) -> Result<Source, 
 /// Where the data that `data` names lies: a file, or a folder with the files; none if it is compiled in.
 ///
 /// # Errors
-/// Nothing is there, or it is data of the other task.
+/// Nothing is there, or it is data of another task.
 pub fn place_of(task: Task, data: &str, places: &Places) -> Result<Option<PathBuf>, Problem> {
     Ok(match locate(task, data, places)? {
-        Source::EmbeddedText | Source::EmbeddedDigits => None,
+        Source::EmbeddedText | Source::EmbeddedFields | Source::EmbeddedDigits => None,
         Source::Text { path, .. } => Some(path),
         Source::Images { train, .. } => train.images.parent().map(Path::to_owned),
     })
@@ -367,10 +376,11 @@ mod tests {
     }
 
     #[test]
-    fn data_of_the_other_task_is_refused() {
+    fn data_of_another_task_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().display().to_string();
         let text = touch(root.path().join("a.txt")).display().to_string();
+        let labelled = "but task \"classify\" reads labelled lines of text";
         let cases = [
             (Task::Chars, "mnist", "mnist is images, but task \"chars\" reads a text".to_owned()),
             (
@@ -380,6 +390,13 @@ mod tests {
             ),
             (Task::Chars, &folder, format!("{folder} is a folder, but task \"chars\" reads a text")),
             (Task::Rows, &text, format!("{text} is a file, but task \"rows\" reads images")),
+            (Task::Classify, "mnist", format!("mnist is images, {labelled}")),
+            (
+                Task::Classify,
+                "tinyshakespeare",
+                format!("tinyshakespeare is a text without labels, {labelled}"),
+            ),
+            (Task::Classify, &folder, format!("{folder} is a folder, {labelled}")),
         ];
         for (task, data, expected) in cases {
             let (sentence, hint) = refusal(locate(task, data, &Places::default()));

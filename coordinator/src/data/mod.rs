@@ -5,36 +5,46 @@
 //! - [`locate`]: from the name or path in `[run] data` to files, or to the data that is compiled in.
 //! - [`file`]: a file's bytes, unpacked and bounded, and their digest.
 //! - [`text`]: task `chars` over any UTF-8 text; the embedded text.
-//! - [`vocabulary`]: the characters of a text as tokens and back.
+//! - [`lines`]: task `chars` over each line of a text; [`labelled`]: task `classify`. [`fields`]: embedded labelled lines.
+//! - [`sequences`]: the rows of both; [`buckets`]: which of them share a batch; [`padding`]: rows of one length.
+//! - [`tokenizer`], [`vocabulary`]: the characters of a text as tokens and back.
 //! - [`images`]: task `rows` over any labelled images.
 //! - [`idx`]: the file format of MNIST.
 //! - [`digits`]: the embedded digits, drawn when they are opened.
 //! - [`known`]: the data sets that go by a name, and whether they are what they should be.
 //! - [`fetch`](mod@fetch): getting them from where they are published.
 
+mod buckets;
 mod digits;
 pub mod fetch;
+mod fields;
 mod file;
 #[doc(hidden)]
 pub mod fuzzing;
 mod idx;
 mod images;
 pub mod known;
+mod labelled;
+mod lines;
 pub mod locate;
+mod padding;
+mod sequences;
 mod text;
+mod tokenizer;
 pub mod vocabulary;
 
 use std::ops::Range;
 use std::path::Path;
 
 use protocol::batch::{Batch, DataShape, ShardBatch};
-use protocol::job::{JobSpec, RunSpec};
+use protocol::job::{JobSpec, RunSpec, Task, TextMode};
 use protocol::problem::Problem;
 use protocol::schedule::{Schedule, Work};
 use protocol::slots;
 
 use images::RowsDataset;
 use locate::{Places, Source};
+use sequences::SequenceDataset;
 use text::TextDataset;
 
 pub use text::EMBEDDED_TEXT_VERSION;
@@ -46,8 +56,9 @@ pub trait Dataset: Send {
 
     /// The rows of `shards` in this piece of work, which must be one of the schedule's; `shards` is not empty.
     ///
-    /// Costs a copy of the rows, whatever came before; only the first call of another epoch of the task `rows`
-    /// also shuffles the samples, once per [`handle`](Self::handle).
+    /// Costs a copy of the rows, whatever came before; only the first call of another epoch also shuffles the samples
+    /// (or, of lines, the steps and the samples of a pool), once per [`handle`](Self::handle). The windows of a text
+    /// are never shuffled.
     fn batch(&mut self, work: Work, shards: Range<u32>) -> Batch;
 
     /// What people and resumed runs learn about it.
@@ -64,11 +75,11 @@ pub struct DataFacts {
     pub name: String,
     /// Hex sha256 of the content, training and validation: equal whether a file was gzipped or not.
     pub digest: String,
-    /// Task `chars`: the character of each token, ascending.
+    /// Tasks `chars` and `classify`: the character of each token, ascending.
     pub vocabulary: Option<Vec<char>>,
-    /// What is counted below: `characters` or `images`.
+    /// What is counted below: `characters`, `lines` or `images`.
     pub sample_unit: &'static str,
-    /// Samples to learn from: training images, or characters of the training part that have one before them.
+    /// Samples to learn from: training images or lines, or characters of the training part that are predicted.
     pub train_samples: u64,
     /// Of these, how many an epoch leaves out because they do not fill a batch.
     pub skipped_per_epoch: u64,
@@ -95,7 +106,11 @@ pub fn open_in(job: &JobSpec, run: &RunSpec, places: &Places) -> Result<Box<dyn 
     Ok(match locate::locate(job.task, &run.data, places)? {
         Source::EmbeddedText => {
             let name = format!("embedded text v{EMBEDDED_TEXT_VERSION}");
-            Box::new(TextDataset::new(&name, text::EMBEDDED_TEXT.as_bytes(), job, run)?)
+            open_text(&name, text::EMBEDDED_TEXT.as_bytes(), job, run)?
+        }
+        Source::EmbeddedFields => {
+            let name = format!("embedded fields v{}", fields::EMBEDDED_FIELDS_VERSION);
+            open_text(&name, fields::text().as_bytes(), job, run)?
         }
         Source::EmbeddedDigits => {
             let name = format!("embedded digits v{}", digits::EMBEDDED_DIGITS_VERSION);
@@ -107,13 +122,23 @@ pub fn open_in(job: &JobSpec, run: &RunSpec, places: &Places) -> Result<Box<dyn 
             if let Some(expected) = sha256 {
                 file::verify(&path, &bytes, expected)?;
             }
-            Box::new(TextDataset::new(&name, &bytes, job, run)?)
+            open_text(&name, &bytes, job, run)?
         }
         Source::Images { name, train, test } => {
             let (train, test) = (idx::read(&train)?, idx::read(&test)?);
             Box::new(RowsDataset::new(&name, train, test, job, run)?)
         }
     })
+}
+
+/// Opens a text, which people know as `name`, as the job reads it.
+fn open_text(name: &str, bytes: &[u8], job: &JobSpec, run: &RunSpec) -> Result<Box<dyn Dataset>, Problem> {
+    let sequences = match (job.task, job.text.mode) {
+        (Task::Classify, _) => labelled::read(name, bytes, job)?,
+        (_, TextMode::Lines) => lines::read(name, bytes, job)?,
+        (_, TextMode::Stream) => return Ok(Box::new(TextDataset::new(name, bytes, job, run)?)),
+    };
+    Ok(Box::new(SequenceDataset::new(sequences, job, run)?))
 }
 
 /// The lengths of a run over a data set whose epoch has `steps_per_epoch` steps.
@@ -155,6 +180,16 @@ impl BatchCut {
     fn slots_of(self, shards: Range<u32>) -> Range<u32> {
         assert!(!shards.is_empty() && shards.end <= self.shards, "shards {shards:?} of {}", self.shards);
         slots::slots_of(self.batch_size, self.shards, shards)
+    }
+
+    /// Which of `samples` samples that are read in order fill these slots in batch `index`, and how many slots of the
+    /// whole batch are filled: the last batch ends where the samples do.
+    fn in_order(self, samples: usize, index: u64, slots: Range<u32>) -> (u32, Range<usize>) {
+        let first = index as usize * self.batch_size as usize;
+        assert!(first < samples, "batch {index} of {samples} samples");
+        let filled = (samples - first).min(self.batch_size as usize) as u32;
+        let sample = |slot: u32| first + slot.min(filled) as usize;
+        (filled, sample(slots.start)..sample(slots.end))
     }
 }
 
@@ -198,13 +233,24 @@ mod tests {
     }
 
     #[test]
+    fn the_last_batch_ends_where_the_samples_do() {
+        let cut = BatchCut { batch_size: 10, shards: 4 };
+        assert_eq!(cut.in_order(25, 1, 2..7), (10, 12..17));
+        assert_eq!(cut.in_order(25, 2, 0..10), (5, 20..25));
+        assert_eq!(cut.in_order(25, 2, 2..7), (5, 22..25));
+        assert_eq!(cut.in_order(25, 2, 7..10), (5, 25..25));
+    }
+
+    #[test]
     fn digits_are_grouped_by_three() {
         assert_eq!([0, 999, 1000, 1_115_394].map(grouped), ["0", "999", "1,000", "1,115,394"]);
     }
 
     #[test]
-    fn both_embedded_data_sets_fit_their_presets() {
-        for (preset, unit) in [("char-lstm", "characters"), ("mnist-rnn", "images")] {
+    fn every_embedded_data_set_fits_its_preset() {
+        for (preset, unit) in
+            [("char-lstm", "characters"), ("mnist-rnn", "images"), ("classify-text", "lines")]
+        {
             let job = testing::job(preset, &[]);
             let mut data = open_in(&job, &testing::run("embedded"), &Places::default()).unwrap();
             let facts = data.facts().clone();
@@ -228,10 +274,18 @@ mod testing {
     use super::*;
     use protocol::job::JobFile;
 
-    /// A preset's job with a few keys changed.
+    /// A preset's job with a few numbers changed.
     pub(super) fn job(preset: &str, settings: &[(&str, u32)]) -> JobSpec {
+        let values: Vec<String> = settings.iter().map(|(_, value)| value.to_string()).collect();
         let settings: Vec<_> =
-            settings.iter().map(|(key, value)| ((*key).to_owned(), value.to_string())).collect();
+            settings.iter().zip(&values).map(|((key, _), value)| (*key, value.as_str())).collect();
+        job_with(preset, &settings)
+    }
+
+    /// A preset's job with a few keys changed.
+    pub(super) fn job_with(preset: &str, settings: &[(&str, &str)]) -> JobSpec {
+        let settings: Vec<_> =
+            settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         JobFile::resolve(preset, None, &settings).unwrap().job
     }
 

@@ -3,17 +3,21 @@
 //! The text is cut at ⌊n·(1 - validation_fraction)⌋ characters into a training and a validation part. Each part
 //! becomes a matrix `[B][m·T]` with m = ⌊(n - 1) / (B·T)⌋: row r is the r-th stretch of contiguous text, and step i
 //! of the epoch reads columns i·T .. (i + 1)·T, so that a slot's recurrent state is that of the text just before.
-//! The target of a character is always the character after it in the text, also across the end of a row.
+//! The target of a character is the character after it in the text, also across the end of a row; or, where targets
+//! wrap, that of a step's last character is the first one of the same row and step. Then no character is needed behind
+//! the last row, and m = ⌊n / (B·T)⌋.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use protocol::batch::{Batch, DataShape, Inputs};
-use protocol::job::{JobSpec, RunSpec};
+use protocol::job::{JobSpec, RunSpec, Targets};
 use protocol::layout::ModelShape;
 use protocol::problem::Problem;
 use protocol::schedule::Work;
 
+use super::tokenizer::{Tokenizer, decode};
+use super::vocabulary::Vocabulary;
 use super::{BatchCut, DataFacts, Dataset, grouped, schedule, shard_batches};
 use crate::hex::sha256_hex;
 
@@ -27,9 +31,6 @@ pub const EMBEDDED_TEXT_VERSION: u32 = 1;
 pub(super) const EMBEDDED_TEXT_SHA256: &str =
     "b154229ffe72dfe36b0ef06b1d662db1e3939421b54a0d29792d869bcd526b1a";
 
-/// A token is a u16; one value stays free.
-const MOST_DISTINCT: usize = 65_535;
-
 /// A text, cut for one job. Cloning shares the text.
 #[derive(Clone)]
 pub(super) struct TextDataset(Arc<Shared>);
@@ -38,6 +39,7 @@ struct Shared {
     shape: DataShape,
     facts: DataFacts,
     cut: BatchCut,
+    targets: Targets,
     /// The whole text.
     tokens: Vec<u16>,
     train: Part,
@@ -57,41 +59,43 @@ impl TextDataset {
     /// Cuts the UTF-8 text `bytes`, which people know as `name`, for this job.
     ///
     /// # Errors
-    /// The text is empty, not UTF-8, of one or too many distinct characters, or too short for one step.
+    /// The text is empty, not UTF-8, of one or too many distinct characters, lacks the one to reset at, or is too short
+    /// for one step.
     pub(super) fn new(name: &str, bytes: &[u8], job: &JobSpec, run: &RunSpec) -> Result<Self, Problem> {
-        let text = std::str::from_utf8(bytes).map_err(|error| {
-            let offset = error.valid_up_to();
-            Problem::usage(format!("{name} is not UTF-8: byte {:#04x} at offset {offset}", bytes[offset]))
-                .hint("convert the text to UTF-8")
-        })?;
-        let (vocabulary, tokens) = tokenize(name, text)?;
+        let text = decode(name, bytes)?;
+        let tokenizer = tokenizer(name, text)?;
+        let reset_token = reset_token(name, &tokenizer, job)?;
+        let tokens: Vec<u16> = tokenizer.tokens(text).collect();
         let train_len = (tokens.len() as f64 * (1.0 - job.validation_fraction)) as usize;
-        let windows = |len: usize| len.saturating_sub(1) / step_len(job);
+        let targets = job.text.targets;
+        let predicted = |len: usize| len.saturating_sub(characters_ahead(targets));
+        let windows = |len: usize| predicted(len) / step_len(job);
         let train = Part { start: 0, windows: windows(train_len) };
         let validation = Part { start: train_len, windows: windows(tokens.len() - train_len) };
         if train.windows == 0 {
             return Err(too_short(name, train_len, job));
         }
 
-        let predicted = |part: Part| (part.windows * step_len(job)) as u64;
-        let train_samples = train_len as u64 - 1;
+        let in_windows = |part: Part| (part.windows * step_len(job)) as u64;
+        let train_samples = predicted(train_len) as u64;
         let characters = grouped(tokens.len() as u64);
-        let classes = vocabulary.len();
+        let classes = tokenizer.vocabulary().len();
         let facts = DataFacts {
             name: format!("{name}, {characters} characters, {classes} distinct"),
             digest: sha256_hex([bytes]),
-            vocabulary: Some(vocabulary),
+            vocabulary: Some(tokenizer.vocabulary().to_vec()),
             sample_unit: "characters",
             train_samples,
-            skipped_per_epoch: train_samples - predicted(train),
-            validation_samples: predicted(validation),
+            skipped_per_epoch: train_samples - in_windows(train),
+            validation_samples: in_windows(validation),
         };
         let shape = DataShape {
-            model: ModelShape::of(job, classes, classes),
+            model: ModelShape { reset_token, ..ModelShape::of(job, classes, classes) },
             seq_len: job.seq_len as usize,
             schedule: schedule(run, train.windows as u64, validation.windows as u64),
         };
-        Ok(Self(Arc::new(Shared { shape, facts, cut: BatchCut::new(job), tokens, train, validation })))
+        let cut = BatchCut::new(job);
+        Ok(Self(Arc::new(Shared { shape, facts, cut, targets, tokens, train, validation })))
     }
 }
 
@@ -101,7 +105,7 @@ impl Dataset for TextDataset {
     }
 
     fn batch(&mut self, work: Work, shards: Range<u32>) -> Batch {
-        let Shared { shape, cut, tokens, train, validation, .. } = &*self.0;
+        let Shared { shape, cut, targets, tokens, train, validation, .. } = &*self.0;
         let (part, index) = match work {
             Work::Train { index, .. } => (train, index as usize),
             Work::Evaluate { index, .. } => (validation, index as usize),
@@ -111,6 +115,15 @@ impl Dataset for TextDataset {
         let slots = cut.slots_of(shards.clone());
         let start_of = |slot: u32| part.start + (slot as usize * part.windows + index) * seq_len;
         let starts: Vec<usize> = slots.clone().map(start_of).collect();
+        // A step's inputs, then the target of the last of them.
+        let row = |&start: &usize| {
+            let end = start + seq_len;
+            let last = match targets {
+                Targets::Shift => end,
+                Targets::Wrap => start,
+            };
+            tokens[start..end].iter().chain(&tokens[last..=last])
+        };
         Batch {
             work,
             first_slot: slots.start,
@@ -118,9 +131,7 @@ impl Dataset for TextDataset {
             sample_ids: starts.iter().map(|&start| start as u64).collect(),
             lengths: vec![seq_len as u32; starts.len()],
             paddings: vec![0; starts.len()],
-            inputs: Inputs::Tokens(
-                starts.iter().flat_map(|&start| &tokens[start..=start + seq_len]).copied().collect(),
-            ),
+            inputs: Inputs::Tokens(starts.iter().flat_map(row).copied().collect()),
         }
     }
 
@@ -133,30 +144,34 @@ impl Dataset for TextDataset {
     }
 }
 
-/// The distinct characters of a text, ascending, and each character's place among them.
-fn tokenize(name: &str, text: &str) -> Result<(Vec<char>, Vec<u16>), Problem> {
-    let mut seen = vec![false; char::MAX as usize + 1];
-    for character in text.chars() {
-        seen[character as usize] = true;
+fn tokenizer(name: &str, text: &str) -> Result<Tokenizer, Problem> {
+    let tokenizer = Tokenizer::new(name, text.chars())?;
+    match tokenizer.vocabulary() {
+        [] => Err(Problem::usage(format!("{name} is empty"))),
+        [only] => Err(Problem::usage(format!(
+            "{name} holds no character but {only:?}: there is nothing to predict"
+        ))),
+        _ => Ok(tokenizer),
     }
-    let vocabulary: Vec<char> = ('\0'..=char::MAX).filter(|&character| seen[character as usize]).collect();
-    match vocabulary.len() {
-        0 => Err(Problem::usage(format!("{name} is empty"))),
-        1 => Err(Problem::usage(format!(
-            "{name} holds no character but {:?}: there is nothing to predict",
-            vocabulary[0]
-        ))),
-        distinct if distinct > MOST_DISTINCT => Err(Problem::usage(format!(
-            "{name} holds {distinct} distinct characters, the most supported is {MOST_DISTINCT}"
-        ))),
-        _ => {
-            let mut token_of = vec![0; seen.len()];
-            for (token, &character) in vocabulary.iter().enumerate() {
-                token_of[character as usize] = token as u16;
-            }
-            let tokens = text.chars().map(|character| token_of[character as usize]).collect();
-            Ok((vocabulary, tokens))
+}
+
+/// The token of the character before which the state starts anew.
+fn reset_token(name: &str, tokenizer: &Tokenizer, job: &JobSpec) -> Result<Option<u16>, Problem> {
+    let Some(character) = job.text.reset_at.chars().next() else { return Ok(None) };
+    match tokenizer.token(character) {
+        Some(token) => Ok(Some(token)),
+        None => {
+            Err(Problem::usage(format!("text.reset_at is {character:?}, but {name} has no such character"))
+                .hint(format!("it has {}", Vocabulary::new(tokenizer.vocabulary().iter().copied()))))
         }
+    }
+}
+
+/// Characters behind a row that its targets need.
+fn characters_ahead(targets: Targets) -> usize {
+    match targets {
+        Targets::Shift => 1,
+        Targets::Wrap => 0,
     }
 }
 
@@ -171,14 +186,14 @@ fn too_short(name: &str, train_len: usize, job: &JobSpec) -> Problem {
         grouped(train_len as u64),
         job.batch_size,
         job.seq_len,
-        grouped(step_len(job) as u64 + 1)
+        grouped((step_len(job) + characters_ahead(job.text.targets)) as u64)
     ))
     .hint("choose a smaller batch_size or seq_len, or give a longer text")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{job, real_data, refusal, run};
+    use super::super::testing::{job, job_with, real_data, refusal, run};
     use super::*;
     use protocol::layout::Input;
 
@@ -225,6 +240,51 @@ mod tests {
         let second = data.batch(train(1), 0..2);
         assert_eq!(tokens(&second), [3, 4, 5, 6, /* row 1 */ 9, 10, 11, 12]);
         assert_eq!(second.sample_ids, [3, 9]);
+    }
+
+    /// [`open`] with more settings.
+    fn open_with(text: &str, settings: &[(&str, &str)]) -> Result<TextDataset, Problem> {
+        let sizes = [("batch_size", "2"), ("seq_len", "3"), ("shards", "2")];
+        let job = job_with("char-gru", &[&sizes, settings].concat());
+        TextDataset::new("text", text.as_bytes(), &job, &run("embedded"))
+    }
+
+    #[test]
+    fn the_worked_example_of_get_batches_with_wrapped_targets() {
+        // Without a 13th number: the last target of a window is the first of its own row.
+        let text = letters(14);
+        let mut data = open_with(&text, &[("targets", "wrap")]).unwrap();
+        assert_eq!(data.shape().schedule.steps_per_epoch, 2);
+        assert_eq!((data.facts().train_samples, data.facts().skipped_per_epoch), (12, 0));
+        let first = data.batch(train(0), 0..2);
+        assert_eq!(tokens(&first), [0, 1, 2, 0, /* row 1 */ 6, 7, 8, 6]);
+        let second = data.batch(train(1), 0..2);
+        assert_eq!(tokens(&second), [3, 4, 5, 3, /* row 1 */ 9, 10, 11, 9]);
+        assert_eq!((first.sample_ids, second.sample_ids), (vec![0, 6], vec![3, 9]));
+
+        let (sentence, _) = refusal(open_with(&letters(6), &[("targets", "wrap")]));
+        assert_eq!(
+            sentence,
+            "the training part of text has 5 characters, one step of batch_size 2 and seq_len 3 reads 6"
+        );
+    }
+
+    #[test]
+    fn the_state_starts_anew_before_a_character_of_the_text() {
+        let reset = |character| {
+            open_with("one two\nthree four\n", &[("reset_at", character)])
+                .map(|data| data.shape().model.reset_token)
+        };
+        assert_eq!(reset("\"\""), Ok(None));
+        assert_eq!(reset("\n"), Ok(Some(0)));
+        assert_eq!(reset("t"), Ok(Some(8)));
+        assert_eq!(
+            refusal(reset("x")),
+            (
+                "text.reset_at is 'x', but text has no such character".into(),
+                r"it has '\n' ' ' 'e' 'f' 'h' 'n' 'o' 'r' 't' 'u' 'w'".into()
+            )
+        );
     }
 
     #[test]
@@ -318,17 +378,17 @@ mod tests {
         assert_eq!(hint, "choose a smaller batch_size or seq_len, or give a longer text");
         assert!(open(&too_many[4..], 3, 4, 1).is_ok(), "65,535 are supported");
 
-        let bytes = [b"na\xc3\xafve ".as_slice(), b"\xff text"].concat();
-        let (sentence, _) = refusal(TextDataset::new("x.txt", &bytes, &job("char-gru", &[]), &run("x.txt")));
-        assert_eq!(sentence, "x.txt is not UTF-8: byte 0xff at offset 7");
+        let (sentence, _) = refusal(TextDataset::new("x.txt", b"\xff", &job("char-gru", &[]), &run("x.txt")));
+        assert_eq!(sentence, "x.txt is not UTF-8: byte 0xff at offset 0");
     }
 
     #[test]
     fn the_embedded_text_is_the_frozen_one() {
         let digest = sha256_hex([EMBEDDED_TEXT.as_bytes()]);
         assert_eq!(digest, EMBEDDED_TEXT_SHA256, "renew it with scripts/renew-embedded-text only");
-        let (vocabulary, tokens) = tokenize("embedded text", EMBEDDED_TEXT).unwrap();
-        assert!(vocabulary.len() <= 100 && tokens.len() <= 460_000, "{} {}", vocabulary.len(), tokens.len());
+        let distinct = tokenizer("embedded text", EMBEDDED_TEXT).unwrap().vocabulary().len();
+        let characters = EMBEDDED_TEXT.chars().count();
+        assert!(distinct <= 100 && characters <= 460_000, "{distinct} {characters}");
     }
 
     #[test]

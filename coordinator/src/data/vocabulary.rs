@@ -3,13 +3,22 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use protocol::job::{Pad, TextSpec};
 use protocol::problem::Problem;
+
+/// Fills lines up in front, where a job pads them so; text has no such character then.
+pub const PADDING: char = '\0';
+
+/// Its token: it is the first character there is.
+pub const PADDING_TOKEN: u16 = 0;
 
 /// Characters by token id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vocabulary {
     characters: Vec<char>,
     token_of: HashMap<char, u32>,
+    /// Whether one of the tokens is padding: it stands for no character of a text.
+    has_padding: bool,
 }
 
 impl Vocabulary {
@@ -17,7 +26,12 @@ impl Vocabulary {
     pub fn new(characters: impl IntoIterator<Item = char>) -> Self {
         let characters: Vec<char> = characters.into_iter().collect();
         let token_of = characters.iter().copied().zip(0..).collect();
-        Self { characters, token_of }
+        Self { characters, token_of, has_padding: false }
+    }
+
+    /// The characters of a network that was trained on lines of this `[job.text]`.
+    pub fn of_job(text: &TextSpec, characters: impl IntoIterator<Item = char>) -> Self {
+        Self { has_padding: text.pad == Pad::Pre, ..Self::new(characters) }
     }
 
     /// Number of tokens.
@@ -30,12 +44,15 @@ impl Vocabulary {
         self.characters.is_empty()
     }
 
-    /// The character of a token, `None` if there is no such token.
+    /// The character of a token, `None` if there is no such token or it is padding.
     pub fn character(&self, token: u32) -> Option<char> {
+        if self.has_padding && token == u32::from(PADDING_TOKEN) {
+            return None;
+        }
         self.characters.get(token as usize).copied()
     }
 
-    /// The text of tokens; what is no token is left out.
+    /// The text of tokens; what is no token or padding is left out.
     pub fn text(&self, tokens: &[u32]) -> String {
         tokens.iter().filter_map(|&token| self.character(token)).collect()
     }
@@ -93,6 +110,7 @@ impl fmt::Display for Vocabulary {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::job::JobFile;
 
     #[test]
     fn a_text_comes_back_from_its_tokens() {
@@ -100,6 +118,15 @@ mod tests {
         assert_eq!(vocabulary.tokens("it", "ïa\nx").unwrap(), [4, 2, 0, 5]);
         assert_eq!(vocabulary.text(&[4, 2, 0, 5]), "ïa\nx");
         assert_eq!(vocabulary.text(&[4, 6, 2]), "ïa", "there is no token 6");
+    }
+
+    #[test]
+    fn padding_is_no_part_of_a_text() {
+        let mut text = JobFile::resolve("char-lstm", None, &[]).unwrap().job.text;
+        let of_job = |text: &TextSpec| Vocabulary::of_job(text, "\0\nab".chars()).text(&[0, 2, 0, 3]);
+        assert_eq!(of_job(&text), "\0a\0b");
+        text.pad = Pad::Pre;
+        assert_eq!(of_job(&text), "ab");
     }
 
     #[test]

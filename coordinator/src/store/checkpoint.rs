@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use protocol::control::ControlState;
 use protocol::job::{JobFile, JobSpec};
-use protocol::layout::{Progress, StateLayout};
+use protocol::layout::{Input, ModelShape, Progress, StateLayout};
 use protocol::problem::Problem;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl Checkpoint {
         let json = json.ok_or_else(|| Problem::failed(format!("it has no metadata key '{METADATA_KEY}'")))?;
         let metadata = Metadata::from_json(json)?;
         let job = metadata.job()?;
-        let layout = stored_layout(&job, &tensors)?;
+        let layout = stored_layout(&job, metadata.vocabulary.as_deref(), &tensors)?;
         let checkpoint = Self {
             image: stored_image(&layout, &tensors, &metadata)?,
             job,
@@ -214,7 +214,11 @@ pub(super) fn tensor_places(layout: &StateLayout) -> Vec<TensorPlace> {
 
 /// The layout of the tensors of a file. Width of the input and number of classes are what the tensors have: only
 /// the data set knows them otherwise.
-fn stored_layout(job: &JobSpec, tensors: &SafeTensors<'_>) -> Result<StateLayout, Problem> {
+fn stored_layout(
+    job: &JobSpec,
+    vocabulary: Option<&str>,
+    tensors: &SafeTensors<'_>,
+) -> Result<StateLayout, Problem> {
     let width = |name: &str, dimension: usize, [rows, columns]: [Option<usize>; 2]| {
         let tensor = tensors.tensor(name).map_err(|_| Problem::failed(format!("it has no tensor {name}")))?;
         let fits = tensor.shape().len() == 2
@@ -223,17 +227,25 @@ fn stored_layout(job: &JobSpec, tensors: &SafeTensors<'_>) -> Result<StateLayout
         match tensor.shape().get(dimension) {
             Some(&size) if fits && size > 0 => Ok(size),
             _ => Err(Problem::failed(format!(
-                "tensor {name} has shape {:?}, which does not fit hidden_size {}",
+                "tensor {name} has shape {:?}, which does not fit {}",
                 tensor.shape(),
-                job.hidden_size
+                job.network()
             ))),
         }
     };
     // With one side fixed and above zero, the length of the file bounds the other.
-    let hidden = job.hidden_size as usize;
-    let input_size = width("rnn.weight_ih_l0", 1, [Some(job.cell.gates() * hidden), None])?;
-    let classes = width("head.weight", 0, [None, Some(hidden)])?;
-    let layout = StateLayout::of(job, input_size, classes);
+    let network = ModelShape::of(job, 1, 1);
+    let input_size = match network.input {
+        Input::Embedding { size, .. } => width("embedding.weight", 0, [None, Some(size)])?,
+        _ => width("rnn.weight_ih_l0", 1, [Some(network.layer(0).gate_size()), None])?,
+    };
+    let classes = width("head.weight", 0, [None, Some(network.output_width())])?;
+    let reset = vocabulary.and_then(|known| known.chars().position(|c| Some(c) == job.reset_character()));
+    let shape = ModelShape {
+        reset_token: reset.map(|token| token as u16),
+        ..ModelShape::of(job, input_size, classes)
+    };
+    let layout = StateLayout::new(shape, job.batch_size as usize);
     let places = tensor_places(&layout);
     for place in &places {
         let tensor = tensors
@@ -350,7 +362,7 @@ mod tests {
                 with_metadata(job("hidden_size = 2", "hidden_size = 4294967295")),
                 "the most supported is 16384",
             ),
-            (with_metadata(job("hidden_size = 2", "hidden_size = 3")), "does not fit hidden_size 3"),
+            (with_metadata(job("hidden_size = 2", "hidden_size = 3")), "does not fit 1 × gru 3"),
             (with_metadata(job("num_layers = 1", "num_layers = 2")), "it has no tensor rnn.weight_ih_l1"),
             (
                 with_metadata(job("batch_size = 3", "batch_size = 2")),

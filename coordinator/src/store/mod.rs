@@ -4,7 +4,8 @@
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
-//! - [`torch`]: parameters alone, from and for PyTorch.
+//! - [`torch`]: parameters alone, for PyTorch; [`weights`]: parameters alone, from anywhere; [`tensorflow`]: what
+//!   TensorFlow calls them, in NumPy's files (`npz`); [`gate_order`]: in which order others have the gates.
 //! - [`load`]: one checkpoint to use, of a run or from a file.
 //! - [`journal`]: what happened, record by record.
 //! - [`metrics_log`]: the numbers of each step and epoch, for people and plots.
@@ -16,15 +17,19 @@ pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod diff;
 pub mod files;
+pub mod gate_order;
 pub mod identity;
 pub mod inspect;
 pub mod journal;
 pub mod load;
 pub mod metrics_log;
+mod npz;
 pub mod record_diff;
 pub mod run_dir;
 pub mod state;
 pub mod state_diff;
+pub mod tensorflow;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod torch;
+pub mod weights;

@@ -2,7 +2,7 @@
 //!
 //! A dense input is one GEMM over T·rows rows, accumulated onto rows that hold the bias ([`broadcast_rows`]). A token
 //! is a one-hot vector, for which the product is a column of `W_ih`: [`token_table`] writes those columns out as rows,
-//! biases included, once per step, and [`gather_rows`] copies them.
+//! biases included, once per step, and [`gather_rows`] copies them. Embeddings are gathered by the same function.
 
 use super::reduce::tree_add;
 use super::simd::Simd;
@@ -77,14 +77,34 @@ pub fn scatter_add_rows<'a>(
     d_weight: &mut [f32],
 ) {
     let vocabulary = check_transpose("scatter_add_rows", gates, d_weight.len(), d_table.len());
-    d_table.fill(0.0);
-    for (token, row) in rows {
-        tree_add(simd, &mut d_table[token as usize * gates..][..gates], row);
-    }
+    embedding_gradient(simd, rows, gates, d_table);
     for (v, row) in d_table.chunks_exact(gates).enumerate() {
         for (j, value) in row.iter().enumerate() {
             d_weight[j * vocabulary + v] = *value;
         }
+    }
+}
+
+/// The gradient of a table of which rows were gathered: `d_table[v] = Σ d[row]` over the rows whose token is v.
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `rows` | (token, `[width]`) | in | in the order of the sum: the (step, row) pairs of one shard |
+/// | `d_table` | `[V][width]` | out | |
+///
+/// Cost: one sweep over the rows. Numerics: the sum rule; from 0, one row after the other.
+///
+/// # Panics
+/// If a token is not below V.
+pub fn embedding_gradient<'a>(
+    simd: Simd,
+    rows: impl Iterator<Item = (u32, &'a [f32])>,
+    width: usize,
+    d_table: &mut [f32],
+) {
+    d_table.fill(0.0);
+    for (token, row) in rows {
+        tree_add(simd, &mut d_table[token as usize * width..][..width], row);
     }
 }
 
@@ -141,6 +161,23 @@ mod tests {
             assert!(distance(&widen(&d_weight), &want) < 1e-6);
             let three = d[..gates][0] + d[3 * gates..][0] + d[4 * gates..][0];
             assert_eq!(d_weight[3].to_bits(), three.to_bits());
+        }
+    }
+
+    #[test]
+    fn an_embeddings_gradient_adds_up_per_token_in_row_order() {
+        let (vocabulary, width, tokens) = (5, 33, [3u32, 0, 4, 3, 3, 0]);
+        let d = numbers(tokens.len() * width, 1.0, 4);
+        let mut want = vec![0.0f32; vocabulary * width];
+        for (token, row) in tokens.iter().zip(d.chunks(width)) {
+            for j in 0..width {
+                want[*token as usize * width + j] += row[j];
+            }
+        }
+        for simd in Simd::available() {
+            let mut d_table = vec![f32::NAN; want.len()];
+            embedding_gradient(simd, tokens.iter().copied().zip(d.chunks(width)), width, &mut d_table);
+            assert_eq!(bits(&d_table), bits(&want));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! exp, sigmoid and tanh of one f32, written so that a loop over them becomes vector code.
+//! exp, sigmoid, tanh and their piecewise linear relatives of one f32, written so that a loop over them becomes vector code.
 //!
 //! No branch, no table, no library call: selects and polynomials in `mul_add`, so every SIMD level returns the same
 //! bits. NaN stays NaN, also where the argument is clamped. The coefficients are those of Cephes (`expf.c`,
@@ -61,6 +61,20 @@ pub fn tanh(x: f32) -> f32 {
     result.copysign(x)
 }
 
+/// Keras 2: `clip(0.2·x + 0.5, 0, 1)`. One rounding before the clip.
+#[inline(always)]
+pub fn hard_sigmoid(x: f32) -> f32 {
+    let line = x.mul_add(0.2, 0.5);
+    let line = if line > 1.0 { 1.0 } else { line };
+    if line < 0.0 { 0.0 } else { line }
+}
+
+/// `max(x, 0)`, +0 for -0.
+#[inline(always)]
+pub fn relu(x: f32) -> f32 {
+    if x <= 0.0 { 0.0 } else { x }
+}
+
 #[inline(always)]
 fn power_of_two(n: i32) -> f32 {
     f32::from_bits((n.wrapping_add(127) as u32) << 23)
@@ -72,11 +86,13 @@ mod tests {
     use crate::cpu::simd::{Simd, simd_kernel};
 
     simd_kernel! {
-        fn map_all(simd: Simd, x: &[f32], exps: &mut [f32], sigmoids: &mut [f32], tanhs: &mut [f32]) {
+        fn map_all(simd: Simd, x: &[f32], outputs: &mut [Vec<f32>; 5]) {
             for j in 0..x.len() {
-                exps[j] = exp(x[j]);
-                sigmoids[j] = sigmoid(x[j]);
-                tanhs[j] = tanh(x[j]);
+                outputs[0][j] = exp(x[j]);
+                outputs[1][j] = sigmoid(x[j]);
+                outputs[2][j] = tanh(x[j]);
+                outputs[3][j] = hard_sigmoid(x[j]);
+                outputs[4][j] = relu(x[j]);
             }
         }
     }
@@ -107,6 +123,9 @@ mod tests {
         assert!(largest_relative_error("exp", 87.0, exp, libm::exp) < 1e-7);
         assert!(largest_relative_error("sigmoid", 87.0, sigmoid, |x| 1.0 / (1.0 + libm::exp(-x))) < 2.5e-7);
         assert!(largest_relative_error("tanh", 20.0, tanh, libm::tanh) < 2.5e-7);
+        // Up to where the line comes near its zero at -2.5.
+        let line = |x: f64| (0.2 * x + 0.5).clamp(0.0, 1.0);
+        assert!(largest_relative_error("hard_sigmoid", 2.0, hard_sigmoid, line) < 2.5e-7);
     }
 
     #[test]
@@ -114,7 +133,7 @@ mod tests {
         let inf = f32::INFINITY;
         let denormal = f32::from_bits(1);
         type Case = (&'static str, fn(f32) -> f32, f32, f32);
-        let cases: [Case; 20] = [
+        let cases: [Case; 33] = [
             ("exp", exp, 0.0, 1.0),
             ("exp", exp, -0.0, 1.0),
             ("exp", exp, inf, inf),
@@ -135,12 +154,25 @@ mod tests {
             ("tanh", tanh, 1e-40, 1e-40),
             ("tanh", tanh, denormal, denormal),
             ("tanh", tanh, f32::MIN_POSITIVE, f32::MIN_POSITIVE),
+            ("hard_sigmoid", hard_sigmoid, 0.0, 0.5),
+            ("hard_sigmoid", hard_sigmoid, 1.0, 0.7),
+            ("hard_sigmoid", hard_sigmoid, -1.25, 0.25),
+            ("hard_sigmoid", hard_sigmoid, 2.6, 1.0),
+            ("hard_sigmoid", hard_sigmoid, -2.6, 0.0),
+            ("hard_sigmoid", hard_sigmoid, inf, 1.0),
+            ("hard_sigmoid", hard_sigmoid, -inf, 0.0),
+            ("relu", relu, 1.5, 1.5),
+            ("relu", relu, -1.5, 0.0),
+            ("relu", relu, -0.0, 0.0),
+            ("relu", relu, denormal, denormal),
+            ("relu", relu, inf, inf),
+            ("relu", relu, -inf, 0.0),
         ];
         for (name, f, x, want) in cases {
             assert_eq!(f(x).to_bits(), want.to_bits(), "{name}({x:e}) = {:e}, expected {want:e}", f(x));
         }
         assert_eq!(tanh(-0.0).to_bits(), (-0.0f32).to_bits(), "tanh keeps the sign of zero");
-        for f in [exp, sigmoid, tanh] {
+        for f in [exp, sigmoid, tanh, hard_sigmoid, relu] {
             assert!(f(f32::NAN).is_nan() && f(-f32::NAN).is_nan());
         }
         // Denormal results carry few bits; they are within one unit of the last place.
@@ -154,12 +186,11 @@ mod tests {
     fn every_level_returns_the_same_bits() {
         let x: Vec<f32> =
             grid(100.0).into_iter().chain([f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30]).collect();
-        let results: Vec<[Vec<u32>; 3]> = Simd::available()
+        let results: Vec<[Vec<u32>; 5]> = Simd::available()
             .into_iter()
             .map(|simd| {
-                let mut outputs = [(); 3].map(|()| vec![f32::NAN; x.len()]);
-                let [exps, sigmoids, tanhs] = &mut outputs;
-                map_all(simd, &x, exps, sigmoids, tanhs);
+                let mut outputs = [(); 5].map(|()| vec![f32::NAN; x.len()]);
+                map_all(simd, &x, &mut outputs);
                 outputs.map(|output| output.iter().map(|value| value.to_bits()).collect())
             })
             .collect();

@@ -1,5 +1,8 @@
 //! The CPU kernels: exact in their order of operations, vectorised, free of allocation.
 
+mod activation;
+#[cfg(test)]
+mod cell_tests;
 pub mod dropout;
 pub mod gemm;
 pub mod gru;

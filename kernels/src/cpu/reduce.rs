@@ -31,6 +31,35 @@ pub fn column_sum<'a>(simd: Simd, rows: impl Iterator<Item = &'a [f32]>, d_b: &m
     }
 }
 
+/// The gradient of weights that multiply element by element: `out[j] = Σ_rows a[row][j]·b[row][j]`.
+///
+/// | arg | shape | in/out | notes |
+/// |---|---|---|---|
+/// | `rows` | k pairs of rows of `[H]` | in | in the order of the sum: the (step, row) pairs of one shard |
+/// | `out` | `[H]` | out | |
+///
+/// Cost: one sweep over both. Numerics: the sum rule; from 0, one fused multiply-add per row, in order.
+pub fn product_column_sum<'a>(
+    simd: Simd,
+    rows: impl Iterator<Item = (&'a [f32], &'a [f32])>,
+    out: &mut [f32],
+) {
+    out.fill(0.0);
+    for (a, b) in rows {
+        add_product(simd, out, a, b);
+    }
+}
+
+simd_kernel! {
+    /// `dst += a·b`, element by element.
+    fn add_product(simd: Simd, dst: &mut [f32], a: &[f32], b: &[f32]) {
+        assert!(a.len() == dst.len() && b.len() == dst.len(), "product_column_sum: rows differ from {}", dst.len());
+        for j in 0..dst.len() {
+            dst[j] = a[j].mul_add(b[j], dst[j]);
+        }
+    }
+}
+
 simd_kernel! {
     /// A 64-bit digest of a range of a buffer: `Σ mix64(index · 2³² ^ bits(value))`, wrapping, where index counts from
     /// `start_index`.
@@ -64,6 +93,21 @@ mod tests {
             column_sum(simd, d.chunks(width), &mut got);
             for j in 0..width {
                 let want = (0..rows).fold(0.0f32, |sum, row| sum + d[row * width + j]);
+                assert_eq!(got[j].to_bits(), want.to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn product_column_sum_fuses_in_row_order_at_every_level() {
+        let (rows, width) = (37, 33);
+        let (a, b) = (numbers(rows * width, 1.0, 4), numbers(rows * width, 1.0, 5));
+        for simd in Simd::available() {
+            let mut got = vec![f32::NAN; width];
+            product_column_sum(simd, a.chunks(width).zip(b.chunks(width)), &mut got);
+            for j in 0..width {
+                let want =
+                    (0..rows).map(|row| row * width + j).fold(0.0f32, |sum, at| a[at].mul_add(b[at], sum));
                 assert_eq!(got[j].to_bits(), want.to_bits());
             }
         }

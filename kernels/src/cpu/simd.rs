@@ -127,48 +127,71 @@ impl fmt::Display for SimdError {
 
 impl std::error::Error for SimdError {}
 
-/// Compiles `fn name(simd: Simd, args..) { body }` once per level and chooses by `simd` at run time.
+/// Compiles `fn name<const ..>(simd: Simd, args..) { body }` once per level and chooses by `simd` at run time.
 ///
 /// The body must be inlinable into a function with more target features: what it calls is `#[inline(always)]`.
 macro_rules! simd_kernel {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident($simd:ident: Simd $(, $arg:ident: $ty:ty)* $(,)?) $(-> $ret:ty)? $body:block
+        $vis:vis fn $name:ident $(<$(const $constant:ident: $of:ty),+>)?
+        ($simd:ident: Simd $(, $arg:ident: $ty:ty)* $(,)?) $(-> $ret:ty)? $body:block
     ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name($simd: $crate::cpu::simd::Simd $(, $arg: $ty)*) $(-> $ret)? {
+        $vis fn $name $(<$(const $constant: $of),+>)?
+        ($simd: $crate::cpu::simd::Simd $(, $arg: $ty)*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body $(<$(const $constant: $of),+>)? ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            fn avx512($($arg: $ty),*) $(-> $ret)? {
-                body($($arg),*)
+            fn avx512 $(<$(const $constant: $of),+>)? ($($arg: $ty),*) $(-> $ret)? {
+                body $(::<$($constant),+>)? ($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            fn avx2($($arg: $ty),*) $(-> $ret)? {
-                body($($arg),*)
+            fn avx2 $(<$(const $constant: $of),+>)? ($($arg: $ty),*) $(-> $ret)? {
+                body $(::<$($constant),+>)? ($($arg),*)
             }
 
             match $simd.level() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Simd::new` checked avx512f, bw, dq, vl, avx2 and fma before it built this level.
-                $crate::cpu::simd::SimdLevel::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::cpu::simd::SimdLevel::Avx512 => unsafe { avx512 $(::<$($constant),+>)? ($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Simd::new` checked avx2 and fma before it built this level.
-                $crate::cpu::simd::SimdLevel::Avx2 => unsafe { avx2($($arg),*) },
-                _ => body($($arg),*),
+                $crate::cpu::simd::SimdLevel::Avx2 => unsafe { avx2 $(::<$($constant),+>)? ($($arg),*) },
+                _ => body $(::<$($constant),+>)? ($($arg),*),
             }
         }
     };
 }
 pub(crate) use simd_kernel;
+
+/// Calls `function::<A, B, ..>(args)` with conditions that are known at run time turned into constants:
+/// `with_constants!(function[condition_a, condition_b](args))`.
+///
+/// One compilation per combination: what a condition switches off costs the others nothing.
+macro_rules! with_constants {
+    ($function:ident[$($condition:expr),+] $args:tt) => {
+        $crate::cpu::simd::with_constants!($function::<>[$($condition),+] $args)
+    };
+    ($function:ident::<$($known:literal),*>[] $args:tt) => {
+        $function::<$($known),*> $args
+    };
+    ($function:ident::<$($known:literal),*>[$first:expr $(, $rest:expr)*] $args:tt) => {
+        if $first {
+            $crate::cpu::simd::with_constants!($function::<$($known,)* true>[$($rest),*] $args)
+        } else {
+            $crate::cpu::simd::with_constants!($function::<$($known,)* false>[$($rest),*] $args)
+        }
+    };
+}
+pub(crate) use with_constants;
 
 /// Units that the pointwise kernels and the sums take at a time, at every level: one AVX-512 register of f32.
 pub(crate) const LANES: usize = 16;

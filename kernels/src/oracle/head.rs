@@ -4,10 +4,13 @@ use super::algebra::{add, add_outer_product, add_transposed_product, affine};
 use super::cell::State;
 use super::stack::{Stack, StackTrace};
 
+/// In the place of a target: the step has none, it is padding that is read.
+pub const NO_TARGET: u32 = u32::MAX;
+
 /// What the head sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
-    /// One prediction per valid step, from the last layer's outputs: targets are `[rows][T]`.
+    /// One prediction per valid step that has a target, from the last layer's outputs: targets are `[rows][T]`.
     EveryStep,
     /// One prediction per row, from the last layer's final h, both directions' side by side: targets are `[rows]`. No
     /// mask falls on it.
@@ -71,7 +74,9 @@ pub fn head_forward_backward(
         Head::EveryStep => {
             let steps = trace.outputs.chunks_exact(width).zip(all.d_outputs.chunks_exact_mut(width));
             for ((features, d_features), &target) in steps.zip(targets).take(length) {
-                d_features.copy_from_slice(&predict(features, target));
+                if target != NO_TARGET {
+                    d_features.copy_from_slice(&predict(features, target));
+                }
             }
         }
         Head::Final => {

@@ -1,37 +1,40 @@
 //! A block of rows on its way through the network and back, on one thread.
 //!
-//! Nothing in here looks at another row, so which rows share a block changes no bit.
+//! Nothing in here looks at another row, so which rows share a block changes no bit. The order of everything that is
+//! stored by step is that of the block's [`Runs`]: `N` places, all steps of all rows without gaps.
 
 use std::ops::Range;
 
-use kernels::cpu::dropout::{MaskStream, dropout_backward, dropout_forward};
-use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
+use kernels::cpu::dropout::{MaskStream, dropout_backward};
 use kernels::cpu::input::{broadcast_rows, gather_rows};
-use kernels::cpu::lstm::{LstmBackward, LstmForward, lstm_backward, lstm_forward};
-use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
-use kernels::cpu::sequence::SequenceShape;
+use kernels::cpu::reduce::tree_add;
 use kernels::cpu::softmax::{softmax_cross_entropy, softmax_cross_entropy_forward};
 use kernels::{Simd, gemm};
-use protocol::cell::Cell;
-use protocol::layout::{Head, Input, ModelShape, StateLayout};
+use protocol::batch::Inputs;
+use protocol::layout::{Head, Input, LayerShape, ModelShape};
 
 use crate::device::StepInput;
 
-use super::weights::{InputWeights, LayerWeights, Weights};
+use super::direction::{Direction, Trace, Workspace, resize_exactly};
+use super::runs::{BatchRows, Runs};
+use super::weights::{InputWeights, Weights, input_has_gradient, reads_one_hot};
 
-/// What the rows of a block read.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum BlockInputs<'a> {
-    /// `[rows][T + 1]`
-    Tokens(&'a [u16]),
-    /// `[rows][T][I]` and `[rows]`
-    Bytes { bytes: &'a [u8], labels: &'a [u16] },
+/// What is the same for all blocks of a pass.
+#[derive(Clone, Copy)]
+pub(super) struct Network<'a> {
+    pub(super) simd: Simd,
+    pub(super) shape: &'a ModelShape,
+    pub(super) weights: &'a Weights,
+    pub(super) dropout: Option<&'a Dropout>,
 }
 
 /// The dropout of one training step.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Dropout {
-    pub(super) keep: f32,
+    /// Probability that a unit of each layer's output is kept.
+    pub(super) keep: Vec<f32>,
+    /// One mask for all steps of a row.
+    pub(super) variational: bool,
     pub(super) seed: u64,
     pub(super) step: u64,
     /// Slot of the batch's first row.
@@ -46,114 +49,160 @@ pub(super) struct RowResult {
     pub(super) correct: u64,
 }
 
-/// Rows and all that is kept of them between forward, backward and the weight gradients. Time-major: `[T][rows][·]`.
+/// Rows and all that is kept of them between forward, backward and the weight gradients.
 #[derive(Default)]
 pub(super) struct RowBlock {
     /// The rows, counted from the batch's first.
     pub(super) rows: Range<usize>,
-    seq_len: usize,
-    layers: Vec<LayerTrace>,
-    /// Tokens `[T][rows]` of a one-hot input.
+    pub(super) runs: Runs,
+    /// Steps of each row, from its first on, that have no target.
+    paddings: Vec<usize>,
+    /// Tokens `[N]`, where tokens are read.
     tokens: Vec<u32>,
-    /// Dense input `[T][rows][I]`.
+    /// Dense input of the first layer, `[N][I]`.
     dense: Vec<f32>,
-    /// `[T or 1][rows]`
+    /// Per layer, per direction.
+    traces: Vec<Vec<Trace>>,
+    /// One for each layer, or one in all where the backward pass computes again what the forward pass did.
+    works: Vec<LayerWork>,
+    /// What the head reads where that is not the last layer's h as it lies: `[N or rows][D·R]`.
+    features: Vec<f32>,
+    /// `[N or rows]`
     targets: Vec<u32>,
-    /// `[T or 1][rows][V]`; after the backward pass the gradient of the logits.
+    /// `[N or rows][V]`; after the forward pass of a training step the gradient of the logits.
     logits: Vec<f32>,
-    /// `[T or 1][rows]`
+    /// `[N or rows]`
     losses: Vec<f64>,
     correct: Vec<bool>,
-    /// Gradient of the output of the layer under way, `[T][rows][H]`.
+    /// Gradient of the output of the layer under way `[N][D·R]`, in the end of the embedded input.
     d_out: Vec<f32>,
-    /// Carries of h and c, `[rows][H]`.
-    d_h: Vec<f32>,
-    d_c: Vec<f32>,
+    /// Head on the final state: gradient of what it read, `[rows][D·R]`.
+    d_features: Vec<f32>,
+    room: Room,
 }
 
-/// One layer's trace.
+/// What a layer works on.
 #[derive(Default)]
-struct LayerTrace {
-    /// The input's part of the gates, `[T][rows][G·H]`; for RNN and LSTM the gates themselves in the end.
-    pre: Vec<f32>,
-    /// GRU: r, z, n, q, `[T][rows][4·H]`.
-    gates: Vec<f32>,
-    /// GRU: scratch `[rows][3·H]`.
-    h_part: Vec<f32>,
-    /// `[T + 1][rows][H]`
-    h: Vec<f32>,
-    /// LSTM: `[T + 1][rows][H]`
-    c: Vec<f32>,
-    /// The output after dropout, `[T][rows][H]`; empty without dropout.
-    dropped: Vec<f32>,
-    /// Gradient of the input's part of the gates, `[T][rows][G·H]`.
-    d_pre: Vec<f32>,
-    /// GRU: gradient of the state's part, `[T][rows][3·H]`.
-    d_h_part: Vec<f32>,
+struct LayerWork {
+    /// What it reads where that is not the h of the layer below as it lies: `[N][I]`.
+    input: Vec<f32>,
+    directions: Vec<Workspace>,
+}
+
+/// Room for what a direction that reads backwards takes and gives, turned round.
+#[derive(Default)]
+struct Room {
+    /// Tokens `[N]`, or floats `[N][I]` that are read or their gradient.
+    tokens: Vec<u32>,
+    input: Vec<f32>,
+    /// `[N][R]`: gradient of one direction's output.
+    d_out: Vec<f32>,
 }
 
 impl RowBlock {
-    /// Takes over these rows of a batch. Keeps its memory.
-    pub(super) fn resize(&mut self, shape: &ModelShape, seq_len: usize, rows: Range<usize>) {
-        let (n, hidden) = (rows.len(), shape.hidden_sizes[0]);
-        let (unit, gates) = (n * hidden, shape.cell.gates() * n * hidden);
-        let targets = if shape.head == Head::EveryStep { seq_len * n } else { n };
-        (self.rows, self.seq_len) = (rows, seq_len);
-        self.layers.resize_with(shape.num_layers(), LayerTrace::default);
-        for layer in &mut self.layers {
-            layer.pre.resize(seq_len * gates, 0.0);
-            layer.h.resize((seq_len + 1) * unit, 0.0);
-            match shape.cell {
-                Cell::Rnn => {}
-                Cell::Lstm => layer.c.resize((seq_len + 1) * unit, 0.0),
-                Cell::Gru => {
-                    layer.gates.resize(seq_len * 4 * unit, 0.0);
-                    layer.h_part.resize(3 * unit, 0.0);
-                }
-            }
+    /// Reads its rows of a batch. Keeps its memory. `recompute`: gates are not kept for the backward pass.
+    pub(super) fn take(&mut self, network: &Network<'_>, batch: &BatchRows<'_>, recompute: bool) {
+        let (shape, rows) = (network.shape, self.rows.clone());
+        let goes_on = shape.carries_state && !batch.batch.begins_pass();
+        self.runs.of_batch(batch, rows.clone(), goes_on, shape.reset_token);
+        self.paddings.clear();
+        self.paddings.extend(batch.batch.paddings[rows].iter().map(|&padding| padding as usize));
+        self.resize(shape, if recompute { 1 } else { shape.num_layers() });
+        self.read(network, batch);
+    }
+
+    /// Makes room for the forward pass over the runs.
+    fn resize(&mut self, shape: &ModelShape, works: usize) {
+        self.traces.resize_with(shape.num_layers(), Vec::new);
+        for (traces, layer) in self.traces.iter_mut().zip(shape.layers()) {
+            traces.resize_with(layer.directions, Trace::default);
+            traces.iter_mut().for_each(|trace| trace.resize(&layer, &self.runs));
         }
+        self.works.resize_with(works, LayerWork::default);
+        for work in &mut self.works {
+            work.directions.resize_with(1 + usize::from(shape.bidirectional), Workspace::default);
+        }
+        let targets = match shape.head {
+            Head::EveryStep => self.runs.steps(),
+            Head::Final => self.rows.len(),
+        };
         self.targets.resize(targets, 0);
         self.logits.resize(targets * shape.classes, 0.0);
         self.losses.resize(targets, 0.0);
         self.correct.resize(targets, false);
     }
 
-    /// Bytes of blocks of `rows` rows in all, however they are cut, after a training step.
-    pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize, has_dropout: bool) -> usize {
-        let (unit, steps) = (rows * shape.hidden_sizes[0], seq_len * rows * shape.hidden_sizes[0]);
-        let gates = shape.cell.gates() * steps;
-        let cell = match shape.cell {
-            Cell::Rnn => 0,
-            Cell::Lstm => steps + unit,
-            Cell::Gru => 4 * steps + 3 * unit + 3 * steps,
+    /// Bytes of blocks of `rows` rows of `seq_len` steps in all, however they are cut, after a training step.
+    /// `drops`: which layers' outputs are dropped.
+    pub(super) fn bytes_of(
+        shape: &ModelShape,
+        seq_len: usize,
+        rows: usize,
+        drops: impl Fn(usize) -> bool,
+        recompute: bool,
+    ) -> usize {
+        let steps = seq_len * rows;
+        let copied = |layer: usize| shape.bidirectional || drops(layer);
+        let traces: usize =
+            shape.layers().map(|layer| layer.directions * Trace::floats(&layer, rows, steps)).sum();
+        let work = |(index, layer): (usize, LayerShape)| {
+            let input = if index > 0 && copied(index - 1) { steps * layer.input_size } else { 0 };
+            (input, Workspace::sizes(shape, &layer, rows, steps).map(|size| layer.directions * size))
         };
-        let layers: usize = (0..shape.num_layers())
-            .map(|index| {
-                let dropped = if has_dropout && drops_output(shape, index) { steps } else { 0 };
-                2 * gates + steps + unit + cell + dropped
-            })
-            .sum();
-        let inputs = match shape.input {
-            Input::OneHot(_) | Input::Embedding { .. } => seq_len * rows,
-            Input::Bytes(width) => seq_len * rows * width,
+        // Where all layers share one workspace, each of its buffers grows to what the largest layer needs.
+        let works = shape.layers().enumerate().map(work);
+        let join = |a: usize, b: usize| if recompute { a.max(b) } else { a + b };
+        let (input, sizes) = works.fold((0, [0; Workspace::BUFFERS]), |(input, sizes), of_layer| {
+            let both = |at: usize| join(sizes[at], of_layer.1[at]);
+            (join(input, of_layer.0), std::array::from_fn(both))
+        });
+        let works = input + sizes.iter().sum::<usize>();
+        let last = shape.num_layers() - 1;
+        let (targets, features, d_features) = match shape.head {
+            Head::EveryStep => (steps, if copied(last) { steps * shape.output_width() } else { 0 }, 0),
+            Head::Final => (rows, rows * shape.output_width(), rows * shape.output_width()),
         };
-        let targets = if shape.head == Head::EveryStep { seq_len * rows } else { rows };
-        let floats = layers + inputs + targets * (1 + shape.classes) + steps + 2 * unit;
-        size_of::<f32>() * floats + targets * (size_of::<f64>() + size_of::<bool>())
+        let (tokens, dense) = match shape.input {
+            Input::OneHot(_) => (steps, 0),
+            Input::Embedding { size, .. } => (steps, steps * size),
+            Input::Bytes(width) => (0, steps * width),
+        };
+        // The gradient of a layer's output gives way to that of its input.
+        let gradients = shape.layers().enumerate().map(|(index, layer)| {
+            let input = if input_has_gradient(shape, index) { layer.input_size } else { 0 };
+            steps * layer.width().max(input)
+        });
+        let d_out = gradients.max().unwrap_or(0);
+        let room = if shape.bidirectional {
+            let dense = |(index, layer): (usize, LayerShape)| {
+                if reads_one_hot(shape, index) { 0 } else { steps * layer.input_size }
+            };
+            let input = shape.layers().enumerate().map(dense).max().unwrap_or(0);
+            let d_out = shape.layers().map(|layer| steps * layer.output_size).max().unwrap_or(0);
+            input + d_out + if matches!(shape.input, Input::OneHot(_)) { steps } else { 0 }
+        } else {
+            0
+        };
+        let words = traces + works + tokens + dense + features + d_features + d_out + room;
+        let words = words + targets * (1 + shape.classes);
+        size_of::<f32>() * words + targets * (size_of::<f64>() + size_of::<bool>())
     }
 
-    /// Bytes that this block holds.
+    /// Bytes that this block holds, its small tables of places left out.
     #[cfg(test)]
-    pub(super) fn held_bytes(&self) -> usize {
-        let layer = |layer: &LayerTrace| {
-            let LayerTrace { pre, gates, h_part, h, c, dropped, d_pre, d_h_part } = layer;
-            [pre, gates, h_part, h, c, dropped, d_pre, d_h_part].into_iter().map(Vec::len).sum::<usize>()
+    pub(super) fn held_bytes(&mut self) -> usize {
+        let Self { tokens, dense, traces, works, features, targets, logits, losses, correct, .. } = self;
+        let Self { d_out, d_features, room, .. } = self;
+        let traces: usize = traces.iter().flatten().map(Trace::held_floats).sum();
+        let work = |work: &mut LayerWork| {
+            work.input.capacity() + work.directions.iter_mut().map(Workspace::held_floats).sum::<usize>()
         };
-        let Self { layers, tokens, dense, targets, logits, losses, correct, d_out, d_h, d_c, .. } = self;
-        let floats: usize = [dense, logits, d_out, d_h, d_c].into_iter().map(Vec::len).sum();
-        4 * (layers.iter().map(layer).sum::<usize>() + floats + tokens.len() + targets.len())
-            + 8 * losses.len()
-            + correct.len()
+        let works: usize = works.iter_mut().map(work).sum();
+        let Room { tokens: room_tokens, input, d_out: room_d_out } = room;
+        let floats = [dense, features, logits, d_out, d_features, input, room_d_out].map(|f| f.capacity());
+        let words = [tokens, targets, room_tokens].map(|words| words.capacity());
+        let words = floats.iter().chain(&words).sum::<usize>() + traces + works;
+        4 * words + 8 * losses.capacity() + correct.capacity()
     }
 
     /// Number of rows.
@@ -161,359 +210,478 @@ impl RowBlock {
         self.rows.len()
     }
 
-    /// Time steps, `T`.
-    pub(super) fn seq_len(&self) -> usize {
-        self.seq_len
-    }
-
-    fn sequence(&self, hidden_size: usize) -> SequenceShape {
-        SequenceShape { seq_len: self.seq_len, rows: self.len(), hidden_size }
-    }
-
-    /// Through all layers and steps to the loss. `state` is `[rows][state_size]`. If a backward pass follows, the
-    /// logits are replaced by their gradient.
-    #[allow(clippy::too_many_arguments, reason = "what a forward pass is made of; one caller")]
-    pub(super) fn forward(
-        &mut self,
-        simd: Simd,
-        layout: &StateLayout,
-        weights: &Weights,
-        inputs: BlockInputs<'_>,
-        state: &[f32],
-        dropout: Option<Dropout>,
-        backward: bool,
-    ) {
-        let shape = &layout.shape;
-        self.read(shape, inputs);
-        self.load_state(shape, state);
-        self.layers_forward(simd, shape, weights, dropout);
-        self.project_output(simd, shape, weights);
-        let Self { logits, targets, losses, correct, .. } = self;
-        if backward {
-            softmax_cross_entropy(simd, shape.classes, targets, logits, losses, correct);
-        } else {
-            softmax_cross_entropy_forward(simd, shape.classes, targets, logits, losses, correct);
+    /// Copies inputs and targets to their places.
+    fn read(&mut self, network: &Network<'_>, batch: &BatchRows<'_>) {
+        let (shape, steps) = (network.shape, self.runs.steps());
+        match &batch.batch.inputs {
+            Inputs::Tokens(_) | Inputs::LabelledTokens { .. } => resize_exactly(&mut self.tokens, steps),
+            Inputs::Bytes { .. } => resize_exactly(&mut self.dense, steps * shape.input.size()),
         }
-    }
-
-    /// One step of a block of one row and one step, from the state in which the step before has left it (zeros at
-    /// first), without dropout. Gives the logits `[V]`. Once its memory has grown, it allocates nothing.
-    pub(super) fn forward_one_step(
-        &mut self,
-        simd: Simd,
-        shape: &ModelShape,
-        weights: &Weights,
-        input: StepInput<'_>,
-    ) -> &[f32] {
-        assert!(
-            (self.len(), self.seq_len) == (1, 1),
-            "forward_one_step: the block has more than one step of one row"
-        );
-        match (input, shape.input) {
-            (StepInput::Token(token), Input::OneHot(_)) => {
-                self.tokens.resize(1, 0);
-                self.tokens[0] = token;
-            }
-            (StepInput::Bytes(bytes), Input::Bytes(width)) if bytes.len() == width => {
-                self.dense.resize(width, 0.0);
-                scale_bytes(bytes, &mut self.dense);
-            }
-            (input, expected) => panic!("forward_one_step: the input is {input:?}, expected {expected:?}"),
-        }
-        for layer in &mut self.layers {
-            layer.h.copy_within(shape.hidden_sizes[0].., 0);
-            if shape.cell == Cell::Lstm {
-                layer.c.copy_within(shape.hidden_sizes[0].., 0);
-            }
-        }
-        self.layers_forward(simd, shape, weights, None);
-        self.project_output(simd, shape, weights);
-        &self.logits
-    }
-
-    /// Through all layers, one after the other, each through all steps.
-    fn layers_forward(
-        &mut self,
-        simd: Simd,
-        shape: &ModelShape,
-        weights: &Weights,
-        dropout: Option<Dropout>,
-    ) {
-        for index in 0..shape.num_layers() {
-            self.project_input(simd, shape, &weights.layers[index], index);
-            self.layer_forward(simd, shape, &weights.layers[index], index);
-            match dropout {
-                Some(dropout) if drops_output(shape, index) => self.drop_output(simd, shape, index, dropout),
-                _ => self.layers[index].dropped.clear(),
-            }
-        }
-    }
-
-    /// Copies inputs and targets to time-major order.
-    fn read(&mut self, shape: &ModelShape, inputs: BlockInputs<'_>) {
-        let (n, seq_len) = (self.len(), self.seq_len);
-        match inputs {
-            BlockInputs::Tokens(tokens) => {
-                self.tokens.resize(seq_len * n, 0);
-                for (row, tokens) in tokens.chunks_exact(seq_len + 1).enumerate() {
-                    for t in 0..seq_len {
-                        self.tokens[t * n + row] = u32::from(tokens[t]);
-                        self.targets[t * n + row] = u32::from(tokens[t + 1]);
+        for at in 0..self.rows.len() {
+            let row = self.rows.start + at;
+            match &batch.batch.inputs {
+                Inputs::Tokens(_) => {
+                    let tokens = batch.tokens(row);
+                    for (t, place) in self.runs.places_of(at).enumerate() {
+                        self.tokens[place] = u32::from(tokens[t]);
+                        self.targets[place] = u32::from(tokens[t + 1]);
                     }
                 }
-            }
-            BlockInputs::Bytes { bytes, labels } => {
-                let width = shape.input.size();
-                self.dense.resize(seq_len * n * width, 0.0);
-                for (row, bytes) in bytes.chunks_exact(seq_len * width).enumerate() {
-                    for (t, bytes) in bytes.chunks_exact(width).enumerate() {
-                        let place = &mut self.dense[(t * n + row) * width..][..width];
-                        scale_bytes(bytes, place);
+                Inputs::LabelledTokens { labels, .. } => {
+                    for (place, &token) in self.runs.places_of(at).zip(batch.tokens(row)) {
+                        self.tokens[place] = u32::from(token);
                     }
-                    self.targets[row] = u32::from(labels[row]);
+                    self.targets[at] = u32::from(labels[row]);
+                }
+                Inputs::Bytes { bytes, labels } => {
+                    let width = shape.input.size();
+                    let steps = bytes[batch.starts[row]..].chunks_exact(width);
+                    for (place, bytes) in self.runs.places_of(at).zip(steps) {
+                        scale_bytes(bytes, &mut self.dense[place * width..][..width]);
+                    }
+                    self.targets[at] = u32::from(labels[row]);
+                }
+            }
+        }
+        self.embed(network);
+    }
+
+    /// Looks the tokens up, where they are embedded.
+    fn embed(&mut self, network: &Network<'_>) {
+        if let Input::Embedding { size, .. } = network.shape.input {
+            resize_exactly(&mut self.dense, self.tokens.len() * size);
+            gather_rows(&network.weights.embedding, &self.tokens, &mut self.dense);
+        }
+    }
+
+    /// Sets h and c before the first step of every run: the row's part of `state`, which begins
+    /// with `[rows][state_size]`, or the initial state.
+    pub(super) fn load_state(&mut self, network: &Network<'_>, state: &[f32]) {
+        let (shape, size) = (network.shape, network.shape.state_size());
+        let mut at = 0;
+        for (index, layer) in shape.layers().enumerate() {
+            let weights = &network.weights.layers[index];
+            for (trace, weights) in self.traces[index].iter_mut().zip(weights) {
+                for ((values, width), initial) in trace.states(&layer).into_iter().zip(&weights.initial) {
+                    if width == 0 {
+                        continue;
+                    }
+                    for (run, start) in self.runs.iter().zip(values.chunks_exact_mut(width)) {
+                        start.copy_from_slice(match run.is_fed {
+                            true => &state[run.row * size + at..][..width],
+                            false => initial,
+                        });
+                    }
+                    at += width;
                 }
             }
         }
     }
 
-    /// Sets h and c before the first step; zeros where rows carry no state.
-    fn load_state(&mut self, shape: &ModelShape, state: &[f32]) {
-        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
-        let (vectors, size) = ((1 + usize::from(shape.cell == Cell::Lstm)), shape.state_size());
-        for (index, layer) in self.layers.iter_mut().enumerate() {
-            for (vector, place) in [&mut layer.h, &mut layer.c].into_iter().take(vectors).enumerate() {
-                if size == 0 {
-                    place[..n * hidden].fill(0.0);
-                    continue;
-                }
-                let at = (index * vectors + vector) * hidden;
-                for (row, place) in place[..n * hidden].chunks_exact_mut(hidden).enumerate() {
-                    place.copy_from_slice(&state[row * size + at..][..hidden]);
-                }
-            }
-        }
-    }
-
-    /// Writes h and c after the last step to `[rows][state_size]`.
-    pub(super) fn store_state(&self, shape: &ModelShape, state: &mut [f32]) {
-        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
-        let (vectors, size) = ((1 + usize::from(shape.cell == Cell::Lstm)), shape.state_size());
+    /// Writes h and c after the last step to the first `[rows][state_size]` of `state`.
+    pub(super) fn store_state(&mut self, shape: &ModelShape, state: &mut [f32]) {
+        let size = shape.state_size();
         if size == 0 {
             return;
         }
-        let last = self.seq_len * n * hidden;
-        for (index, layer) in self.layers.iter().enumerate() {
-            for (vector, values) in [&layer.h, &layer.c].into_iter().take(vectors).enumerate() {
-                let at = (index * vectors + vector) * hidden;
-                for (row, values) in values[last..].chunks_exact(hidden).enumerate() {
-                    state[row * size + at..][..hidden].copy_from_slice(values);
+        let mut at = 0;
+        for (index, layer) in shape.layers().enumerate() {
+            for trace in &mut self.traces[index] {
+                for (values, width) in trace.states(&layer) {
+                    for row in 0..self.rows.len() {
+                        let last = self.runs.places_of(row).next_back().expect("a row has a step");
+                        let values = &values[(self.runs.len() + last) * width..][..width];
+                        state[row * size + at..][..width].copy_from_slice(values);
+                    }
+                    at += width;
                 }
             }
         }
     }
 
-    /// The input's part of the gates for all steps.
-    fn project_input(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let gates = shape.cell.gates() * shape.hidden_sizes[0];
-        let (below, from) = self.layers.split_at_mut(index);
-        let pre = &mut from[0].pre;
+    /// Through all layers and steps to the loss. If a backward pass follows, the logits are replaced by their gradient.
+    pub(super) fn forward(&mut self, network: &Network<'_>, backward: bool) {
+        for layer in 0..network.shape.num_layers() {
+            self.layer_forward(network, layer);
+        }
+        self.project_output(network);
+        let Self { logits, targets, losses, correct, .. } = self;
+        let (simd, classes) = (network.simd, network.shape.classes);
+        if backward {
+            softmax_cross_entropy(simd, classes, targets, logits, losses, correct);
+            self.forget_padding(classes);
+        } else {
+            softmax_cross_entropy_forward(simd, classes, targets, logits, losses, correct);
+        }
+    }
+
+    /// Padding has no target, so its logits have no gradient.
+    fn forget_padding(&mut self, classes: usize) {
+        if self.losses.len() == self.runs.steps() {
+            for (row, &padding) in self.paddings.iter().enumerate() {
+                for place in self.runs.places_of(row).take(padding) {
+                    self.logits[place * classes..][..classes].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// Makes the block one row of one step, in the initial state.
+    pub(super) fn begin_reading(&mut self, network: &Network<'_>) {
+        self.rows = 0..1;
+        self.runs.of_one_step();
+        self.resize(network.shape, network.shape.num_layers());
+        self.load_state(network, &[]);
+    }
+
+    /// One step of a block of one row, without dropout, from the state in which the step before has left it. Gives the
+    /// logits `[V]`. Once its memory has grown, it allocates nothing.
+    pub(super) fn read_step(&mut self, network: &Network<'_>, input: StepInput<'_>) -> &[f32] {
+        match (input, network.shape.input) {
+            (StepInput::Token(token), Input::OneHot(_) | Input::Embedding { .. }) => {
+                resize_exactly(&mut self.tokens, 1);
+                self.tokens[0] = token;
+                self.embed(network);
+            }
+            (StepInput::Bytes(bytes), Input::Bytes(width)) if bytes.len() == width => {
+                resize_exactly(&mut self.dense, width);
+                scale_bytes(bytes, &mut self.dense);
+            }
+            (input, expected) => panic!("read_step: the input is {input:?}, expected {expected:?}"),
+        }
+        for layer in 0..network.shape.num_layers() {
+            self.layer_forward(network, layer);
+        }
+        self.project_output(network);
+        // The state after this step is the next one's start.
+        for (index, layer) in network.shape.layers().enumerate() {
+            for trace in &mut self.traces[index] {
+                for (values, width) in trace.states(&layer) {
+                    values.copy_within(width.., 0);
+                }
+            }
+        }
+        &self.logits
+    }
+
+    /// What works for a layer.
+    fn work_of(&self, layer: usize) -> usize {
+        layer.min(self.works.len() - 1)
+    }
+
+    /// Whether a layer's output is written out for whoever reads it.
+    fn copies_output(network: &Network<'_>, layer: usize) -> bool {
+        network.shape.bidirectional || drops_output(network, layer)
+    }
+
+    /// What a layer reads, `[N][I]`; empty where its input is one-hot.
+    fn input_of(&self, network: &Network<'_>, layer: usize) -> &[f32] {
+        match layer {
+            0 => &self.dense,
+            _ if Self::copies_output(network, layer - 1) => &self.works[self.work_of(layer)].input,
+            _ => self.output_as_it_lies(network.shape, layer - 1),
+        }
+    }
+
+    /// The only direction's h of all steps, `[N][R]`.
+    fn output_as_it_lies(&self, shape: &ModelShape, layer: usize) -> &[f32] {
+        &self.traces[layer][0].h[self.runs.len() * shape.layer(layer).output_size..]
+    }
+
+    /// One layer through all steps.
+    fn layer_forward(&mut self, network: &Network<'_>, index: usize) {
+        let work = self.work_of(index);
+        let mut layer_work = std::mem::take(&mut self.works[work]);
+        if index > 0 && Self::copies_output(network, index - 1) {
+            self.write_output(network, index - 1, &mut layer_work.input);
+        }
+        let LayerWork { input, directions } = &mut layer_work;
+        for (at, work) in directions.iter_mut().enumerate() {
+            let direction = Self::direction(network, index, at);
+            let pre = direction.room_for_input(&self.runs, work);
+            let input =
+                if index > 0 && Self::copies_output(network, index - 1) { Some(&input[..]) } else { None };
+            self.project_input(network, index, at, input, pre);
+            direction.forward(&self.runs, &mut self.traces[index][at], work);
+        }
+        self.works[work] = layer_work;
+    }
+
+    fn direction<'a>(network: &Network<'a>, layer: usize, at: usize) -> Direction<'a> {
+        let Network { simd, shape, weights, .. } = *network;
+        Direction { simd, model: shape, layer: shape.layer(layer), weights: &weights.layers[layer][at] }
+    }
+
+    /// The input's part of a direction's gates for all steps. `copied` is what the layer reads if it was written out.
+    fn project_input(
+        &mut self,
+        network: &Network<'_>,
+        index: usize,
+        at: usize,
+        copied: Option<&[f32]>,
+        pre: &mut [f32],
+    ) {
+        let (layer, weights) = (network.shape.layer(index), &network.weights.layers[index][at]);
+        let mut room = std::mem::take(&mut self.room);
+        let reads_backwards = at == 1;
         match &weights.input {
-            InputWeights::Table(table) => {
-                gather_rows(table, &self.tokens, pre);
+            InputWeights::Table(table) if reads_backwards => {
+                let mirrored = (0..self.tokens.len()).map(|place| self.tokens[self.runs.mirrored(place)]);
+                resize_exactly(&mut room.tokens, mirrored.len());
+                room.tokens.iter_mut().zip(mirrored).for_each(|(own, token)| *own = token);
+                gather_rows(table, &room.tokens, pre);
             }
+            InputWeights::Table(table) => gather_rows(table, &self.tokens, pre),
             InputWeights::Dense { forward, .. } => {
+                let width = layer.input_size;
+                let mut x = copied.unwrap_or_else(|| match index {
+                    0 => &self.dense,
+                    _ => self.output_as_it_lies(network.shape, index - 1),
+                });
+                if reads_backwards {
+                    resize_exactly(&mut room.input, x.len());
+                    for (place, row) in room.input.chunks_exact_mut(width).enumerate() {
+                        row.copy_from_slice(&x[self.runs.mirrored(place) * width..][..width]);
+                    }
+                    x = &room.input;
+                }
                 broadcast_rows(&weights.bias, pre);
-                let n = self.rows.len();
-                let x = below.last().map_or(&self.dense[..], |layer| layer.output(n * shape.hidden_sizes[0]));
-                let width = shape.layer(index).input_size;
-                gemm(simd, self.seq_len * n, x, width, forward, pre, gates, true);
+                gemm(network.simd, self.runs.steps(), x, width, forward, pre, layer.gate_size(), true);
             }
         }
+        self.room = room;
     }
 
-    fn layer_forward(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let sequence = self.sequence(shape.hidden_sizes[0]);
-        let LayerTrace { pre, gates, h_part, h, c, .. } = &mut self.layers[index];
-        let weight_hh = &weights.hidden;
-        match shape.cell {
-            Cell::Rnn => rnn_forward(simd, RnnForward { shape: sequence, weight_hh, pre, h }),
-            Cell::Lstm => lstm_forward(simd, LstmForward { shape: sequence, weight_hh, gates: pre, h, c }),
-            Cell::Gru => {
-                let bias_hh = &weights.bias_hh;
-                gru_forward(
-                    simd,
-                    GruForward { shape: sequence, weight_hh, bias_hh, x_part: pre, h_part, gates, h },
-                );
+    /// A layer's output, both directions side by side, behind its dropout: `[N][D·R]`.
+    fn write_output(&self, network: &Network<'_>, index: usize, into: &mut Vec<f32>) {
+        let layer = network.shape.layer(index);
+        let (width, output_size) = (layer.width(), layer.output_size);
+        resize_exactly(into, self.runs.steps() * width);
+        for (place, row) in into.chunks_exact_mut(width).enumerate() {
+            for (at, part) in row.chunks_exact_mut(output_size).enumerate() {
+                part.copy_from_slice(self.output(&layer, index, at, place));
             }
         }
+        self.drop(network, index, into);
     }
 
-    fn drop_output(&mut self, simd: Simd, shape: &ModelShape, index: usize, dropout: Dropout) {
-        let (n, hidden) = (self.len(), shape.hidden_sizes[0]);
-        let (rows, seq_len) = (self.rows.clone(), self.seq_len);
-        let LayerTrace { h, dropped, .. } = &mut self.layers[index];
-        dropped.resize(seq_len * n * hidden, 0.0);
-        let output = h[n * hidden..].chunks_exact(hidden);
-        for (at, (x, y)) in output.zip(dropped.chunks_exact_mut(hidden)).enumerate() {
-            let stream = mask(shape, dropout, rows.start + at % n, at / n, index);
-            dropout_forward(simd, dropout.keep, stream, x, y);
+    /// A direction's h after the step at this place of the forward direction, `[R]`.
+    fn output(&self, layer: &LayerShape, index: usize, at: usize, place: usize) -> &[f32] {
+        let place = if at == 1 { self.runs.mirrored(place) } else { place };
+        &self.traces[index][at].h[(self.runs.len() + place) * layer.output_size..][..layer.output_size]
+    }
+
+    /// Drops units of a layer's output, or of its gradient: both are multiplied by the same mask.
+    fn drop(&self, network: &Network<'_>, index: usize, values: &mut [f32]) {
+        let Some(dropout) = network.dropout.filter(|_| drops_output(network, index)) else { return };
+        let layer = network.shape.layer(index);
+        for (place, t, row) in self.runs.placed() {
+            let t = if dropout.variational { 0 } else { t };
+            let units = &mut values[place * layer.width()..][..layer.width()];
+            for (at, units) in units.chunks_exact_mut(layer.output_size).enumerate() {
+                let position = (t * network.shape.num_layers() + index) * layer.directions + at;
+                let stream = MaskStream {
+                    seed: dropout.seed,
+                    step: dropout.step,
+                    row: dropout.first_slot + (self.rows.start + row) as u32,
+                    position: position as u32,
+                };
+                dropout_backward(network.simd, dropout.keep[index], stream, units);
+            }
         }
     }
 
     /// The logits of every target.
-    fn project_output(&mut self, simd: Simd, shape: &ModelShape, weights: &Weights) {
-        let (unit, classes) = (self.len() * shape.hidden_sizes[0], shape.classes);
-        let Self { layers, logits, targets, .. } = self;
-        let output = head_input(shape, layers, unit);
-        broadcast_rows(&weights.head_bias, logits);
-        gemm(simd, targets.len(), output, shape.hidden_sizes[0], &weights.head, logits, classes, true);
-    }
-
-    /// Back through head, layers and steps to the gates' gradients.
-    pub(super) fn backward(
-        &mut self,
-        simd: Simd,
-        layout: &StateLayout,
-        weights: &Weights,
-        dropout: Option<Dropout>,
-    ) {
-        let shape = &layout.shape;
-        let (hidden, n, seq_len) = (shape.hidden_sizes[0], self.len(), self.seq_len);
-        let unit = n * hidden;
-        self.d_out.resize(seq_len * unit, 0.0);
-        let first_read = if shape.head == Head::EveryStep { 0 } else { (seq_len - 1) * unit };
-        self.d_out[..first_read].fill(0.0);
-        let d_read = &mut self.d_out[first_read..];
-        gemm(
-            simd,
-            self.targets.len(),
-            &self.logits,
-            shape.classes,
-            &weights.head_backward,
-            d_read,
-            hidden,
-            false,
-        );
-        for index in (0..shape.num_layers()).rev() {
-            if let Some(dropout) = dropout.filter(|_| drops_output(shape, index)) {
-                for (at, d) in self.d_out.chunks_exact_mut(hidden).enumerate() {
-                    let stream = mask(shape, dropout, self.rows.start + at % n, at / n, index);
-                    dropout_backward(simd, dropout.keep, stream, d);
+    fn project_output(&mut self, network: &Network<'_>) {
+        let (shape, last) = (network.shape, network.shape.num_layers() - 1);
+        let mut features = std::mem::take(&mut self.features);
+        match shape.head {
+            Head::EveryStep if Self::copies_output(network, last) => {
+                self.write_output(network, last, &mut features);
+            }
+            Head::EveryStep => {}
+            Head::Final => {
+                let layer = shape.layer(last);
+                resize_exactly(&mut features, self.len() * layer.width());
+                for (row, features) in features.chunks_exact_mut(layer.width()).enumerate() {
+                    for (at, part) in features.chunks_exact_mut(layer.output_size).enumerate() {
+                        part.copy_from_slice(self.output(&layer, last, at, self.last_read(row, at)));
+                    }
                 }
             }
-            self.layer_backward(simd, shape, &weights.layers[index], index);
-            if index > 0
-                && let InputWeights::Dense { backward, .. } = &weights.layers[index].input
-            {
-                let gates = shape.cell.gates() * hidden;
-                let d_pre = &self.layers[index].d_pre;
-                gemm(simd, seq_len * n, d_pre, gates, backward, &mut self.d_out, hidden, false);
+        }
+        self.features = features;
+        let mut logits = std::mem::take(&mut self.logits);
+        broadcast_rows(&network.weights.head_bias, &mut logits);
+        let (x, width) = (self.head_input(network), shape.output_width());
+        let targets = self.targets.len();
+        gemm(network.simd, targets, x, width, &network.weights.head, &mut logits, shape.classes, true);
+        self.logits = logits;
+    }
+
+    /// What the head reads, `[N or rows][D·R]`.
+    fn head_input(&self, network: &Network<'_>) -> &[f32] {
+        let last = network.shape.num_layers() - 1;
+        match network.shape.head {
+            Head::EveryStep if !Self::copies_output(network, last) => {
+                self.output_as_it_lies(network.shape, last)
             }
+            _ => &self.features,
         }
     }
 
-    fn layer_backward(&mut self, simd: Simd, shape: &ModelShape, weights: &LayerWeights, index: usize) {
-        let sequence = self.sequence(shape.hidden_sizes[0]);
-        let unit = self.len() * shape.hidden_sizes[0];
-        let Self { layers, d_out, d_h, d_c, seq_len, .. } = self;
-        let LayerTrace { pre, gates, h, c, d_pre, d_h_part, .. } = &mut layers[index];
-        d_pre.resize(*seq_len * shape.cell.gates() * unit, 0.0);
-        for carry in [&mut *d_h, &mut *d_c] {
-            carry.clear();
-            carry.resize(unit, 0.0);
+    /// The place, in the forward direction, of the step that a direction reads last.
+    fn last_read(&self, row: usize, at: usize) -> usize {
+        let mut places = self.runs.places_of(row);
+        let last = if at == 1 { places.next() } else { places.next_back() };
+        last.expect("a row has a step")
+    }
+
+    /// Back through the head.
+    pub(super) fn head_backward(&mut self, network: &Network<'_>) {
+        let (shape, width) = (network.shape, network.shape.output_width());
+        resize_exactly(&mut self.d_out, self.runs.steps() * width);
+        let d_read = match shape.head {
+            Head::EveryStep => &mut self.d_out,
+            Head::Final => {
+                self.d_out.fill(0.0);
+                resize_exactly(&mut self.d_features, self.rows.len() * width);
+                &mut self.d_features
+            }
+        };
+        let weights = &network.weights.head_backward;
+        gemm(network.simd, self.targets.len(), &self.logits, shape.classes, weights, d_read, width, false);
+    }
+
+    /// Back through one layer, to the gradients of its gates and, if somebody asks for it, of its input.
+    pub(super) fn layer_backward(&mut self, network: &Network<'_>, index: usize) {
+        let (shape, last) = (network.shape, network.shape.num_layers() - 1);
+        let layer = shape.layer(index);
+        if self.works.len() < shape.num_layers() && index < last {
+            self.layer_forward(network, index);
         }
-        let weight_hh = &weights.hidden_backward;
-        match shape.cell {
-            Cell::Rnn => {
-                rnn_backward(simd, RnnBackward { shape: sequence, weight_hh, h, d_out, d_pre, d_h });
+        let mut d_out = std::mem::take(&mut self.d_out);
+        let mut room = std::mem::take(&mut self.room);
+        let work_at = self.work_of(index);
+        let mut work = std::mem::take(&mut self.works[work_at]);
+        self.drop(network, index, &mut d_out);
+        for (at, work) in work.directions.iter_mut().enumerate() {
+            work.clear_carry(&layer, &self.runs);
+            if index == last && shape.head == Head::Final {
+                self.carry_of_features(&layer, at, &mut work.d_h);
             }
-            Cell::Lstm => {
-                let args = LstmBackward {
-                    shape: sequence,
-                    weight_hh,
-                    gates: pre,
-                    c,
-                    d_out,
-                    d_gates: d_pre,
-                    d_h,
-                    d_c,
-                };
-                lstm_backward(simd, args);
+            let d_out = if layer.directions == 1 {
+                &d_out
+            } else {
+                self.part_of_direction(&layer, at, &d_out, &mut room.d_out);
+                &room.d_out
+            };
+            let direction = Self::direction(network, index, at);
+            direction.backward(&self.runs, &self.traces[index][at], d_out, work);
+        }
+        if input_has_gradient(shape, index) {
+            resize_exactly(&mut d_out, self.runs.steps() * layer.input_size);
+            self.input_backward(network, index, &work, &mut room.input, &mut d_out);
+        }
+        self.works[work_at] = work;
+        (self.d_out, self.room) = (d_out, room);
+    }
+
+    /// The gradient of the final states that the head has read is that of the ends of their runs.
+    fn carry_of_features(&self, layer: &LayerShape, at: usize, d_h: &mut [f32]) {
+        let size = layer.output_size;
+        for (row, d_features) in self.d_features.chunks_exact(layer.width()).enumerate() {
+            let run = self.runs.run_at(self.last_read(row, at));
+            d_h[run * size..][..size].copy_from_slice(&d_features[at * size..][..size]);
+        }
+    }
+
+    /// One direction's part of the gradient of a layer's output, in its own order of steps: `[N][R]`.
+    fn part_of_direction(&self, layer: &LayerShape, at: usize, d_out: &[f32], into: &mut Vec<f32>) {
+        let size = layer.output_size;
+        resize_exactly(into, self.runs.steps() * size);
+        for (place, row) in into.chunks_exact_mut(size).enumerate() {
+            let place = if at == 1 { self.runs.mirrored(place) } else { place };
+            row.copy_from_slice(&d_out[place * layer.width() + at * size..][..size]);
+        }
+    }
+
+    /// The gradient of a layer's input, the directions' sum: `[N][I]`.
+    fn input_backward(
+        &self,
+        network: &Network<'_>,
+        index: usize,
+        work: &LayerWork,
+        room: &mut Vec<f32>,
+        d_input: &mut [f32],
+    ) {
+        let layer = network.shape.layer(index);
+        let (steps, gates, width) = (self.runs.steps(), layer.gate_size(), layer.input_size);
+        for (at, work) in work.directions.iter().enumerate() {
+            let InputWeights::Dense { backward, .. } = &network.weights.layers[index][at].input else {
+                unreachable!("a one-hot input has no gradient")
+            };
+            if at == 0 {
+                gemm(network.simd, steps, &work.d_pre, gates, backward, d_input, width, false);
+                continue;
             }
-            Cell::Gru => {
-                d_h_part.resize(*seq_len * 3 * unit, 0.0);
-                let args = GruBackward {
-                    shape: sequence,
-                    weight_hh,
-                    gates,
-                    h,
-                    d_out,
-                    d_x_part: d_pre,
-                    d_h_part,
-                    d_h,
-                };
-                gru_backward(simd, args);
+            resize_exactly(room, steps * width);
+            gemm(network.simd, steps, &work.d_pre, gates, backward, room, width, false);
+            for (place, row) in d_input.chunks_exact_mut(width).enumerate() {
+                tree_add(network.simd, row, &room[self.runs.mirrored(place) * width..][..width]);
             }
         }
     }
 
     /// Loss, weight and hits of each row, summed over its steps in time order.
-    pub(super) fn row_results(&self) -> impl Iterator<Item = RowResult> + '_ {
-        let n = self.len();
-        (0..n).map(move |row| {
+    pub(super) fn row_results(&self, head: Head) -> impl Iterator<Item = RowResult> + '_ {
+        (0..self.len()).map(move |row| {
             let mut result = RowResult::default();
-            for at in (row..self.losses.len()).step_by(n) {
+            let mut add = |at: usize| {
                 result.loss += self.losses[at];
                 result.weight += 1;
                 result.correct += u64::from(self.correct[at]);
+            };
+            match head {
+                Head::EveryStep => self.runs.places_of(row).skip(self.paddings[row]).for_each(&mut add),
+                Head::Final => add(row),
             }
             result
         })
     }
 
-    // What the weight gradients read, row by row; `row` counts from the block's first.
+    // What the weight gradients read. A place is one of the forward direction, `row` counts from the block's first.
 
-    /// Gradient of the logits, `[V]`.
-    pub(super) fn d_logits(&self, classes: usize, t: usize, row: usize) -> &[f32] {
-        &self.logits[(t * self.len() + row) * classes..][..classes]
+    /// Gradient of the logits, `[V]`, of the target at this place or of this row.
+    pub(super) fn d_logits(&self, classes: usize, target: usize) -> &[f32] {
+        &self.logits[target * classes..][..classes]
     }
 
-    /// Gradient of the input's part of the gates, `[G·H]`.
-    pub(super) fn d_pre(&self, layer: usize, gates: usize, t: usize, row: usize) -> &[f32] {
-        &self.layers[layer].d_pre[(t * self.len() + row) * gates..][..gates]
+    /// What the head has read for this target, `[D·R]`.
+    pub(super) fn features(&self, network: &Network<'_>, target: usize) -> &[f32] {
+        let width = network.shape.output_width();
+        &self.head_input(network)[target * width..][..width]
     }
 
-    /// GRU: gradient of the state's part of the gates, `[3·H]`.
-    pub(super) fn d_h_part(&self, layer: usize, gates: usize, t: usize, row: usize) -> &[f32] {
-        &self.layers[layer].d_h_part[(t * self.len() + row) * gates..][..gates]
+    /// What a layer has read at this place, `[I]`.
+    pub(super) fn input(&self, network: &Network<'_>, layer: usize, place: usize) -> &[f32] {
+        let width = network.shape.layer(layer).input_size;
+        &self.input_of(network, layer)[place * width..][..width]
     }
 
-    /// h before step `t`, `[H]`.
-    pub(super) fn h_before(&self, layer: usize, hidden: usize, t: usize, row: usize) -> &[f32] {
-        &self.layers[layer].h[(t * self.len() + row) * hidden..][..hidden]
+    /// The token at this place.
+    pub(super) fn token(&self, place: usize) -> u32 {
+        self.tokens[place]
     }
 
-    /// The layer's output at step `t`, after dropout, `[H]`.
-    pub(super) fn output(&self, layer: usize, hidden: usize, t: usize, row: usize) -> &[f32] {
-        let n = self.len();
-        &self.layers[layer].output(n * hidden)[(t * n + row) * hidden..][..hidden]
+    /// The trace and the workspace of a direction.
+    pub(super) fn direction_of(&self, layer: usize, at: usize) -> (&Trace, &Workspace) {
+        (&self.traces[layer][at], &self.works[self.work_of(layer)].directions[at])
     }
 
-    /// The dense input at step `t`, `[I]`.
-    pub(super) fn dense(&self, width: usize, t: usize, row: usize) -> &[f32] {
-        &self.dense[(t * self.len() + row) * width..][..width]
-    }
-
-    /// The token at step `t`.
-    pub(super) fn token(&self, t: usize, row: usize) -> u32 {
-        self.tokens[t * self.len() + row]
-    }
-}
-
-impl LayerTrace {
-    /// `[T][rows][H]`; `unit` is rows · H.
-    fn output(&self, unit: usize) -> &[f32] {
-        if self.dropped.is_empty() { &self.h[unit..] } else { &self.dropped }
+    /// Gradient of the embedded input at this place, `[I]`, after the backward pass of all layers.
+    pub(super) fn d_embedded(&self, width: usize, place: usize) -> &[f32] {
+        &self.d_out[place * width..][..width]
     }
 }
 
@@ -522,26 +690,14 @@ fn scale_bytes(bytes: &[u8], scaled: &mut [f32]) {
     scaled.iter_mut().zip(bytes).for_each(|(x, &byte)| *x = f32::from(byte) / 255.0);
 }
 
-/// What the head reads: the last layer's output at all steps, or at the last one.
-fn head_input<'a>(shape: &ModelShape, layers: &'a [LayerTrace], unit: usize) -> &'a [f32] {
-    let output = layers.last().expect("a network has a layer").output(unit);
-    match shape.head {
-        Head::EveryStep => output,
-        Head::Final => &output[output.len() - unit..],
-    }
+/// Whether dropout applies to a layer's output.
+fn drops_output(network: &Network<'_>, layer: usize) -> bool {
+    network.dropout.is_some_and(|dropout| dropout.keep[layer] < 1.0)
+        && has_droppable_output(network.shape, layer)
 }
 
-/// Whether dropout applies to a layer's output. Where the head reads the final state, nobody reads the last layer's
-/// output: the state is never dropped, neither on its way through time nor for the head.
-fn drops_output(shape: &ModelShape, layer: usize) -> bool {
+/// Whether somebody reads a layer's output. Where the head reads the final state, nobody reads the last layer's: the
+/// state is never dropped, neither on its way through time nor for the head.
+pub(super) fn has_droppable_output(shape: &ModelShape, layer: usize) -> bool {
     shape.head == Head::EveryStep || layer + 1 < shape.num_layers()
-}
-
-fn mask(shape: &ModelShape, dropout: Dropout, row: usize, t: usize, layer: usize) -> MaskStream {
-    MaskStream {
-        seed: dropout.seed,
-        step: dropout.step,
-        row: dropout.first_slot + row as u32,
-        position: (t * shape.num_layers() + layer) as u32,
-    }
 }

@@ -5,7 +5,7 @@ use protocol::layout::StateLayout;
 use protocol::slots::{slots, slots_of};
 use std::ops::Range;
 
-use super::block::RowBlock;
+use super::block::{RowBlock, has_droppable_output};
 use super::gradient::Scratch;
 use super::weights::Weights;
 
@@ -22,20 +22,24 @@ pub struct Footprint {
 
 impl Footprint {
     /// The footprint of a device with this many threads and these shards of the job, over rows of `seq_len` steps.
+    /// `recompute`: as for [`CpuDevice::new`](super::CpuDevice::new).
     pub fn of(
         layout: &StateLayout,
         job: &JobSpec,
         seq_len: usize,
         shards: Range<u32>,
         threads: usize,
+        recompute: bool,
     ) -> Self {
         let shape = &layout.shape;
         let rows = slots_of(job.batch_size, job.shards, shards.clone()).len();
         let largest = shards.clone().map(|shard| slots(job.batch_size, job.shards, shard).len()).max();
         let busy = threads.min(shards.len());
+        let keep_probs = job.layer_keep_probs();
+        let drops = |layer: usize| keep_probs[layer] < 1.0 && has_droppable_output(shape, layer);
         Self {
-            weights: Weights::bytes_of(shape),
-            blocks: RowBlock::bytes_of(shape, seq_len, rows, job.keep_prob < 1.0),
+            weights: Weights::bytes_of(layout),
+            blocks: RowBlock::bytes_of(shape, seq_len, rows, drops, recompute),
             scratch: busy * Scratch::bytes_of(shape, seq_len, largest.unwrap_or(0)),
         }
     }
@@ -57,14 +61,24 @@ mod tests {
     use protocol::job::{JobFile, Task};
     use protocol::schedule::Work;
 
+    struct Trained {
+        device: CpuDevice,
+        shards: Range<u32>,
+        /// The most bytes of it that were in use at a time.
+        scratch: usize,
+    }
+
     /// A device after a training step of the shards 1.. of all.
-    fn trained(job: &JobSpec, layout: &StateLayout, seq_len: usize) -> (CpuDevice, Range<u32>) {
+    fn trained(job: &JobSpec, layout: &StateLayout, seq_len: usize, recompute: bool) -> Trained {
         let shards = 1..job.shards;
         let slots_here = slots_of(job.batch_size, job.shards, shards.clone());
         let rows = slots_here.len();
         let at = |slot: u32| (slot - slots_here.start) as usize;
         let inputs = match job.task {
             Task::Chars => Inputs::Tokens(vec![1; rows * (seq_len + 1)]),
+            Task::Classify => {
+                Inputs::LabelledTokens { tokens: vec![1; rows * seq_len], labels: vec![1; rows] }
+            }
             Task::Rows => Inputs::Bytes {
                 bytes: vec![9; rows * seq_len * layout.shape.input.size()],
                 labels: vec![1; rows],
@@ -81,45 +95,68 @@ mod tests {
                 })
                 .collect(),
             sample_ids: vec![0; rows],
+            lengths: vec![seq_len as u32; rows],
+            paddings: vec![0; rows],
             inputs,
         };
         // One thread: which one takes which shard is left to chance.
-        let mut device = CpuDevice::new(Simd::detect(), 1, layout.clone(), job, seq_len).unwrap();
-        let parameters = initial_parameters(layout, job.init, job.seed);
+        let mut device = CpuDevice::new(Simd::detect(), 1, layout.clone(), job, recompute).unwrap();
+        let parameters = initial_parameters(layout, job);
         let state = vec![0.0; layout.recurrent()];
         device.step(Pass::Train { step: 0 }, &parameters, &batch, &state, &mut state.clone()).unwrap();
         let mut partials = vec![vec![0.0; layout.parameters()]; shards.len()];
         for bucket in 0..layout.buckets().len() {
             device.finish_bucket(bucket, &mut partials).unwrap();
         }
-        (device, shards)
+        let scratch = device.scratch[0].lock().unwrap().most_bytes;
+        Trained { device, shards, scratch }
     }
+
+    /// One setting more for each kind of buffer.
+    const OPTIONS: [&[(&str, &str)]; 9] = [
+        &[],
+        &[("keep_prob", "0.8")],
+        &[("keep_probs", "[0.5, 1, 0.9]"), ("variational_dropout", "true")],
+        &[("hidden_sizes", "[21, 9, 40]")],
+        &[("cell", "lstm"), ("projection", "8"), ("peepholes", "true"), ("initial_state", "learnt")],
+        &[("cell", "gru"), ("reset", "before")],
+        &[("task", "classify"), ("bidirectional", "true"), ("embedding_size", "5")],
+        &[("task", "rows"), ("bidirectional", "true"), ("keep_prob", "0.8")],
+        &[("embedding_size", "30")],
+    ];
 
     #[test]
     fn every_buffer_is_counted() {
         for task in ["chars", "rows"] {
             for cell in ["rnn", "lstm", "gru"] {
-                for keep_prob in ["1.0", "0.8"] {
-                    let settings = [
-                        ("task", task),
-                        ("cell", cell),
-                        ("keep_prob", keep_prob),
-                        ("num_layers", "3"),
-                        ("hidden_size", "21"),
-                        ("batch_size", "40"),
-                        ("shards", "7"),
-                    ];
-                    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
-                    let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
-                    let (layout, seq_len) = (StateLayout::of(&job, 13, 11), 6);
-                    let (device, shards) = trained(&job, &layout, seq_len);
-                    let foretold = Footprint::of(&layout, &job, seq_len, shards, 1);
-                    assert_eq!(foretold.weights, device.weights.held_bytes(), "{settings:?}");
-                    let blocks: usize = device.blocks.iter().map(RowBlock::held_bytes).sum();
-                    assert_eq!(foretold.blocks, blocks, "{settings:?}");
-                    // What is in use after the last product is not more than the most there was.
-                    let scratch = device.scratch[0].lock().unwrap().held_bytes();
-                    assert!((scratch..=2 * scratch).contains(&foretold.scratch), "{settings:?}");
+                for options in OPTIONS {
+                    for recompute in [false, true] {
+                        let sizes = [
+                            ("task", task),
+                            ("cell", cell),
+                            ("num_layers", "3"),
+                            ("hidden_size", "21"),
+                            ("batch_size", "40"),
+                            ("shards", "7"),
+                        ];
+                        let settings: Vec<(String, String)> = sizes
+                            .iter()
+                            .chain(options)
+                            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                            .collect();
+                        let Ok(JobFile { job, .. }) = JobFile::resolve("char-lstm", None, &settings) else {
+                            continue;
+                        };
+                        let (layout, seq_len) = (StateLayout::of(&job, 13, 11), 6);
+                        let Trained { mut device, shards, scratch } =
+                            trained(&job, &layout, seq_len, recompute);
+                        let foretold = Footprint::of(&layout, &job, seq_len, shards, 1, recompute);
+                        assert_eq!(foretold.weights, device.weights.held_bytes(), "{settings:?}");
+                        let blocks: usize = device.blocks.iter_mut().map(RowBlock::held_bytes).sum();
+                        assert_eq!(foretold.blocks, blocks, "{settings:?} {recompute}");
+                        // The largest operands need not meet in one product.
+                        assert!((scratch..=2 * scratch).contains(&foretold.scratch), "{settings:?}");
+                    }
                 }
             }
         }

@@ -1,15 +1,18 @@
 //! The CPU device: the embedded default, and the reference for every other one.
 //!
 //! Rows are the parallelism. The rows of all shards are cut into blocks, one task each; a task runs its rows through
-//! all layers, steps and back ([`block`]) without meeting another task. Then the weight gradients are summed per
-//! shard ([`gradient`]), whatever blocks its rows were in. Weights are packed once per step ([`weights`]). A trained
-//! network is read one step at a time by a block of one row ([`reader`]). What all this takes is known before
-//! ([`footprint`], [`speed`]).
+//! all layers, steps and back ([`block`]) without meeting another task. Rows may differ in length and their state may be
+//! reset in the middle; [`runs`] says where their steps lie, [`direction`] runs one direction of a layer over them. Then
+//! the weight gradients are summed per shard ([`gradient`]), whatever blocks its rows were in. Weights are packed once
+//! per step ([`weights`]). A trained network is read one step at a time by a block of one row ([`reader`]). What all
+//! this takes is known before ([`footprint`], [`speed`]).
 
 mod block;
+mod direction;
 pub mod footprint;
 mod gradient;
 mod reader;
+mod runs;
 pub mod speed;
 mod weights;
 
@@ -18,15 +21,16 @@ use std::ops::Range;
 use kernels::Simd;
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep, adam_update, scale, sgd_update, squared_norm};
 use kernels::cpu::reduce;
-use protocol::batch::{Batch, DataShape, Inputs};
+use protocol::batch::{Batch, DataShape};
 use protocol::job::JobSpec;
-use protocol::layout::{Input, ModelShape, StateLayout};
+use protocol::layout::{ModelShape, Part, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use rayon::prelude::*;
 
 use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update, UpdateRule};
-use block::{BlockInputs, Dropout, RowBlock};
+use block::{Dropout, Network, RowBlock};
 use gradient::{GradientTask, Scratch};
+use runs::{BatchRows, row_starts};
 use weights::Weights;
 
 pub use reader::CpuReader;
@@ -76,8 +80,8 @@ impl Backend for CpuBackend {
         self.threads
     }
 
-    fn open(&self, layout: &StateLayout, job: &JobSpec, data: &DataShape) -> Result<CpuDevice> {
-        CpuDevice::new(self.simd, self.threads, layout.clone(), job, data.seq_len)
+    fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, recompute: bool) -> Result<CpuDevice> {
+        CpuDevice::new(self.simd, self.threads, layout.clone(), job, recompute)
     }
 }
 
@@ -87,11 +91,17 @@ pub struct CpuDevice {
     pool: rayon::ThreadPool,
     layout: StateLayout,
     buckets: Vec<Range<usize>>,
-    seq_len: usize,
     seed: u64,
-    keep_prob: f32,
+    keep_probs: Vec<f32>,
+    variational: bool,
+    /// Gates are computed again in the backward pass, which runs layer by layer as the buckets are asked for.
+    recompute: bool,
     weights: Weights,
     blocks: Vec<RowBlock>,
+    /// Where the rows of the last batch begin.
+    row_starts: Vec<usize>,
+    /// Dropout of the last training step.
+    dropout: Option<Dropout>,
     /// Rows of each shard of the last batch.
     shard_rows: Vec<Range<usize>>,
     sums: Vec<StepSums>,
@@ -100,7 +110,8 @@ pub struct CpuDevice {
 }
 
 impl CpuDevice {
-    /// A device for one job, with this many threads, at least 1.
+    /// A device for one job, with this many threads, at least 1. With `recompute` it keeps only h and c of the forward
+    /// pass, in all layers but one, and computes the gates again for the backward pass: the same bits, less memory.
     ///
     /// # Errors
     /// The threads cannot be started.
@@ -109,7 +120,7 @@ impl CpuDevice {
         threads: usize,
         layout: StateLayout,
         job: &JobSpec,
-        seq_len: usize,
+        recompute: bool,
     ) -> Result<Self> {
         assert!(threads > 0, "CpuDevice: threads is 0, expected at least 1");
         let pool = rayon::ThreadPoolBuilder::new()
@@ -120,13 +131,16 @@ impl CpuDevice {
         Ok(Self {
             simd,
             pool,
-            weights: Weights::new(&layout.shape, true),
+            weights: Weights::new(&layout, true),
             buckets: layout.buckets(),
             layout,
-            seq_len,
             seed: job.seed,
-            keep_prob: job.keep_prob as f32,
+            keep_probs: job.layer_keep_probs(),
+            variational: job.variational_dropout,
+            recompute,
             blocks: Vec::new(),
+            row_starts: Vec::new(),
+            dropout: None,
             shard_rows: Vec::new(),
             sums: Vec::new(),
             scratch: (0..threads).map(|_| Default::default()).collect(),
@@ -135,26 +149,25 @@ impl CpuDevice {
 
     /// Rows that a block should have.
     fn block_rows(shape: &ModelShape) -> usize {
-        let weight_bytes = 4 * shape.cell.gates() * shape.hidden_sizes[0] * shape.hidden_sizes[0];
-        if weight_bytes <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS }
+        let weights = shape.layers().map(|layer| layer.gate_size() * layer.output_size).max().unwrap_or(0);
+        if 4 * weights <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS }
     }
 
-    /// Cuts the batch's rows into blocks of nearly equal size, equally many for each thread.
+    /// Makes as many blocks as rows need, of nearly equal size, equally many for each thread.
     fn cut(&mut self, rows: usize) {
         let block_rows = Self::block_rows(&self.layout.shape);
         let threads = self.pool.current_num_threads();
-        let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows).max(1);
+        let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows);
         self.blocks.resize_with(count, RowBlock::default);
         for (index, block) in self.blocks.iter_mut().enumerate() {
-            let (start, end) = (index * rows / count, (index + 1) * rows / count);
-            block.resize(&self.layout.shape, self.seq_len, start..end);
+            block.rows = index * rows / count..(index + 1) * rows / count;
         }
     }
 
     /// Adds up the rows' losses per shard, in row order.
     fn add_up(&mut self, batch: &Batch) {
         self.sums.clear();
-        let mut rows = self.blocks.iter().flat_map(RowBlock::row_results);
+        let mut rows = self.blocks.iter().flat_map(|block| block.row_results(self.layout.shape.head));
         for shard in &batch.shards {
             let mut sums = StepSums { rows: shard.rows.len() as u64, ..StepSums::default() };
             for (row, result) in shard.rows.clone().zip(&mut rows) {
@@ -198,40 +211,62 @@ impl Device for CpuDevice {
         self.cut(batch.rows());
         self.shard_rows.clear();
         self.shard_rows.extend(batch.shards.iter().map(|shard| shard.rows.clone()));
+        row_starts(batch, self.layout.shape.input.size(), &mut self.row_starts);
         let backward = pass != Pass::Evaluate;
-        let dropout = match pass {
-            Pass::Train { step } if self.keep_prob < 1.0 => {
-                Some(Dropout { keep: self.keep_prob, seed: self.seed, step, first_slot: batch.first_slot })
+        self.dropout = match pass {
+            Pass::Train { step } if self.keep_probs.iter().any(|&keep_prob| keep_prob < 1.0) => {
+                Some(Dropout {
+                    keep: self.keep_probs.clone(),
+                    variational: self.variational,
+                    seed: self.seed,
+                    step,
+                    first_slot: batch.first_slot,
+                })
             }
             _ => None,
         };
-        let (simd, layout, seq_len) = (self.simd, &self.layout, self.seq_len);
+        let (layout, recompute) = (&self.layout, self.recompute);
+        let shape = &layout.shape;
         let (weights, blocks) = (&mut self.weights, &mut self.blocks);
-        let state_size = layout.shape.state_size();
+        let rows = BatchRows { batch, starts: &self.row_starts };
+        let dropout = self.dropout.as_ref();
+        let simd = self.simd;
+        let state_size = shape.state_size();
         let first = batch.first_slot as usize * state_size;
         let state_in = &state_in[first..first + batch.rows() * state_size];
         self.pool.install(|| {
             weights.pack(layout, parameters, backward);
-            let weights = &*weights;
+            let network = Network { simd, shape, weights, dropout };
             blocks.par_iter_mut().for_each(|block| {
-                let inputs = block_inputs(batch, &layout.shape.input, seq_len, block.rows.clone());
-                let state = &state_in[block.rows.start * state_size..block.rows.end * state_size];
-                block.forward(simd, layout, weights, inputs, state, dropout, backward);
+                block.take(&network, &rows, recompute);
+                block.load_state(&network, &state_in[block.rows.start * state_size..]);
+                block.forward(&network, backward);
                 if backward {
-                    block.backward(simd, layout, weights, dropout);
+                    block.head_backward(&network);
+                }
+                if backward && !recompute {
+                    // At once, while the block's numbers are in the cache.
+                    for layer in (0..shape.num_layers()).rev() {
+                        block.layer_backward(&network, layer);
+                    }
                 }
             });
         });
-        for block in &self.blocks {
+        for block in &mut self.blocks {
             let start = first + block.rows.start * state_size;
-            block.store_state(&layout.shape, &mut state_out[start..start + block.rows.len() * state_size]);
+            block.store_state(shape, &mut state_out[start..]);
         }
         self.add_up(batch);
         Ok(())
     }
 
     fn reader(&mut self, parameters: &Vec<f32>) -> Result<CpuReader> {
-        Ok(self.pool.install(|| CpuReader::new(&self.layout, parameters)))
+        if self.layout.shape.bidirectional {
+            return Err(DeviceError(
+                "a bidirectional network reads whole rows, not one step at a time".to_owned(),
+            ));
+        }
+        Ok(self.pool.install(|| CpuReader::new(self.simd, &self.layout, parameters)))
     }
 
     fn read(&mut self, reader: &mut CpuReader, input: StepInput<'_>, logits: &mut [f32]) -> Result<()> {
@@ -242,14 +277,20 @@ impl Device for CpuDevice {
     fn finish_bucket(&mut self, bucket: usize, partials: &mut [Vec<f32>]) -> Result<()> {
         assert_eq!(partials.len(), self.shard_rows.len(), "finish_bucket: one partial per shard of the step");
         let range = self.buckets[bucket].clone();
-        let layer = (bucket > 0).then(|| self.layout.shape.num_layers() - bucket);
-        let (simd, layout, blocks, scratch) = (self.simd, &self.layout, &self.blocks, &self.scratch);
+        let (layout, part) = (&self.layout, self.layout.part(bucket));
+        let dropout = self.dropout.as_ref();
+        let network = Network { simd: self.simd, shape: &layout.shape, weights: &self.weights, dropout };
+        let (blocks, scratch, recompute) = (&mut self.blocks, &self.scratch, self.recompute);
         self.pool.install(|| {
+            if let (Part::Layer(layer), true) = (part, recompute) {
+                blocks.par_iter_mut().for_each(|block| block.layer_backward(&network, layer));
+            }
+            let blocks = &blocks[..];
             partials.par_iter_mut().zip(&self.shard_rows).for_each(|(partial, rows)| {
                 let thread = rayon::current_thread_index().unwrap_or(0);
                 let mut scratch = scratch[thread].lock().expect("a kernel panicked");
-                let task = GradientTask { layer, rows: rows.clone(), gradient: &mut partial[range.clone()] };
-                task.run(simd, layout, blocks, &mut scratch);
+                let task = GradientTask { network, layout, blocks, part, rows: rows.clone() };
+                task.run(&mut scratch, &mut partial[range.clone()]);
             });
         });
         Ok(())
@@ -321,19 +362,5 @@ impl Device for CpuDevice {
 
     fn digest(&self, buffer: &Vec<f32>, at: usize) -> Result<u64> {
         Ok(reduce::digest(self.simd, buffer, at as u64))
-    }
-}
-
-/// The part of a batch that a block reads.
-fn block_inputs<'a>(batch: &'a Batch, input: &Input, seq_len: usize, rows: Range<usize>) -> BlockInputs<'a> {
-    match &batch.inputs {
-        Inputs::Tokens(tokens) => {
-            BlockInputs::Tokens(&tokens[rows.start * (seq_len + 1)..rows.end * (seq_len + 1)])
-        }
-        Inputs::LabelledTokens { .. } => todo!(),
-        Inputs::Bytes { bytes, labels } => {
-            let row = seq_len * input.size();
-            BlockInputs::Bytes { bytes: &bytes[rows.start * row..rows.end * row], labels: &labels[rows] }
-        }
     }
 }

@@ -6,7 +6,7 @@
 use kernels::Simd;
 use protocol::layout::{ModelShape, StateLayout};
 
-use super::block::RowBlock;
+use super::block::{Network, RowBlock};
 use super::weights::Weights;
 use crate::device::StepInput;
 
@@ -17,17 +17,25 @@ pub struct CpuReader {
 }
 
 impl CpuReader {
-    /// A reader with these parameters `[P]` and a state of zeros.
-    pub(super) fn new(layout: &StateLayout, parameters: &[f32]) -> Self {
-        let mut weights = Weights::new(&layout.shape, false);
+    /// A reader with these parameters `[P]` and the network's initial state.
+    pub(super) fn new(simd: Simd, layout: &StateLayout, parameters: &[f32]) -> Self {
+        let mut weights = Weights::new(layout, false);
         weights.pack(layout, parameters, false);
         let mut block = RowBlock::default();
-        block.resize(&layout.shape, 1, 0..1);
+        block.begin_reading(&network(simd, &layout.shape, &weights));
         Self { weights, block }
     }
 
     /// One step; `logits` is `[V]`.
     pub(super) fn read(&mut self, simd: Simd, shape: &ModelShape, input: StepInput<'_>, logits: &mut [f32]) {
-        logits.copy_from_slice(self.block.forward_one_step(simd, shape, &self.weights, input));
+        let network = network(simd, shape, &self.weights);
+        if matches!(input, StepInput::Token(token) if shape.reset_token.map(u32::from) == Some(token)) {
+            self.block.begin_reading(&network);
+        }
+        logits.copy_from_slice(self.block.read_step(&network, input));
     }
+}
+
+fn network<'a>(simd: Simd, shape: &'a ModelShape, weights: &'a Weights) -> Network<'a> {
+    Network { simd, shape, weights, dropout: None }
 }

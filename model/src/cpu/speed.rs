@@ -37,7 +37,8 @@ impl Speed {
 
 /// Floating-point operations per second of the recurrent product, on so many threads at once.
 fn gemm_rate(simd: Simd, shape: &ModelShape, threads: usize) -> f64 {
-    let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
+    let layer = shape.layer(shape.num_layers() - 1);
+    let (hidden, gates) = (layer.output_size, layer.gate_size());
     let rows = CpuDevice::block_rows(shape);
     let probe = || {
         let state = vec![0.5; rows * hidden];

@@ -2,34 +2,44 @@
 //! reader).
 
 use kernels::PackedMatrix;
+use kernels::cpu::gru::GruWeights;
 use kernels::cpu::input::token_table;
-use protocol::cell::Cell;
-use protocol::layout::{Input, ModelShape, StateLayout};
+use kernels::cpu::lstm::{LstmOptions, Peepholes};
+use protocol::cell::{Cell, CellOptions, Reset};
+use protocol::layout::{DirectionRanges, Input, LayerShape, ModelShape, StateLayout};
 use rayon::prelude::*;
 
 /// All weights, packed.
 pub(super) struct Weights {
-    pub(super) layers: Vec<LayerWeights>,
-    /// `[H, V]` (k, n)
+    /// `[tokens, I]`, where inputs are rows of a table; else empty.
+    pub(super) embedding: Vec<f32>,
+    /// Per layer, per direction.
+    pub(super) layers: Vec<Vec<DirectionWeights>>,
+    /// `[D·R, V]` (k, n)
     pub(super) head: PackedMatrix,
-    /// `[V, H]` (k, n)
+    /// `[V, D·R]` (k, n)
     pub(super) head_backward: PackedMatrix,
     /// `[V]`
     pub(super) head_bias: Vec<f32>,
 }
 
-/// The weights of one layer.
-pub(super) struct LayerWeights {
+/// The weights of one direction of a layer.
+pub(super) struct DirectionWeights {
     pub(super) input: InputWeights,
-    /// `[H, G·H]` (k, n)
-    pub(super) hidden: PackedMatrix,
-    /// `[G·H, H]` (k, n)
-    pub(super) hidden_backward: PackedMatrix,
-    /// `[G·H]`: what is added to the input's part: both biases, but only `bias_ih` for the GRU, whose `bias_hh`
-    /// stays inside the reset.
+    pub(super) hidden: HiddenWeights,
+    /// Only for the backward pass.
+    pub(super) hidden_backward: HiddenWeights,
+    /// `[G·H]`: what is added to the input's part: both biases and the forget bias, but only `bias_ih` for the GRU,
+    /// whose `bias_hh` stays inside the reset.
     pub(super) bias: Vec<f32>,
     /// `[G·H]`
     pub(super) bias_hh: Vec<f32>,
+    /// An LSTM's projection.
+    pub(super) projection: Option<Projection>,
+    /// An LSTM's peepholes to i, f and o, `[H]` each; else empty.
+    peepholes: [Vec<f32>; 3],
+    /// h and c of the initial state: `[R]` and `[H]` (empty where the cell has no c).
+    pub(super) initial: [Vec<f32>; 2],
 }
 
 /// How a layer reads its input.
@@ -40,114 +50,292 @@ pub(super) enum InputWeights {
     Dense {
         /// `[I, G·H]` (k, n)
         forward: PackedMatrix,
-        /// `[G·H, I]` (k, n); not used by the first layer, whose input needs no gradient.
+        /// `[G·H, I]` (k, n); only where somebody asks for the gradient of the input.
         backward: PackedMatrix,
     },
 }
 
+/// The recurrent weights.
+pub(super) enum HiddenWeights {
+    /// `[R, G·H]` (k, n); for the backward pass `[G·H, R]`.
+    Whole(PackedMatrix),
+    /// A GRU that resets before the product: `[H, 2·H]` for r and z, `[H, H]` for n; for the backward pass `[2·H, H]`
+    /// and `[H, H]`.
+    Split { gates: PackedMatrix, candidate: PackedMatrix },
+}
+
+/// An LSTM's projection.
+pub(super) struct Projection {
+    /// `[H, R]` (k, n)
+    pub(super) forward: PackedMatrix,
+    /// `[R, H]` (k, n)
+    pub(super) backward: PackedMatrix,
+}
+
+/// Whether somebody asks for the gradient of a layer's input: the layer below, or the embedding.
+pub(super) fn input_has_gradient(shape: &ModelShape, layer: usize) -> bool {
+    layer > 0 || matches!(shape.input, Input::Embedding { .. })
+}
+
+/// Whether a layer's input is a one-hot vector.
+pub(super) fn reads_one_hot(shape: &ModelShape, layer: usize) -> bool {
+    layer == 0 && matches!(shape.input, Input::OneHot(_))
+}
+
 impl Weights {
     /// Room for the weights of a network; for the forms that only the backward pass reads, if there will be one.
-    pub(super) fn new(shape: &ModelShape, backward: bool) -> Self {
-        let backward = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
-        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
-        let layer = |layer: usize| {
-            let width = shape.layer(layer).input_size;
-            let input = match shape.input {
-                Input::OneHot(_) if layer == 0 => InputWeights::Table(vec![0.0; width * gates]),
-                _ => InputWeights::Dense {
-                    forward: PackedMatrix::new(width, gates),
-                    backward: backward(gates, width),
-                },
-            };
-            LayerWeights {
-                input,
-                hidden: PackedMatrix::new(hidden, gates),
-                hidden_backward: backward(gates, hidden),
-                bias: vec![0.0; gates],
-                bias_hh: vec![0.0; gates],
-            }
-        };
+    pub(super) fn new(layout: &StateLayout, backward: bool) -> Self {
+        let shape = &layout.shape;
+        let backward_of = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
+        let width = shape.output_width();
+        let layers = shape.layers().enumerate().map(|(index, layer)| {
+            (0..layer.directions).map(|_| DirectionWeights::new(shape, index, &layer, backward)).collect()
+        });
         Self {
-            layers: (0..shape.num_layers()).map(layer).collect(),
-            head: PackedMatrix::new(hidden, shape.classes),
-            head_backward: backward(shape.classes, hidden),
+            embedding: vec![0.0; layout.embedding().map_or(0, |table| table.len())],
+            layers: layers.collect(),
+            head: PackedMatrix::new(width, shape.classes),
+            head_backward: backward_of(shape.classes, width),
             head_bias: vec![0.0; shape.classes],
         }
     }
 
     /// Bytes of the weights of a network, with those that only the backward pass reads.
-    pub(super) fn bytes_of(shape: &ModelShape) -> usize {
-        let (hidden, gates) = (shape.hidden_sizes[0], shape.cell.gates() * shape.hidden_sizes[0]);
-        let both_ways = |k, n| PackedMatrix::bytes_of(k, n) + PackedMatrix::bytes_of(n, k);
-        let layer = |layer: usize| {
-            let width = shape.layer(layer).input_size;
-            let input = match shape.input {
-                Input::OneHot(_) if layer == 0 => size_of::<f32>() * width * gates,
-                _ => both_ways(width, gates),
-            };
-            input + both_ways(hidden, gates) + size_of::<f32>() * 2 * gates
+    pub(super) fn bytes_of(layout: &StateLayout) -> usize {
+        let shape = &layout.shape;
+        let layer = |(index, layer): (usize, LayerShape)| {
+            layer.directions * DirectionWeights::bytes_of(shape, index, &layer)
         };
-        let head = both_ways(hidden, shape.classes) + size_of::<f32>() * shape.classes;
-        (0..shape.num_layers()).map(layer).sum::<usize>() + head
+        let layers: usize = shape.layers().enumerate().map(layer).sum();
+        let floats = shape.classes + layout.embedding().map_or(0, |table| table.len());
+        layers + both_ways(shape.output_width(), shape.classes) + size_of::<f32>() * floats
     }
 
     /// Bytes that these weights hold.
     #[cfg(test)]
     pub(super) fn held_bytes(&self) -> usize {
-        let packed = |matrix: &PackedMatrix| PackedMatrix::bytes_of(matrix.k(), matrix.n());
-        let layer = |layer: &LayerWeights| {
-            let input = match &layer.input {
-                InputWeights::Table(table) => 4 * table.len(),
-                InputWeights::Dense { forward, backward } => packed(forward) + packed(backward),
-            };
-            let biases = 4 * (layer.bias.len() + layer.bias_hh.len());
-            input + packed(&layer.hidden) + packed(&layer.hidden_backward) + biases
-        };
-        let head = packed(&self.head) + packed(&self.head_backward) + 4 * self.head_bias.len();
-        self.layers.iter().map(layer).sum::<usize>() + head
+        let Self { embedding, layers, head, head_backward, head_bias } = self;
+        let layers: usize = layers.iter().flatten().map(DirectionWeights::held_bytes).sum();
+        layers + packed(head) + packed(head_backward) + 4 * (head_bias.len() + embedding.len())
     }
 
     /// Packs the parameters; the forms that only the backward pass reads, if it will run (and there is room).
     pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
-        let (shape, hidden) = (&layout.shape, layout.shape.hidden_sizes[0]);
+        let shape = &layout.shape;
+        if let Some(table) = layout.embedding() {
+            self.embedding.copy_from_slice(&parameters[table]);
+        }
         self.head_bias.copy_from_slice(&parameters[layout.head().1]);
-        let (head, head_backward) = (&mut self.head, &mut self.head_backward);
+        let (head, head_backward, width) = (&mut self.head, &mut self.head_backward, shape.output_width());
         let layers = &mut self.layers;
         rayon::join(
             || {
                 let weight = &parameters[layout.head().0];
-                head.pack_columns(weight, hidden);
+                head.pack_columns(weight, width);
                 if backward {
-                    head_backward.pack_rows(weight, hidden);
+                    head_backward.pack_rows(weight, width);
                 }
             },
             || {
-                layers.par_iter_mut().enumerate().for_each(|(index, layer)| {
-                    let ranges = layout.layer(index)[0].clone();
-                    let (bias_ih, bias_hh) = (&parameters[ranges.bias_ih], &parameters[ranges.bias_hh]);
-                    layer.bias_hh.copy_from_slice(bias_hh);
-                    layer.bias.copy_from_slice(bias_ih);
-                    if shape.cell != Cell::Gru {
-                        layer.bias.iter_mut().zip(bias_hh).for_each(|(sum, b)| *sum += b);
-                    }
-                    let weight_ih = &parameters[ranges.weight_ih];
-                    let weight_hh = &parameters[ranges.weight_hh];
-                    let width = shape.layer(index).input_size;
-                    match &mut layer.input {
-                        InputWeights::Table(table) => token_table(weight_ih, &layer.bias, table),
-                        InputWeights::Dense { forward, backward: into } => {
-                            forward.pack_columns(weight_ih, width);
-                            if backward && index > 0 {
-                                into.pack_rows(weight_ih, width);
-                            }
-                        }
-                    }
-                    layer.hidden.pack_columns(weight_hh, hidden);
-                    if backward {
-                        layer.hidden_backward.pack_rows(weight_hh, hidden);
-                    }
+                layers.par_iter_mut().enumerate().for_each(|(index, directions)| {
+                    let ranges = layout.layer(index).par_iter();
+                    directions.par_iter_mut().zip(ranges).for_each(|(direction, ranges)| {
+                        direction.pack(shape, index, ranges, parameters, backward);
+                    });
                 });
             },
         );
     }
+}
+
+impl DirectionWeights {
+    fn new(shape: &ModelShape, index: usize, layer: &LayerShape, backward: bool) -> Self {
+        let backward_of = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
+        let (gates, width, hidden) = (layer.gate_size(), layer.output_size, layer.hidden_size);
+        let input = match reads_one_hot(shape, index) {
+            true => InputWeights::Table(vec![0.0; layer.input_size * gates]),
+            false => InputWeights::Dense {
+                forward: PackedMatrix::new(layer.input_size, gates),
+                backward: match input_has_gradient(shape, index) {
+                    true => backward_of(gates, layer.input_size),
+                    false => PackedMatrix::default(),
+                },
+            },
+        };
+        let (hidden_weights, hidden_backward) = match is_split(shape) {
+            true => (
+                HiddenWeights::Split {
+                    gates: PackedMatrix::new(hidden, 2 * hidden),
+                    candidate: PackedMatrix::new(hidden, hidden),
+                },
+                HiddenWeights::Split {
+                    gates: backward_of(2 * hidden, hidden),
+                    candidate: backward_of(hidden, hidden),
+                },
+            ),
+            false => (
+                HiddenWeights::Whole(PackedMatrix::new(width, gates)),
+                HiddenWeights::Whole(backward_of(gates, width)),
+            ),
+        };
+        let has_peepholes = shape.cell == Cell::Lstm && shape.options.peepholes;
+        Self {
+            input,
+            hidden: hidden_weights,
+            hidden_backward,
+            bias: vec![0.0; gates],
+            bias_hh: vec![0.0; gates],
+            projection: has_projection(shape).then(|| Projection {
+                forward: PackedMatrix::new(hidden, width),
+                backward: backward_of(width, hidden),
+            }),
+            peepholes: [(); 3].map(|()| vec![0.0; if has_peepholes { hidden } else { 0 }]),
+            initial: [vec![0.0; width], vec![0.0; layer.cell_size]],
+        }
+    }
+
+    fn bytes_of(shape: &ModelShape, index: usize, layer: &LayerShape) -> usize {
+        let (gates, width, hidden) = (layer.gate_size(), layer.output_size, layer.hidden_size);
+        let input = match (reads_one_hot(shape, index), input_has_gradient(shape, index)) {
+            (true, _) => size_of::<f32>() * layer.input_size * gates,
+            (false, true) => both_ways(layer.input_size, gates),
+            (false, false) => PackedMatrix::bytes_of(layer.input_size, gates),
+        };
+        let recurrent = match is_split(shape) {
+            true => both_ways(hidden, 2 * hidden) + both_ways(hidden, hidden),
+            false => both_ways(width, gates),
+        };
+        let projection = if has_projection(shape) { both_ways(hidden, width) } else { 0 };
+        let peepholes = if shape.cell == Cell::Lstm && shape.options.peepholes { 3 * hidden } else { 0 };
+        input + recurrent + projection + size_of::<f32>() * (2 * gates + peepholes + layer.state_size())
+    }
+
+    #[cfg(test)]
+    fn held_bytes(&self) -> usize {
+        let Self { input, hidden, hidden_backward, bias, bias_hh, projection, peepholes, initial } = self;
+        let input = match input {
+            InputWeights::Table(table) => 4 * table.len(),
+            InputWeights::Dense { forward, backward } => packed(forward) + packed(backward),
+        };
+        let recurrent = |weights: &HiddenWeights| match weights {
+            HiddenWeights::Whole(whole) => packed(whole),
+            HiddenWeights::Split { gates, candidate } => packed(gates) + packed(candidate),
+        };
+        let projection = projection.as_ref().map_or(0, |p| packed(&p.forward) + packed(&p.backward));
+        let vectors = [bias, bias_hh].into_iter().chain(peepholes).chain(initial);
+        input
+            + recurrent(hidden)
+            + recurrent(hidden_backward)
+            + projection
+            + 4 * vectors.map(Vec::len).sum::<usize>()
+    }
+
+    fn pack(
+        &mut self,
+        shape: &ModelShape,
+        index: usize,
+        ranges: &DirectionRanges,
+        parameters: &[f32],
+        backward: bool,
+    ) {
+        let layer = shape.layer(index);
+        let of = |range: &std::ops::Range<usize>| &parameters[range.clone()];
+        let (bias_ih, bias_hh) = (of(&ranges.bias_ih), of(&ranges.bias_hh));
+        self.bias_hh.copy_from_slice(bias_hh);
+        self.bias.copy_from_slice(bias_ih);
+        if shape.cell != Cell::Gru {
+            self.bias.iter_mut().zip(bias_hh).for_each(|(sum, b)| *sum += b);
+        }
+        if shape.cell == Cell::Lstm && shape.options.forget_bias != 0.0 {
+            let forget_gate = &mut self.bias[layer.hidden_size..2 * layer.hidden_size];
+            forget_gate.iter_mut().for_each(|bias| *bias += shape.options.forget_bias);
+        }
+        let weight_ih = of(&ranges.weight_ih);
+        match &mut self.input {
+            InputWeights::Table(table) => token_table(weight_ih, &self.bias, table),
+            InputWeights::Dense { forward, backward: into } => {
+                forward.pack_columns(weight_ih, layer.input_size);
+                if backward && input_has_gradient(shape, index) {
+                    into.pack_rows(weight_ih, layer.input_size);
+                }
+            }
+        }
+        let weight_hh = of(&ranges.weight_hh);
+        self.hidden.pack(weight_hh, layer.output_size, PackedMatrix::pack_columns);
+        if backward {
+            self.hidden_backward.pack(weight_hh, layer.output_size, PackedMatrix::pack_rows);
+        }
+        if let (Some(projection), Some(range)) = (&mut self.projection, &ranges.weight_hr) {
+            projection.forward.pack_columns(of(range), layer.hidden_size);
+            if backward {
+                projection.backward.pack_rows(of(range), layer.hidden_size);
+            }
+        }
+        for (own, range) in self.peepholes.iter_mut().zip(ranges.peepholes.iter().flatten()) {
+            own.copy_from_slice(of(range));
+        }
+        for (own, range) in self.initial.iter_mut().zip([&ranges.initial_h, &ranges.initial_c]) {
+            if let Some(range) = range {
+                own.copy_from_slice(of(range));
+            }
+        }
+    }
+
+    /// The cell's options as the LSTM's kernels take them.
+    pub(super) fn lstm_options(&self, options: &CellOptions) -> LstmOptions<'_> {
+        let [i, f, o] = &self.peepholes;
+        LstmOptions {
+            recurrent_activation: options.recurrent_activation,
+            cell_clip: options.cell_clip,
+            peepholes: options.peepholes.then_some(Peepholes { i, f, o }),
+        }
+    }
+}
+
+impl HiddenWeights {
+    /// Packs `weight_hh` `[G·H, width]` in one of the two ways.
+    fn pack(&mut self, weight_hh: &[f32], width: usize, pack: impl Fn(&mut PackedMatrix, &[f32], usize)) {
+        match self {
+            Self::Whole(whole) => pack(whole, weight_hh, width),
+            Self::Split { gates, candidate } => {
+                let (of_gates, of_candidate) = weight_hh.split_at(2 * width * width);
+                pack(gates, of_gates, width);
+                pack(candidate, of_candidate, width);
+            }
+        }
+    }
+
+    /// As a cell takes them that multiplies once.
+    pub(super) fn whole(&self) -> &PackedMatrix {
+        match self {
+            Self::Whole(whole) => whole,
+            Self::Split { .. } => unreachable!("only a GRU has its weights split"),
+        }
+    }
+
+    /// As the GRU takes them.
+    pub(super) fn of_gru(&self) -> GruWeights<'_> {
+        match self {
+            Self::Whole(whole) => GruWeights::After(whole),
+            Self::Split { gates, candidate } => GruWeights::Before { gates, candidate },
+        }
+    }
+}
+
+fn is_split(shape: &ModelShape) -> bool {
+    shape.cell == Cell::Gru && shape.options.reset == Reset::Before
+}
+
+fn has_projection(shape: &ModelShape) -> bool {
+    shape.cell == Cell::Lstm && shape.options.projection.is_some()
+}
+
+/// Bytes of a matrix packed for the forward and for the backward pass.
+fn both_ways(k: usize, n: usize) -> usize {
+    PackedMatrix::bytes_of(k, n) + PackedMatrix::bytes_of(n, k)
+}
+
+#[cfg(test)]
+fn packed(matrix: &PackedMatrix) -> usize {
+    PackedMatrix::bytes_of(matrix.k(), matrix.n())
 }

@@ -16,9 +16,20 @@ use super::setup::{Setup, State};
 impl Setup {
     /// One CPU device with `threads` threads for each range of shards.
     pub(crate) fn fleet(&self, simd: Simd, threads: usize, split: &[Range<u32>]) -> Fleet<CpuDevice> {
+        self.fleet_with(simd, threads, split, false)
+    }
+
+    /// The same, of devices that may compute the forward pass again for the backward pass.
+    pub(crate) fn fleet_with(
+        &self,
+        simd: Simd,
+        threads: usize,
+        split: &[Range<u32>],
+        recompute: bool,
+    ) -> Fleet<CpuDevice> {
         let backend = CpuBackend::new(simd, threads);
         let open = |shards: &Range<u32>| Worker {
-            device: backend.open(&self.layout, &self.job, &self.data).unwrap(),
+            device: backend.open(&self.layout, &self.job, &self.data, recompute).unwrap(),
             shards: shards.clone(),
         };
         Fleet { setup: self.clone(), workers: split.iter().map(open).collect() }

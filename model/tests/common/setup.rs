@@ -5,7 +5,7 @@ use std::ops::Range;
 use model::init::initial_parameters;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::cell::Cell;
-use protocol::job::{JobFile, JobSpec, Task};
+use protocol::job::{JobFile, JobSpec, Pad, Task, TextMode};
 use protocol::layout::{Input, ModelShape, StateLayout};
 use protocol::random::{Purpose, Stream};
 use protocol::schedule::{Schedule, Work};
@@ -67,13 +67,20 @@ impl Setup {
         let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
         let model = ModelShape::of(&job, width, classes);
         let schedule = Schedule { steps_per_epoch: 100, evaluation_batches: 1, total_steps: 100 };
-        let layout = StateLayout::new(model, batch_size);
+        let layout = StateLayout::new(model.clone(), batch_size);
         Self { job, data: DataShape { model, seq_len, schedule }, layout }
     }
 
-    /// The random batch of all shards for a training step.
+    /// The same network, which starts anew before it reads this token.
+    pub(crate) fn with_reset_token(mut self, token: u16) -> Self {
+        self.layout.shape.reset_token = Some(token);
+        self.data.model.reset_token = Some(token);
+        self
+    }
+
+    /// The random batch of all shards for a training step in the middle of an epoch.
     pub(crate) fn batch(&self, step: u64) -> Batch {
-        let work = Work::Train { step, epoch: 0, index: step };
+        let work = Work::Train { step, epoch: 0, index: step + 1 };
         self.random_batch(work, step, self.job.batch_size as usize)
     }
 
@@ -88,18 +95,39 @@ impl Setup {
         let mut draw = |count: usize, below: usize| -> Vec<u16> {
             (0..count).map(|_| random.below(below as u32) as u16).collect()
         };
-        let inputs = match model.input {
-            Input::OneHot(tokens) => Inputs::Tokens(draw(filled * (seq_len + 1), tokens)),
-            Input::Bytes(width) => Inputs::Bytes {
-                bytes: draw(filled * seq_len * width, 256).into_iter().map(|byte| byte as u8).collect(),
+        let is_even = !self.has_lines() || self.job.text.pad == Pad::Pre;
+        let lengths: Vec<u32> = match is_even {
+            true => vec![seq_len as u32; filled],
+            false => draw(filled, seq_len).into_iter().map(|length| u32::from(length) + 1).collect(),
+        };
+        let paddings: Vec<u32> = match self.has_lines() && is_even {
+            true => draw(filled, seq_len).into_iter().map(u32::from).collect(),
+            false => vec![0; filled],
+        };
+        let steps: usize = lengths.iter().map(|&length| length as usize).sum();
+        let inputs = match (self.job.task, model.input) {
+            (Task::Chars, Input::OneHot(tokens) | Input::Embedding { tokens, .. }) => {
+                Inputs::Tokens(draw(steps + filled, tokens))
+            }
+            (_, Input::OneHot(tokens) | Input::Embedding { tokens, .. }) => {
+                Inputs::LabelledTokens { tokens: draw(steps, tokens), labels: draw(filled, model.classes) }
+            }
+            (_, Input::Bytes(width)) => Inputs::Bytes {
+                bytes: draw(steps * width, 256).into_iter().map(|byte| byte as u8).collect(),
                 labels: draw(filled, model.classes),
             },
         };
         let sample_ids = (0..filled as u64).map(|row| 1000 * name + row).collect();
-        self.batch_of(work, sample_ids, inputs)
+        Batch { lengths, paddings, ..self.batch_of(work, sample_ids, inputs) }
     }
 
-    /// The batch of all shards whose rows fill the first slots with these inputs.
+    /// Whether rows are lines, which may be shorter than others.
+    fn has_lines(&self) -> bool {
+        let Self { job, .. } = self;
+        job.task == Task::Classify || job.task == Task::Chars && job.text.mode == TextMode::Lines
+    }
+
+    /// The batch of all shards whose rows, of T steps each, fill the first slots with these inputs.
     pub(crate) fn batch_of(&self, work: Work, sample_ids: Vec<u64>, inputs: Inputs) -> Batch {
         let filled = sample_ids.len();
         let shards = (0..self.job.shards)
@@ -108,22 +136,28 @@ impl Setup {
                 ShardBatch { shard, rows: filled.min(slots.start as usize)..filled.min(slots.end as usize) }
             })
             .collect();
-        Batch { work, first_slot: 0, shards, sample_ids, inputs }
+        let (lengths, paddings) = (vec![self.data.seq_len as u32; filled], vec![0; filled]);
+        Batch { work, first_slot: 0, shards, sample_ids, lengths, paddings, inputs }
     }
 
     /// The part of a batch of all shards that a worker with `shards` reads.
     pub(crate) fn part(&self, batch: &Batch, shards: Range<u32>) -> Batch {
         let of = &batch.shards[shards.start as usize..shards.end as usize];
         let rows = of[0].rows.start..of[of.len() - 1].rows.end;
-        let seq_len = self.data.seq_len;
+        let steps_of = |rows: Range<usize>| batch.lengths[rows].iter().map(|&length| length as usize).sum();
+        let (before, steps): (usize, usize) = (steps_of(0..rows.start), steps_of(rows.clone()));
         let inputs = match &batch.inputs {
             Inputs::Tokens(tokens) => {
-                Inputs::Tokens(tokens[rows.start * (seq_len + 1)..rows.end * (seq_len + 1)].to_vec())
+                Inputs::Tokens(tokens[before + rows.start..][..steps + rows.len()].to_vec())
             }
+            Inputs::LabelledTokens { tokens, labels } => Inputs::LabelledTokens {
+                tokens: tokens[before..][..steps].to_vec(),
+                labels: labels[rows.clone()].to_vec(),
+            },
             Inputs::Bytes { bytes, labels } => {
-                let row = seq_len * self.data.model.input.size();
+                let width = self.data.model.input.size();
                 Inputs::Bytes {
-                    bytes: bytes[rows.start * row..rows.end * row].to_vec(),
+                    bytes: bytes[before * width..][..steps * width].to_vec(),
                     labels: labels[rows.clone()].to_vec(),
                 }
             }
@@ -137,13 +171,15 @@ impl Setup {
             first_slot: slots_of(self.job.batch_size, self.job.shards, shards).start,
             shards: of.iter().map(counted).collect(),
             sample_ids: batch.sample_ids[rows.clone()].to_vec(),
+            lengths: batch.lengths[rows.clone()].to_vec(),
+            paddings: batch.paddings[rows].to_vec(),
             inputs,
         }
     }
 
     /// The training state before the first step; the recurrent state is random if `carried`, else zero.
     pub(crate) fn start(&self, carried: bool) -> State {
-        let parameters = initial_parameters(&self.layout, self.job.init, self.job.seed);
+        let parameters = initial_parameters(&self.layout, &self.job);
         let zeros = vec![0.0; parameters.len()];
         let mut recurrent = vec![0.0; self.layout.recurrent()];
         if carried {

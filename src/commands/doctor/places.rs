@@ -83,7 +83,8 @@ fn temporary_files(dir: &Path) -> Check {
 }
 
 fn data(places: &Places) -> Vec<Check> {
-    let mut checks = vec![Check::ok("data", "embedded: a text and drawn digits, compiled in")];
+    let mut checks =
+        vec![Check::ok("data", "embedded: a text, labelled fields and drawn digits, compiled in")];
     for (name, task) in [("tinyshakespeare", Task::Chars), ("mnist", Task::Rows)] {
         checks.push(match place_of(task, name, places) {
             Ok(path) => Check::ok("data", format!("{name}: {}", path.unwrap_or_else(PathBuf::new).display())),

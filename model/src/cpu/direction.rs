@@ -1,0 +1,259 @@
+//! One direction of one layer over the runs of a block: what it keeps, where it works, which kernels it calls.
+//!
+//! A direction that reads backwards is the same kernels over the same runs, with every run's steps in reverse; whoever
+//! hands it inputs and takes its outputs turns them round.
+
+use kernels::Simd;
+use kernels::cpu::gru::{GruBackward, GruForward, gru_backward, gru_forward};
+use kernels::cpu::lstm::{
+    LstmBackward, LstmForward, LstmProjection, LstmProjectionBackward, lstm_backward, lstm_forward,
+};
+use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
+use kernels::cpu::sequence::SequenceShape;
+use protocol::cell::Cell;
+use protocol::layout::{LayerShape, ModelShape};
+
+use super::runs::Runs;
+use super::weights::DirectionWeights;
+
+/// What a direction keeps of the forward pass: its states, the start of every run first.
+#[derive(Default)]
+pub(super) struct Trace {
+    /// `[runs + N][R]`
+    pub(super) h: Vec<f32>,
+    /// LSTM: `[runs + N][H]`
+    pub(super) c: Vec<f32>,
+}
+
+/// What lies between a direction's forward pass and the gradients of its weights.
+#[derive(Default)]
+pub(super) struct Workspace {
+    /// The input's part of the gates, `[N][G·H]`; for RNN and LSTM the activated gates in the end.
+    pub(super) pre: Vec<f32>,
+    /// GRU: r, z, n and what the reset gate made, `[N][4·H]`.
+    pub(super) gates: Vec<f32>,
+    /// LSTM with a projection: what is projected, `[N][H]`.
+    pub(super) unprojected: Vec<f32>,
+    /// Gradient of the input's part of the gates, `[N][G·H]`.
+    pub(super) d_pre: Vec<f32>,
+    /// GRU: gradient of the state's part, `[N][3·H]`.
+    pub(super) d_h_part: Vec<f32>,
+    /// LSTM with a projection: gradient of h, `[N][R]`.
+    pub(super) d_projected: Vec<f32>,
+    /// Gradient of each run's end, then of its start, `[runs][R]`.
+    pub(super) d_h: Vec<f32>,
+    /// The same of c, `[runs][H]`.
+    pub(super) d_c: Vec<f32>,
+    /// GRU, room for one step: the state's part of the gates, `[runs][3·H]`.
+    h_part: Vec<f32>,
+    /// Room for one step, `[runs][H]`. LSTM with a projection: gradient of what is projected. GRU: gradient of the reset
+    /// state.
+    d_state: Vec<f32>,
+}
+
+/// A direction as its kernels see it.
+#[derive(Clone, Copy)]
+pub(super) struct Direction<'a> {
+    pub(super) simd: Simd,
+    pub(super) model: &'a ModelShape,
+    pub(super) layer: LayerShape,
+    pub(super) weights: &'a DirectionWeights,
+}
+
+impl Trace {
+    /// Makes room for these runs.
+    pub(super) fn resize(&mut self, layer: &LayerShape, runs: &Runs) {
+        let states = runs.len() + runs.steps();
+        resize_exactly(&mut self.h, states * layer.output_size);
+        resize_exactly(&mut self.c, states * layer.cell_size);
+    }
+
+    /// Floats for so many runs and steps.
+    pub(super) fn floats(layer: &LayerShape, runs: usize, steps: usize) -> usize {
+        (runs + steps) * layer.state_size()
+    }
+
+    /// Floats that are held.
+    #[cfg(test)]
+    pub(super) fn held_floats(&self) -> usize {
+        self.h.capacity() + self.c.capacity()
+    }
+
+    /// h and c, and the width of each; c is empty where the cell has none.
+    pub(super) fn states(&mut self, layer: &LayerShape) -> [(&mut Vec<f32>, usize); 2] {
+        [(&mut self.h, layer.output_size), (&mut self.c, layer.cell_size)]
+    }
+}
+
+impl Workspace {
+    /// Floats of each buffer after a backward pass over so many runs and steps.
+    pub(super) fn sizes(
+        model: &ModelShape,
+        layer: &LayerShape,
+        runs: usize,
+        steps: usize,
+    ) -> [usize; Self::BUFFERS] {
+        let (hidden, gates) = (layer.hidden_size, layer.gate_size());
+        let if_gru = |size| if model.cell == Cell::Gru { size } else { 0 };
+        let if_projected = |size| if is_projected(model) { size } else { 0 };
+        [
+            steps * gates,
+            if_gru(steps * 4 * hidden),
+            if_projected(steps * hidden),
+            steps * gates,
+            if_gru(steps * gates),
+            if_projected(steps * layer.output_size),
+            runs * layer.output_size,
+            runs * layer.cell_size,
+            if_gru(runs * 3 * hidden),
+            if_gru(runs * hidden) + if_projected(runs * hidden),
+        ]
+    }
+
+    /// Number of buffers.
+    pub(super) const BUFFERS: usize = 10;
+
+    /// The buffers in the order of [`sizes`](Self::sizes): the first three for the forward pass.
+    fn buffers(&mut self) -> [&mut Vec<f32>; Self::BUFFERS] {
+        let Self { pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state } = self;
+        [pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state]
+    }
+
+    /// Makes room for a pass over the runs, forward or both ways.
+    fn resize(&mut self, model: &ModelShape, layer: &LayerShape, runs: &Runs, backward: bool) {
+        let sizes = Self::sizes(model, layer, runs.len(), runs.steps());
+        let is_needed = |at: usize| backward || !(3..8).contains(&at);
+        for (at, (buffer, size)) in self.buffers().into_iter().zip(sizes).enumerate() {
+            if is_needed(at) {
+                resize_exactly(buffer, size);
+            }
+        }
+    }
+
+    /// Floats that are held.
+    #[cfg(test)]
+    pub(super) fn held_floats(&mut self) -> usize {
+        self.buffers().iter().map(|buffer| buffer.capacity()).sum()
+    }
+
+    /// The gradient of each run's end is zero, until somebody knows better.
+    pub(super) fn clear_carry(&mut self, layer: &LayerShape, runs: &Runs) {
+        for (carry, width) in [(&mut self.d_h, layer.output_size), (&mut self.d_c, layer.cell_size)] {
+            carry.clear();
+            resize_exactly(carry, runs.len() * width);
+        }
+    }
+}
+
+impl Direction<'_> {
+    fn sequence<'a>(&self, runs: &'a Runs) -> SequenceShape<'a> {
+        let LayerShape { hidden_size, output_size, .. } = self.layer;
+        SequenceShape { active: runs.active(), hidden_size, output_size }
+    }
+
+    /// Makes room for a forward pass, and hands out that for the input's part of the gates, `[N][G·H]`.
+    pub(super) fn room_for_input<'w>(&self, runs: &Runs, work: &'w mut Workspace) -> &'w mut [f32] {
+        work.resize(self.model, &self.layer, runs, false);
+        &mut work.pre
+    }
+
+    /// Through all steps, from the input's part of the gates and the start of every run.
+    pub(super) fn forward(&self, runs: &Runs, trace: &mut Trace, work: &mut Workspace) {
+        let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
+        let Trace { h, c } = trace;
+        let Workspace { pre, gates, unprojected, h_part, .. } = work;
+        match self.model.cell {
+            Cell::Rnn => {
+                let weight_hh = self.weights.hidden.whole();
+                rnn_forward(simd, RnnForward { shape, activation: options.activation, weight_hh, pre, h });
+            }
+            Cell::Lstm => {
+                let projection = self.weights.projection.as_ref();
+                let args = LstmForward {
+                    shape,
+                    options: self.weights.lstm_options(options),
+                    weight_hh: self.weights.hidden.whole(),
+                    projection: projection
+                        .map(|weights| LstmProjection { weight_hr: &weights.forward, m: unprojected }),
+                    gates: pre,
+                    h,
+                    c,
+                };
+                lstm_forward(simd, args);
+            }
+            Cell::Gru => {
+                let args = GruForward {
+                    shape,
+                    recurrent_activation: options.recurrent_activation,
+                    weight_hh: self.weights.hidden.of_gru(),
+                    bias_hh: &self.weights.bias_hh,
+                    x_part: pre,
+                    h_part,
+                    gates,
+                    h,
+                };
+                gru_forward(simd, args);
+            }
+        }
+    }
+
+    /// Back through all steps; `d_out` is `[N][R]`, the gradients of the runs' ends are in the workspace.
+    pub(super) fn backward(&self, runs: &Runs, trace: &Trace, d_out: &[f32], work: &mut Workspace) {
+        work.resize(self.model, &self.layer, runs, true);
+        let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
+        let Trace { h, c } = trace;
+        let Workspace { pre, gates, d_pre, d_h_part, d_projected, d_h, d_c, d_state, .. } = work;
+        match self.model.cell {
+            Cell::Rnn => {
+                let weight_hh = self.weights.hidden_backward.whole();
+                let activation = options.activation;
+                rnn_backward(simd, RnnBackward { shape, activation, weight_hh, h, d_out, d_pre, d_h });
+            }
+            Cell::Lstm => {
+                let projection = self.weights.projection.as_ref();
+                let args = LstmBackward {
+                    shape,
+                    options: self.weights.lstm_options(options),
+                    weight_hh: self.weights.hidden_backward.whole(),
+                    projection: projection.map(|weights| LstmProjectionBackward {
+                        weight_hr: &weights.backward,
+                        d_projected,
+                        d_m: d_state,
+                    }),
+                    gates: pre,
+                    c,
+                    d_out,
+                    d_gates: d_pre,
+                    d_h,
+                    d_c,
+                };
+                lstm_backward(simd, args);
+            }
+            Cell::Gru => {
+                let args = GruBackward {
+                    shape,
+                    recurrent_activation: options.recurrent_activation,
+                    weight_hh: self.weights.hidden_backward.of_gru(),
+                    gates,
+                    h,
+                    d_out,
+                    d_x_part: d_pre,
+                    d_h_part,
+                    d_h,
+                    h_scratch: d_state,
+                };
+                gru_backward(simd, args);
+            }
+        }
+    }
+}
+
+fn is_projected(model: &ModelShape) -> bool {
+    model.cell == Cell::Lstm && model.options.projection.is_some()
+}
+
+/// Gives a buffer that is used for several layers just the room that the largest needs.
+pub(super) fn resize_exactly<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    buffer.reserve_exact(len.saturating_sub(buffer.len()));
+    buffer.resize(len, T::default());
+}
