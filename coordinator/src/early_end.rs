@@ -61,10 +61,7 @@ impl EarlyEnd {
 }
 
 fn no_improvement(control: &ControlState) -> String {
-    let epochs = match control.epochs_without_improvement {
-        1 => "an epoch".to_owned(),
-        count => format!("{count} epochs"),
-    };
+    let epochs = epochs(control.epochs_without_improvement);
     match control.best_epoch() {
         0 => format!("the validation loss was not finite for {epochs}"),
         best => format!(
@@ -72,6 +69,11 @@ fn no_improvement(control: &ControlState) -> String {
             fixed(control.best_validation_loss, 4)
         ),
     }
+}
+
+/// So many epochs, in words.
+pub(crate) fn epochs(count: u64) -> String {
+    format!("{count} epoch{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -121,6 +123,6 @@ mod tests {
     fn a_run_without_any_finite_validation_loss_has_no_best_epoch() {
         let control =
             ControlState { evaluated_epochs: 1, epochs_without_improvement: 1, ..ControlState::default() };
-        assert_eq!(no_improvement(&control), "the validation loss was not finite for an epoch");
+        assert_eq!(no_improvement(&control), "the validation loss was not finite for 1 epoch");
     }
 }

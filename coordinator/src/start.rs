@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc::{Receiver, unbounded_channel};
 
 use crate::data::{self, Dataset, grouped};
-use crate::early_end::EarlyEnd;
+use crate::early_end::{EarlyEnd, epochs};
 use crate::forecast::Forecast;
 use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
@@ -370,7 +370,7 @@ fn job_rows(
     let optimizer = optimizer_text(job, learning_rate);
     let patience = match job.patience {
         0 => String::new(),
-        epochs => format!(", fewer if {epochs} epochs bring no lower validation loss"),
+        patience => format!(", fewer after {} without a lower validation loss", epochs(patience)),
     };
     vec![
         ("data", facts.name.clone()),
@@ -407,7 +407,7 @@ fn job_rows(
     ]
 }
 
-/// What turns gradients into steps: `SGD 0.1, momentum 0.9, rate times 0.1 every 10 epochs`.
+/// What turns gradients into steps: `SGD 0.1, momentum 0.9, rate times 0.1 after every 10 epochs`.
 fn optimizer_text(job: &JobSpec, learning_rate: f64) -> String {
     let rate = match learning_rate == job.learning_rate {
         true => short(learning_rate),
@@ -418,11 +418,11 @@ fn optimizer_text(job: &JobSpec, learning_rate: f64) -> String {
         Optimizer::Sgd if job.momentum > 0.0 => format!("SGD {rate}, momentum {}", job.momentum),
         Optimizer::Sgd => format!("SGD {rate}"),
     };
-    let (factor, epochs) = (job.decay_factor, job.decay_epochs);
+    let (factor, length) = (short(job.decay_factor), epochs(job.decay_epochs.into()));
     match job.decay {
         Decay::Constant => optimizer,
-        Decay::Step => format!("{optimizer}, rate times {factor} every {epochs} epochs"),
-        Decay::Cosine => format!("{optimizer}, rate along a cosine to {factor} of it over {epochs} epochs"),
+        Decay::Step => format!("{optimizer}, rate times {factor} after every {length}"),
+        Decay::Cosine => format!("{optimizer}, rate along a cosine to {factor} of it over {length}"),
     }
 }
 

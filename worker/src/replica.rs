@@ -226,6 +226,8 @@ mod tests {
             assert_eq!(replica.state, vec![stays; replica.layout.recurrent()], "after {done} steps");
             assert_eq!(replica.progress, Progress::after(done + 1, PER_EPOCH));
             assert_eq!(replica.parameters, parameters);
+            replica.control.skipped_updates = 1;
+            assert_eq!(replica.updates_done(), done, "a step that is left out is no update");
         }
     }
 
