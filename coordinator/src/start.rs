@@ -373,7 +373,10 @@ fn job_rows(
         ),
         ("network", format!("{}, {reads} → {head}", job.network())),
         ("parameters", grouped(layout.parameters() as u64)),
-        ("batch", format!("{} rows × {up_to}{} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
+        (
+            "batch",
+            format!("{} rows × {up_to}{} steps in {} shards", job.batch_size, shape.seq_len, job.shards),
+        ),
         ("training", format!("Adam {rate}, {clip}{dropout}, seed {}", job.seed)),
         (
             "length",
