@@ -53,7 +53,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
 
     let failed = |error: DeviceError| Problem::failed(error.to_string());
     let threads = args.threads.unwrap_or_else(cores);
-    let (seq_len, batches) = (data.shape().seq_len, data.shape().schedule.evaluation_batches);
+    let batches = data.shape().schedule.evaluation_batches;
     let mut device = CpuDevice::new(simd, threads, image.layout().clone(), job, false).map_err(failed)?;
     let (started, progress) = (Instant::now(), image.progress());
     let work = (0..batches).map(|index| Work::Evaluate { step: progress.step, index });

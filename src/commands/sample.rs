@@ -68,7 +68,6 @@ pub(crate) fn run(args: &SampleArgs) -> Result<Exit, Problem> {
     };
     let failed = |error: DeviceError| Problem::failed(error.to_string());
     let layout = checkpoint.image.layout();
-    let seq_len = checkpoint.job.seq_len as usize;
     let mut device = CpuDevice::new(simd, 1, layout.clone(), &checkpoint.job, false).map_err(failed)?;
     let parameters = checkpoint.image.parameters();
 
