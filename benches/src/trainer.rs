@@ -58,7 +58,7 @@ impl<'a> Trainer<'a> {
         }
         let sums = StepSums::total(&by_shard);
         let norm = device.mean_norm(&partials[0], sums.weight)?;
-        if sums.non_finite || !norm.is_finite() {
+        if !sums.is_finite(norm) {
             return Err(DeviceError(format!("step {step} is not finite: gradient norm {norm}")));
         }
         let update = Update::new(job, step, sums.weight, job.learning_rate);

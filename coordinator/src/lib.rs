@@ -18,6 +18,7 @@
 pub mod audit;
 pub mod data;
 mod digests;
+mod early_end;
 mod epoch_clock;
 mod epoch_sample;
 mod feeder;

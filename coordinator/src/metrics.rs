@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     steps: IntCounter,
     samples: IntCounter,
     targets: IntCounter,
+    skipped: IntCounter,
     phase_seconds: CounterVec,
     step_seconds: Histogram,
     train_loss: Gauge,
@@ -42,6 +43,10 @@ impl Metrics {
             steps: counter("lockstep_steps_total", "Training steps finished since the coordinator's start."),
             samples: counter("lockstep_samples_total", "Rows of the batches of these steps."),
             targets: counter("lockstep_targets_total", "Predictions trained on in these steps."),
+            skipped: counter(
+                "lockstep_skipped_updates_total",
+                "Steps left out because they were not finite, over the whole run.",
+            ),
             phase_seconds: register(
                 &registry,
                 CounterVec::new(
@@ -112,12 +117,18 @@ impl Metrics {
         metrics
     }
 
+    /// Counts the steps that were left out before the coordinator's start.
+    pub(crate) fn skipped_before(&self, skipped_updates: u64) {
+        self.skipped.inc_by(skipped_updates);
+    }
+
     /// Counts a finished step.
     pub(crate) fn step(&self, report: &StepReport) {
         let (sums, seconds) = (&report.sums, report.seconds);
         self.steps.inc();
         self.samples.inc_by(sums.rows);
         self.targets.inc_by(sums.weight);
+        self.skipped.inc_by(u64::from(report.is_skipped()));
         let phases = [
             ("data", seconds.data),
             ("compute", seconds.compute),
@@ -182,6 +193,7 @@ mod tests {
         let text = Metrics::new("0.1.0 (test)").text();
         for line in [
             "lockstep_samples_total 0",
+            "lockstep_skipped_updates_total 0",
             "lockstep_step_phase_seconds_total{phase=\"reduce\"} 0",
             "lockstep_checkpoints_total{outcome=\"failed\"} 0",
             "lockstep_workers{role=\"standby\"} 0",

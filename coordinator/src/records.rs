@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use protocol::job::{JobFile, JobSpec};
+use protocol::job::{Decay, JobFile, JobSpec};
 use protocol::layout::StateLayout;
 use protocol::message::StepReport;
 use protocol::problem::Problem;
@@ -150,7 +150,7 @@ impl Records {
             (None, None) => None,
         };
         if let Some(image) = &mut image {
-            records.learning_rate(image, learning_rate, file.job.learning_rate)?;
+            records.learning_rate(image, learning_rate, &file.job)?;
         }
         Ok((records, image))
     }
@@ -161,8 +161,9 @@ impl Records {
         &mut self,
         image: &mut StateImage,
         wanted: Option<f64>,
-        of_job: f64,
+        job: &JobSpec,
     ) -> Result<(), Problem> {
+        let of_job = job.learning_rate;
         let step = image.progress().step;
         let mut control = image.control();
         let before = control;
@@ -175,7 +176,8 @@ impl Records {
             // At once: whoever goes on from here without saying it again has it all the same.
             self.write(image)?;
             let before = before.learning_rate(of_job);
-            self.notices.push(format!("the learning rate is {now} from here on, it was {before}"));
+            let which = if job.decay == Decay::Constant { "" } else { " that decays" };
+            self.notices.push(format!("the learning rate{which} is {now} from here on, it was {before}"));
         }
         if self.replay.learning_rate_at(step).unwrap_or(of_job) != now {
             self.journal(&Record::LearningRate { step, learning_rate: now.to_string() })?;
@@ -225,6 +227,7 @@ impl Records {
             learning_rate: report.learning_rate,
             samples_per_second: report.sums.rows as f64 / duration,
             workers,
+            skipped: report.is_skipped(),
             seconds: seconds.into(),
         }))?;
         self.journal.append(&Record::step(report.step, &report.sums))

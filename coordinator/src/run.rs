@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use protocol::control::EpochSums;
+use protocol::control::ControlState;
 use protocol::job::JobFile;
 use protocol::layout::StateLayout;
 use protocol::message::{
@@ -20,6 +20,7 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 
 use crate::data::Dataset;
 use crate::digests::Digests;
+use crate::early_end::EarlyEnd;
 use crate::epoch_clock::EpochClock;
 use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
@@ -38,6 +39,9 @@ use ending::Ending;
 
 /// A lost peer's own connection has this long to say more than its neighbours can.
 const BROKEN_GRACE: Duration = Duration::from_secs(2);
+
+/// Steps that are left out are shown at most this often.
+const SKIP_NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the run is made of.
 pub(crate) struct Parts {
@@ -61,8 +65,8 @@ pub(crate) struct StartState {
     pub(crate) step: u64,
     /// The evaluation that belongs to the last of them is still to be done.
     pub(crate) owes_evaluation: bool,
-    /// Sums of the epoch under way, of its steps before this one.
-    pub(crate) epoch_sums: EpochSums,
+    /// The numbers that decide how it goes on.
+    pub(crate) control: ControlState,
     /// All of it, as bytes.
     pub(crate) image: Vec<u8>,
 }
@@ -76,6 +80,8 @@ pub(crate) struct Outcome {
     pub(crate) train_loss: Option<f64>,
     /// The last evaluation.
     pub(crate) validation: Option<StepSums>,
+    /// Why it ended before its schedule did, if it did.
+    pub(crate) early_end: Option<EarlyEnd>,
     pub(crate) result: Result<Exit, Problem>,
 }
 
@@ -98,9 +104,11 @@ pub(crate) struct Run {
     validation: Option<StepSums>,
     /// Steps done at the last evaluation that this process recorded.
     evaluated_at: Option<u64>,
+    /// The workers' control state, followed from their reports: it is a function of what these say.
+    control: ControlState,
     epoch: EpochClock,
-    /// Mean loss of the running epoch so far, or of the one that has just ended.
-    train_loss: Option<f64>,
+    /// When a step that was left out was last shown.
+    skip_shown: Option<Instant>,
     /// The texts that the network writes, if any.
     sample: Option<EpochSample>,
     digests: Digests,
@@ -119,6 +127,7 @@ pub(crate) struct Run {
     /// What a member said about a lost peer, and until when a better reason may come.
     broken: Option<(Instant, String)>,
     ending: Option<Ending>,
+    early_end: Option<EarlyEnd>,
 }
 
 impl Run {
@@ -148,6 +157,8 @@ impl Run {
 
     fn new(parts: Parts, images: std::sync::mpsc::Sender<Vec<u8>>) -> Self {
         let step = parts.resumed.as_ref().map_or(0, |resumed| resumed.step);
+        let control = parts.resumed.as_ref().map_or_else(ControlState::default, |resumed| resumed.control);
+        parts.metrics.skipped_before(control.skipped_updates);
         let (fleet, last_generation) = (&parts.file.fleet, parts.records.last_generation);
         Self {
             schedule: parts.data.shape().schedule,
@@ -166,8 +177,9 @@ impl Run {
             last_report: None,
             validation: parts.records.evaluation_at(step),
             evaluated_at: None,
-            epoch: EpochClock::new(EpochSums::default()),
-            train_loss: None,
+            control,
+            epoch: EpochClock::new(),
+            skip_shown: None,
             sample: EpochSample::new(&parts.file, parts.data.facts()),
             digests: Digests::default(),
             arriving: Arriving::default(),
@@ -180,6 +192,7 @@ impl Run {
             drain_asked: false,
             broken: None,
             ending: None,
+            early_end: None,
             parts,
         }
     }
@@ -290,12 +303,9 @@ impl Run {
                         let cause = format!("worker {}: {cause}", self.name(id));
                         self.broken.get_or_insert((Instant::now() + BROKEN_GRACE, cause));
                     }
+                    Stop::SkipLimit | Stop::Diverged | Stop::NoImprovement => self.end_early(&why)?,
                     // Whoever caused it has said why.
-                    Stop::Aborted
-                    | Stop::NonFinite
-                    | Stop::SkipLimit
-                    | Stop::Diverged
-                    | Stop::NoImprovement => {}
+                    Stop::Aborted | Stop::NonFinite => {}
                 }
             }
             ToCoordinator::Failed { sentence, hint } => {
@@ -375,9 +385,7 @@ impl Run {
             write_atomic(path, format!("{text}generation={generation}\n").as_bytes())?;
         }
         self.parts.screen.notice(reason);
-        let resumed_sums = self.parts.resumed.as_ref().map(|resumed| resumed.epoch_sums);
-        let is_inside = self.schedule.position(self.step).1 > 0;
-        self.epoch = EpochClock::new(resumed_sums.filter(|_| is_inside).unwrap_or_default());
+        self.epoch = EpochClock::new();
         self.announce_checkpoint();
         Ok(())
     }
@@ -387,16 +395,20 @@ impl Run {
         if report.generation != self.generation || report.step != self.step + 1 {
             return Ok(());
         }
+        let (epoch, index) = self.schedule.position(self.step);
         // For people and in their files, passes over the data count from 1.
-        let epoch = self.schedule.position(self.step).0 + 1;
+        let epoch = epoch + 1;
         self.step = report.step;
+        self.control.after_step(index, self.schedule.steps_per_epoch, &report.sums, report.gradient_norm);
         self.epoch.step(&report);
-        self.train_loss = self.epoch.mean_loss();
         self.last_report = Some(report);
         self.parts.records.step(&report, epoch, self.members.len() as u32)?;
         self.parts.metrics.step(&report);
         self.parts.losses.step(report.step, report.sums.mean_loss());
         self.parts.screen.step(&report);
+        if report.is_skipped() {
+            self.step_skipped(&report)?;
+        }
         let speed = self.parts.screen.samples_per_second();
         self.with_status(|status| {
             (status.step, status.epoch) = (report.step, epoch);
@@ -412,12 +424,31 @@ impl Run {
         Ok(())
     }
 
+    /// Says that a step was left out: in the journal each time, on the screen no more often than anybody reads.
+    fn step_skipped(&mut self, report: &StepReport) -> Result<(), Problem> {
+        let StepReport { step, sums, gradient_norm, .. } = report;
+        let loss = sums.mean_loss();
+        let text = format!(
+            "step {step} was left out: it is not finite (loss {loss}, gradient norm {gradient_norm})"
+        );
+        if self.skip_shown.is_none_or(|shown| shown.elapsed() >= SKIP_NOTICE_INTERVAL) {
+            self.skip_shown = Some(Instant::now());
+            let (skipped, limit) = (self.control.skipped_updates, self.parts.file.job.skip_limit);
+            self.parts.screen.notice(&format!("{text}; {skipped} so far, skip_limit is {limit}"));
+        }
+        self.parts.records.journal(&Record::Event { text })
+    }
+
     /// Takes in an evaluation the first time it is reported.
     fn evaluated(&mut self, step: u64, sums: &StepSums) -> Result<(), Problem> {
         if step != self.step || self.evaluated_at == Some(step) {
             return Ok(());
         }
         (self.evaluated_at, self.validation) = (Some(step), Some(*sums));
+        if self.schedule.ends_epoch(step) {
+            self.control.after_epoch(sums);
+        }
+        let train_loss = self.control.epoch.mean_loss();
         let validation = (sums.weight > 0).then_some(sums);
         let (loss, accuracy) = (validation.map(StepSums::mean_loss), validation.map(StepSums::accuracy));
         let (seconds, communication) = (self.epoch.seconds(), self.epoch.communication());
@@ -428,8 +459,8 @@ impl Run {
         let line = self.schedule.ends_epoch(step).then(|| EpochLine {
             step,
             epoch: step / self.schedule.steps_per_epoch,
-            train_loss: self.train_loss.unwrap_or(f64::NAN),
-            train_accuracy: self.epoch.accuracy().unwrap_or(f64::NAN),
+            train_loss: train_loss.unwrap_or(f64::NAN),
+            train_accuracy: self.control.epoch.accuracy().unwrap_or(f64::NAN),
             val_loss: loss,
             val_accuracy: accuracy,
             learning_rate,
@@ -442,7 +473,7 @@ impl Run {
         self.parts.metrics.evaluation(sums);
         self.parts.screen.epoch(&EpochEnd {
             step,
-            train_loss: self.train_loss,
+            train_loss,
             validation,
             gradient_norm,
             learning_rate,
@@ -457,7 +488,7 @@ impl Run {
             if let Err(problem) = self.parts.losses.epoch(line) {
                 self.parts.screen.notice(&problem.to_string());
             }
-            self.epoch = EpochClock::new(EpochSums::default());
+            self.epoch = EpochClock::new();
         }
         Ok(())
     }

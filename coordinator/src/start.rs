@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use protocol::control::ControlState;
 use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::{SHORTEST_TOKEN, Token};
-use protocol::job::{Clip, JobFile, JobSpec, Pad, Task, TextMode};
-use protocol::layout::{Head, Input, StateLayout};
+use protocol::job::{Clip, Decay, JobFile, JobSpec, Optimizer, Pad, Task, TextMode};
+use protocol::layout::{Head, Input, Progress, StateLayout};
+use protocol::message::Stop;
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
@@ -17,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc::{Receiver, unbounded_channel};
 
 use crate::data::{self, Dataset, grouped};
+use crate::early_end::EarlyEnd;
 use crate::forecast::Forecast;
 use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
@@ -105,7 +107,7 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
     let resumed = resumed.map(|image| StartState {
         step: image.progress().step,
         owes_evaluation: !image.is_whole(),
-        epoch_sums: image.control().epoch,
+        control: image.control(),
         image: image.into_bytes(),
     });
     if let Some(path) = &config.ready_file {
@@ -132,18 +134,16 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         ready,
     };
     let started = Instant::now();
-    let outcome = if parts
-        .resumed
-        .as_ref()
-        .is_some_and(|start| start.step >= schedule.total_steps && !start.owes_evaluation)
-    {
-        already_done(parts)
-    } else {
-        let (arrivals, arrived) = unbounded_channel();
-        let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
-        let outcome = Run::run(parts, arrived, &mut signals).await;
-        accepting.abort();
-        outcome
+    let over = parts.resumed.as_ref().and_then(|start| over(start, &config.file.job, &schedule));
+    let outcome = match over {
+        Some(stop) => already_over(parts, &stop),
+        None => {
+            let (arrivals, arrived) = unbounded_channel();
+            let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
+            let outcome = Run::run(parts, arrived, &mut signals).await;
+            accepting.abort();
+            outcome
+        }
     };
     let result = conclude(&config, outcome, started.elapsed());
     if !config.linger.is_zero() {
@@ -179,6 +179,7 @@ fn open_data(config: &Config) -> Result<(Box<dyn Dataset>, StateLayout), Problem
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
     let layout = StateLayout::new(data.shape().model.clone(), config.file.job.batch_size as usize);
     check_batch_size(&config.file.job, &*data)?;
+    check_patience(config.file.job.patience, data.facts().validation_samples)?;
     Ok((data, layout))
 }
 
@@ -318,6 +319,17 @@ fn check_batch_size(job: &JobSpec, data: &dyn Dataset) -> Result<(), Problem> {
     Ok(())
 }
 
+/// Who waits for a lower validation loss needs one.
+fn check_patience(patience: u64, validation_samples: u64) -> Result<(), Problem> {
+    if patience == 0 || validation_samples > 0 {
+        return Ok(());
+    }
+    Err(Problem::usage(format!(
+        "patience is {patience}, but the validation part is shorter than one batch: there is no validation loss"
+    ))
+    .hint("choose a smaller batch_size or seq_len, or a larger validation_fraction; or patience = 0"))
+}
+
 /// Whether each line of a text is a row of its own length.
 fn reads_lines(job: &JobSpec) -> bool {
     match job.task {
@@ -355,9 +367,10 @@ fn job_rows(
         Clip::None => "no clipping".to_owned(),
     };
     let dropout = if job.keep_prob < 1.0 { format!(", keep {}", job.keep_prob) } else { String::new() };
-    let rate = match learning_rate == job.learning_rate {
-        true => short(learning_rate),
-        false => format!("{} (the job's: {})", short(learning_rate), short(job.learning_rate)),
+    let optimizer = optimizer_text(job, learning_rate);
+    let patience = match job.patience {
+        0 => String::new(),
+        epochs => format!(", fewer if {epochs} epochs bring no lower validation loss"),
     };
     vec![
         ("data", facts.name.clone()),
@@ -373,12 +386,15 @@ fn job_rows(
         ),
         ("network", format!("{}, {reads} → {head}", job.network())),
         ("parameters", grouped(layout.parameters() as u64)),
-        ("batch", format!("{} rows × {up_to}{} steps in {} shards", job.batch_size, shape.seq_len, job.shards)),
-        ("training", format!("Adam {rate}, {clip}{dropout}, seed {}", job.seed)),
+        (
+            "batch",
+            format!("{} rows × {up_to}{} steps in {} shards", job.batch_size, shape.seq_len, job.shards),
+        ),
+        ("training", format!("{optimizer}, {clip}{dropout}, seed {}", job.seed)),
         (
             "length",
             format!(
-                "{} steps, {} per epoch",
+                "{} steps, {} per epoch{patience}",
                 grouped(schedule.total_steps),
                 grouped(schedule.steps_per_epoch)
             ),
@@ -389,6 +405,25 @@ fn job_rows(
         ("status", format!("http://{http}/")),
         ("run directory", config.run_dir.display().to_string()),
     ]
+}
+
+/// What turns gradients into steps: `SGD 0.1, momentum 0.9, rate times 0.1 every 10 epochs`.
+fn optimizer_text(job: &JobSpec, learning_rate: f64) -> String {
+    let rate = match learning_rate == job.learning_rate {
+        true => short(learning_rate),
+        false => format!("{} (the job's: {})", short(learning_rate), short(job.learning_rate)),
+    };
+    let optimizer = match job.optimizer {
+        Optimizer::Adam => format!("Adam {rate}"),
+        Optimizer::Sgd if job.momentum > 0.0 => format!("SGD {rate}, momentum {}", job.momentum),
+        Optimizer::Sgd => format!("SGD {rate}"),
+    };
+    let (factor, epochs) = (job.decay_factor, job.decay_epochs);
+    match job.decay {
+        Decay::Constant => optimizer,
+        Decay::Step => format!("{optimizer}, rate times {factor} every {epochs} epochs"),
+        Decay::Cosine => format!("{optimizer}, rate along a cosine to {factor} of it over {epochs} epochs"),
+    }
 }
 
 fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Status {
@@ -407,24 +442,49 @@ fn first_status(config: &Config, records: &Records, schedule: &Schedule) -> Stat
     }
 }
 
+/// Why a run that would go on from this state has ended already, if it has.
+fn over(start: &StartState, job: &JobSpec, schedule: &Schedule) -> Option<Stop> {
+    if start.owes_evaluation {
+        return None;
+    }
+    let progress = Progress::after(start.step, schedule.steps_per_epoch);
+    let finished = (start.step >= schedule.total_steps).then_some(Stop::Finished);
+    start.control.early_end(job, progress).or(finished)
+}
+
 /// The outcome of a run that was at its end before it began.
-fn already_done(mut parts: Parts) -> Outcome {
-    let step = parts.resumed.as_ref().map_or(0, |start| start.step);
-    parts.screen.notice(&format!(
-        "nothing to do: {step} steps are done (more: --epochs or --steps; again from the start: --fresh)"
-    ));
+fn already_over(mut parts: Parts, stop: &Stop) -> Outcome {
+    let (step, control) =
+        parts.resumed.as_ref().map_or((0, ControlState::default()), |start| (start.step, start.control));
+    let progress = Progress::after(step, parts.data.shape().schedule.steps_per_epoch);
+    let early_end = EarlyEnd::of(stop, &parts.file.job, &control, progress);
+    let result = early_end.as_ref().map_or(Ok(Exit::Done), EarlyEnd::result);
+    let (what, more) = match &early_end {
+        Some(end) => (end.sentence.clone(), end.hint),
+        None => (format!("{step} steps are done"), "more: --epochs or --steps"),
+    };
+    // A failure is told in the end.
+    if result.is_ok() {
+        parts.screen.notice(&format!("nothing to do: {what} ({more}; again from the start: --fresh)"));
+    }
     let validation = parts.records.evaluation_at(step);
-    Outcome { step, train_loss: None, validation, result: Ok(Exit::Done), parts }
+    Outcome { step, train_loss: None, validation, early_end, result, parts }
 }
 
 /// Shows how the run ended and what it wrote.
 fn conclude(config: &Config, outcome: Outcome, elapsed: Duration) -> Result<Exit, Problem> {
-    let Outcome { mut parts, step, train_loss, validation, result } = outcome;
+    let Outcome { mut parts, step, train_loss, validation, early_end, result } = outcome;
     let total_steps = parts.data.shape().schedule.total_steps;
     let saved = parts.records.checkpoint.map_or(0, |stage| stage.step);
     let same = if config.fresh { "the same command without --fresh" } else { "the same command" };
+    let elapsed = duration(elapsed.as_secs_f64());
     let sentence = match &result {
-        Ok(Exit::Done) => format!("done: {step} steps in {}", duration(elapsed.as_secs_f64())),
+        Ok(Exit::Done) => match early_end {
+            Some(EarlyEnd { sentence: why, .. }) => {
+                format!("done: {step} of {total_steps} steps in {elapsed}: {why}")
+            }
+            None => format!("done: {step} steps in {elapsed}"),
+        },
         Ok(_) if step == saved => {
             format!("stopped after step {step} of {total_steps}; {same} goes on from there")
         }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 use protocol::batch::{Batch, DataShape};
-use protocol::job::{Clip, JobSpec};
+use protocol::job::{Clip, EpsilonPlacement, JobSpec, Optimizer};
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
 
@@ -42,37 +42,52 @@ pub enum StepInput<'a> {
     Bytes(&'a [u8]),
 }
 
-/// The optimizer's numbers for one update.
+/// The numbers of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Update {
-    /// Updates done before this one; Adam's bias correction uses `updates_done + 1`.
-    pub updates_done: u64,
     /// Summed weight of the batch: what the summed gradient is divided by.
     pub weight: u64,
     /// The norm to which the mean gradient is clipped, if it is clipped here.
     pub clip_norm: Option<f64>,
     /// Step size.
     pub learning_rate: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the corrected second moment.
-    pub epsilon: f64,
+    /// What turns the gradient into a step.
+    pub rule: UpdateRule,
+}
+
+/// An optimizer with its numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum UpdateRule {
+    /// Adam.
+    Adam {
+        /// Updates done before this one; the bias correction uses `updates_done + 1`.
+        updates_done: u64,
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Keeps the quotient finite.
+        epsilon: f64,
+        /// Where it is added.
+        placement: EpsilonPlacement,
+    },
+    /// Gradient descent. The velocity is in the first moment; the second is not touched.
+    Sgd {
+        /// Share of the velocity that stays.
+        momentum: f64,
+    },
 }
 
 impl Update {
     /// The update of a job after `updates_done` updates, for a batch of this weight.
     pub fn new(job: &JobSpec, updates_done: u64, weight: u64, learning_rate: f64) -> Self {
-        Self {
-            updates_done,
-            weight,
-            clip_norm: (job.clip == Clip::Global).then_some(job.clip_norm),
-            learning_rate,
-            beta1: job.beta1,
-            beta2: job.beta2,
-            epsilon: job.epsilon,
-        }
+        let JobSpec { beta1, beta2, epsilon, epsilon_placement: placement, momentum, .. } = *job;
+        let rule = match job.optimizer {
+            Optimizer::Adam => UpdateRule::Adam { updates_done, beta1, beta2, epsilon, placement },
+            Optimizer::Sgd => UpdateRule::Sgd { momentum },
+        };
+        let clip_norm = (job.clip == Clip::Global).then_some(job.clip_norm);
+        Self { weight, clip_norm, learning_rate, rule }
     }
 }
 
@@ -183,7 +198,7 @@ pub trait Device: Send {
     fn mean_norm(&self, gradient: &Self::Buffer, weight: u64) -> Result<f64>;
 
     /// Divides the summed gradient by the weight, clips it by `norm` (from [`mean_norm`](Self::mean_norm)) and
-    /// updates parameters and both moments.
+    /// updates the parameters and what the update's rule keeps in the moments.
     fn update(
         &mut self,
         update: &Update,

@@ -1,4 +1,5 @@
-//! The CPU device against the f64 oracle: one step's numbers, and whole training steps with every way of clipping.
+//! The CPU device against the f64 oracle: one step's numbers, and whole training steps with every way of clipping and
+//! every optimizer.
 
 mod common;
 
@@ -6,11 +7,11 @@ use common::{
     CELLS, Combination, Largest, Outcome, Setup, Sizes, State, TASKS, combinations, distance, expected,
     network, setup, widen,
 };
-use kernels::oracle::optimizer::{Adam, EpsilonPlacement, adam, clip_by_global_norm};
+use kernels::oracle::optimizer::{self as oracle, Adam, Sgd, adam, clip_by_global_norm, sgd};
 use model::device::Pass;
 use protocol::batch::Batch;
 use protocol::cell::Cell;
-use protocol::job::{Clip, Task};
+use protocol::job::{Clip, EpsilonPlacement, Optimizer, Task};
 use protocol::sums::StepSums;
 
 /// The largest difference allowed, as a share of a tensor's largest number.
@@ -184,41 +185,59 @@ impl Reference {
                 add_up(&weighted)
             }
         };
-        let options = Adam {
-            lr: job.learning_rate,
-            beta1: job.beta1,
-            beta2: job.beta2,
-            epsilon: job.epsilon,
-            placement: EpsilonPlacement::AfterCorrection,
-        };
         let Self { parameters, first_moment, second_moment, recurrent } = self;
-        adam(options, step + 1, parameters, &mean, first_moment, second_moment);
+        let lr = job.learning_rate;
+        match job.optimizer {
+            Optimizer::Adam => {
+                let placement = match job.epsilon_placement {
+                    EpsilonPlacement::AfterCorrection => oracle::EpsilonPlacement::AfterCorrection,
+                    EpsilonPlacement::BeforeCorrection => oracle::EpsilonPlacement::BeforeCorrection,
+                };
+                let options =
+                    Adam { lr, beta1: job.beta1, beta2: job.beta2, epsilon: job.epsilon, placement };
+                adam(options, step + 1, parameters, &mean, first_moment, second_moment);
+            }
+            Optimizer::Sgd => sgd(Sgd { lr, momentum: job.momentum }, parameters, &mean, first_moment),
+        }
         *recurrent = want.recurrent;
         clips
     }
 }
 
 #[test]
-fn training_steps_equal_the_oracle_with_every_way_of_clipping() {
+fn training_steps_equal_the_oracle_with_every_way_of_clipping_and_every_optimizer() {
     // Adam divides a gradient by its own size, so at the default ε an element that is all rounding moves as far as any
     // other, and the limit must allow for it. At the larger ε such a move is small and errors stand out.
-    for (epsilon, limit) in [("1e-8", LIMIT), ("1e-4", 0.1 * LIMIT)] {
+    let optimizers: [(&[(&str, &str)], f64); 5] = [
+        (&[("epsilon", "1e-8")], LIMIT),
+        (&[("epsilon", "1e-4")], 0.1 * LIMIT),
+        (&[("epsilon", "1e-4"), ("epsilon_placement", "before_correction")], 0.1 * LIMIT),
+        (&[("optimizer", "sgd"), ("learning_rate", "0.1")], 0.1 * LIMIT),
+        (&[("optimizer", "sgd"), ("learning_rate", "0.1"), ("momentum", "0.9")], 0.1 * LIMIT),
+    ];
+    for (optimizer, limit) in optimizers {
         let mut largest = Largest::default();
         for cell in CELLS {
             for task in TASKS {
                 for clip in [Clip::Global, Clip::Shard, Clip::None] {
-                    three_steps(&mut largest, limit, (cell, task, clip), epsilon);
+                    three_steps(&mut largest, limit, (cell, task, clip), optimizer);
                 }
             }
         }
-        largest.print(&format!("parameters after 3 steps against f64, epsilon {epsilon}"));
+        largest.print(&format!("parameters after 3 steps against f64, {optimizer:?}"));
     }
 }
 
-fn three_steps(largest: &mut Largest, limit: f64, (cell, task, clip): (Cell, Task, Clip), epsilon: &str) {
+fn three_steps(
+    largest: &mut Largest,
+    limit: f64,
+    (cell, task, clip): (Cell, Task, Clip),
+    optimizer: &[(&str, &str)],
+) {
     let sizes = Sizes { cell, task, num_layers: 2, hidden_size: 17, seq_len: 6, batch_size: 7, shards: 3 };
     let word = format!("{clip:?}").to_lowercase();
-    let mut setup = Setup::new(sizes, &[("clip", &word), ("epsilon", epsilon), ("init", "pytorch")]);
+    let settings = [optimizer, &[("clip", &word), ("init", "pytorch")]].concat();
+    let mut setup = Setup::new(sizes, &settings);
     setup.job.clip_norm = middle_norm(&setup);
     let (mut state, mut fleet) = (setup.start(true), setup.alone());
     let mut reference = Reference::new(&state);

@@ -371,6 +371,10 @@ impl JobFile {
         if !(job.forget_bias as f32).is_finite() {
             return Err(Problem::usage(format!("forget_bias is {}, it must be a number", job.forget_bias)));
         }
+        if job.skip_limit == 0 {
+            return Err(Problem::usage("skip_limit is 0, it must be at least 1")
+                .hint("non_finite = \"fail\" ends the run at the first step that is not finite"));
+        }
         if !(job.divergence_factor == 0.0 || job.divergence_factor > 1.0) {
             return Err(Problem::usage(format!(
                 "divergence_factor is {}, it must be 0 or above 1",
@@ -774,6 +778,11 @@ mod tests {
                 [("init_from", "runs/a")],
                 "init_from is 'runs/a', it must be the sha256 of parameters",
                 "it is never set by hand: give --init-from RUN|FILE",
+            ),
+            (
+                [("skip_limit", "0")],
+                "skip_limit is 0, it must be at least 1",
+                "non_finite = \"fail\" ends the run at the first step that is not finite",
             ),
             ([("keep_prob", "0")], "keep_prob is 0, it must lie in (0, 1]", ""),
             ([("hidden_size", "0")], "hidden_size is 0, it must be at least 1", ""),

@@ -180,6 +180,13 @@ pub struct StepReport {
     pub seconds: PhaseSeconds,
 }
 
+impl StepReport {
+    /// Whether the step was left out because it is not finite.
+    pub fn is_skipped(&self) -> bool {
+        !self.sums.is_finite(self.gradient_norm)
+    }
+}
+
 /// Wall-clock seconds of the phases of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Encode, Decode)]
 pub struct PhaseSeconds {

@@ -52,6 +52,12 @@ impl StepSums {
         if self.weight == 0 { 0.0 } else { self.loss / self.weight as f64 }
     }
 
+    /// Whether a step with these sums and this norm of its mean gradient can be taken: nothing of it is infinite or not
+    /// a number.
+    pub fn is_finite(&self, gradient_norm: f64) -> bool {
+        !self.non_finite && gradient_norm.is_finite()
+    }
+
     /// Fraction of the targets that the network ranked first; 0 when there was none.
     pub fn accuracy(&self) -> f64 {
         if self.weight == 0 { 0.0 } else { self.correct as f64 / self.weight as f64 }

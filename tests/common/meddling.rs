@@ -1,5 +1,5 @@
-//! A device that hands other rows to the kernels than the coordinator sent, in one step; or says that it computes
-//! other bits. Everything else is the CPU's.
+//! A device that hands other rows to the kernels than the coordinator sent, in one step; or breaks what comes out of
+//! some steps; or says that it computes other bits. Everything else is the CPU's.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use protocol::job::JobSpec;
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
 
-/// Which rows the kernels get.
+/// Which rows the kernels get; all rows of such tests have one length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rows {
     /// Those that were sent.
@@ -22,17 +22,29 @@ pub(crate) enum Rows {
     RepeatOneIn(u64),
 }
 
+/// What is not finite that comes out of some training steps (the first is 1), besides the recurrent state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Broken {
+    /// Nothing.
+    Nothing,
+    /// Losses and gradients.
+    Losses(&'static [u64]),
+    /// Gradients behind finite losses.
+    Gradients(&'static [u64]),
+}
+
 /// Opens such devices.
 #[derive(Debug, Clone)]
 pub(crate) struct Meddling {
     pub(crate) rows: Rows,
+    pub(crate) broken: Broken,
     /// What its bits depend on, if it is to say something else than the CPU.
     pub(crate) bits: Option<&'static str>,
 }
 
 impl Meddling {
     /// A device that does what it should.
-    pub(crate) const HONEST: Self = Self { rows: Rows::AsSent, bits: None };
+    pub(crate) const HONEST: Self = Self { rows: Rows::AsSent, broken: Broken::Nothing, bits: None };
 
     fn cpu() -> CpuBackend {
         CpuBackend::new(Simd::detect(), 1)
@@ -61,13 +73,26 @@ impl Backend for Meddling {
         data: &DataShape,
         recompute: bool,
     ) -> Result<MeddlingDevice> {
-        Ok(MeddlingDevice { rows: self.rows, cpu: Self::cpu().open(layout, job, data, recompute)? })
+        Ok(MeddlingDevice {
+            rows: self.rows,
+            broken: self.broken,
+            state_size: layout.shape.state_size(),
+            cpu: Self::cpu().open(layout, job, data, recompute)?,
+            breaks_gradients: false,
+            sums: Vec::new(),
+        })
     }
 }
 
 pub(crate) struct MeddlingDevice {
     rows: Rows,
+    broken: Broken,
+    state_size: usize,
     cpu: CpuDevice,
+    /// In the step under way.
+    breaks_gradients: bool,
+    /// The sums of the step under way.
+    sums: Vec<StepSums>,
 }
 
 impl Device for MeddlingDevice {
@@ -87,7 +112,22 @@ impl Device for MeddlingDevice {
             (Pass::Train { step }, Rows::RepeatOneIn(bad)) if step + 1 == bad => with_first_row_twice(batch),
             _ => batch.clone(),
         };
-        self.cpu.step(pass, parameters, &changed, state_in, state_out)
+        self.cpu.step(pass, parameters, &changed, state_in, state_out)?;
+        self.sums = self.cpu.read_sums()?.to_vec();
+        let (steps, breaks_losses) = match self.broken {
+            Broken::Nothing => (&[][..], false),
+            Broken::Losses(steps) => (steps, true),
+            Broken::Gradients(steps) => (steps, false),
+        };
+        self.breaks_gradients = matches!(pass, Pass::Train { step } if steps.contains(&(step + 1)));
+        if self.breaks_gradients {
+            let first = batch.first_slot as usize * self.state_size;
+            state_out[first..first + batch.rows() * self.state_size].fill(f32::NAN);
+            for sums in self.sums.iter_mut().filter(|_| breaks_losses) {
+                (sums.loss, sums.non_finite) = (f64::INFINITY, true);
+            }
+        }
+        Ok(())
     }
 
     fn zeros(&self, len: usize) -> Result<Self::Buffer> {
@@ -111,11 +151,15 @@ impl Device for MeddlingDevice {
     }
 
     fn finish_bucket(&mut self, bucket: usize, partials: &mut [Self::Buffer]) -> Result<()> {
-        self.cpu.finish_bucket(bucket, partials)
+        self.cpu.finish_bucket(bucket, partials)?;
+        for partial in partials.iter_mut().filter(|_| self.breaks_gradients) {
+            partial.fill(f32::NAN);
+        }
+        Ok(())
     }
 
     fn read_sums(&mut self) -> Result<&[StepSums]> {
-        self.cpu.read_sums()
+        Ok(&self.sums)
     }
 
     fn tree_add(

@@ -5,7 +5,7 @@
 //! - [`process`]: one started process: its output while it runs, how it ended. Killed when dropped.
 //! - [`by_hand`]: a coordinator and workers started one by one.
 //! - [`in_process`]: a coordinator and workers inside the test, on devices of the test's own.
-//! - [`meddling`]: a device that hands other rows to the kernels, or says that it computes other bits.
+//! - [`meddling`]: a device that hands other rows to the kernels, breaks steps, or says that it computes other bits.
 //! - [`refusal`]: what every refused command has in common.
 //! - [`mounts`]: commands with file systems of their own.
 //! - [`http`]: one GET.
@@ -26,7 +26,7 @@ pub(crate) use by_hand::Coordinator;
 pub(crate) use folder::{Folder, files_below};
 pub(crate) use http::{Answer, get};
 pub(crate) use in_process::train_in_process;
-pub(crate) use meddling::{Meddling, Rows};
+pub(crate) use meddling::{Broken, Meddling, Rows};
 pub(crate) use mounts::with_own_mounts;
 pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
 pub(crate) use run::{Hashes, Run};

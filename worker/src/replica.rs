@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use model::device::{Device, DeviceError, Result};
+use model::device::{Device, DeviceError, Result, Update};
 use model::init::initial_parameters;
 use protocol::control::ControlState;
 use protocol::job::JobSpec;
@@ -15,9 +15,9 @@ pub struct Replica<D: Device> {
     pub layout: StateLayout,
     /// `[P]`
     pub parameters: D::Buffer,
-    /// Adam's first moment, `[P]`.
+    /// Adam's first moment, or the velocity of gradient descent, `[P]`.
     pub first_moment: D::Buffer,
-    /// Adam's second moment, `[P]`.
+    /// Adam's second moment, `[P]`; zeros for gradient descent.
     pub second_moment: D::Buffer,
     /// Recurrent state by slot, `[B, state_size]`, after the last finished step.
     pub state: D::Buffer,
@@ -87,10 +87,57 @@ impl<D: Device> Replica<D> {
         })
     }
 
+    /// Applies the gradient of the step under way to the parameters.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn update(&mut self, device: &mut D, update: &Update, gradient_norm: f64) -> Result<()> {
+        let Self { gradient, parameters, first_moment, second_moment, .. } = self;
+        device.update(update, gradient_norm, gradient, parameters, first_moment, second_moment)
+    }
+
     /// Makes the recurrent state of the step under way the current one and counts the step.
     pub fn commit(&mut self, steps_per_epoch: u64) {
         std::mem::swap(&mut self.state, &mut self.next_state);
         self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
+    }
+
+    /// Counts the step under way without taking it: the recurrent state stays the one that the step began with, which at
+    /// an epoch's start is the network's initial state.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn skip(&mut self, device: &D, steps_per_epoch: u64) -> Result<()> {
+        if self.progress.cursor == 0 {
+            let initial = self.initial_state(device)?;
+            device.import(&mut self.state, 0, &initial)?;
+        }
+        self.progress = Progress::after(self.progress.step + 1, steps_per_epoch);
+        Ok(())
+    }
+
+    /// The recurrent state of all slots at the start of a pass over the data.
+    fn initial_state(&self, device: &D) -> Result<Vec<f32>> {
+        let layout = &self.layout;
+        let mut slot = Vec::with_capacity(layout.shape.state_size());
+        for (layer, shape) in layout.shape.layers().enumerate() {
+            for ranges in layout.layer(layer) {
+                let parts = [(&ranges.initial_h, shape.output_size), (&ranges.initial_c, shape.cell_size)];
+                for (learnt, width) in parts {
+                    let mut values = vec![0.0; width];
+                    if let Some(range) = learnt {
+                        device.export(&self.parameters, range.clone(), &mut values)?;
+                    }
+                    slot.append(&mut values);
+                }
+            }
+        }
+        Ok(slot.into_iter().cycle().take(layout.recurrent()).collect())
+    }
+
+    /// Updates done: a step that was left out has none.
+    pub fn updates_done(&self) -> u64 {
+        self.progress.step.saturating_sub(self.control.skipped_updates)
     }
 
     /// Whether the evaluation of the last whole epoch is still due.
@@ -136,5 +183,69 @@ impl<D: Device> Replica<D> {
             digest = digest.wrapping_add(mix64(word ^ mix64(index as u64)));
         }
         Ok(digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels::Simd;
+    use model::cpu::{CpuBackend, CpuDevice};
+    use model::device::Backend;
+    use protocol::batch::DataShape;
+    use protocol::job::JobFile;
+    use protocol::layout::ModelShape;
+    use protocol::schedule::Schedule;
+
+    use super::*;
+
+    const PER_EPOCH: u64 = 4;
+
+    fn replica(settings: &[(&str, &str)]) -> (CpuDevice, Replica<CpuDevice>) {
+        let settings: Vec<_> = [("hidden_size", "3")].iter().chain(settings).collect();
+        let owned: Vec<_> =
+            settings.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let job = JobFile::resolve("char-lstm", None, &owned).unwrap().job;
+        let model = ModelShape::of(&job, 5, 5);
+        let schedule = Schedule { steps_per_epoch: PER_EPOCH, evaluation_batches: 0, total_steps: 9 };
+        let layout = StateLayout::new(model.clone(), job.batch_size as usize);
+        let data = DataShape { model, seq_len: 7, schedule };
+        let device = CpuBackend::new(Simd::detect(), 1).open(&layout, &job, &data, false).unwrap();
+        let replica = Replica::initial(&device, layout, &job).unwrap();
+        (device, replica)
+    }
+
+    #[test]
+    fn a_step_that_is_left_out_leaves_the_state_that_it_began_with() {
+        for (done, stays) in [(0, 0.0), (1, 0.5), (3, 0.5), (4, 0.0)] {
+            let (device, mut replica) = replica(&[]);
+            replica.progress = Progress::after(done, PER_EPOCH);
+            replica.state.fill(0.5);
+            replica.next_state.fill(f32::NAN);
+            let parameters = replica.parameters.clone();
+            replica.skip(&device, PER_EPOCH).unwrap();
+            assert_eq!(replica.state, vec![stays; replica.layout.recurrent()], "after {done} steps");
+            assert_eq!(replica.progress, Progress::after(done + 1, PER_EPOCH));
+            assert_eq!(replica.parameters, parameters);
+        }
+    }
+
+    #[test]
+    fn an_epoch_whose_first_step_is_left_out_begins_in_the_learnt_state() {
+        let settings = [("initial_state", "learnt"), ("hidden_sizes", "[3, 2]"), ("projection", "2")];
+        let (device, mut replica) = replica(&settings);
+        let mut slot = Vec::new();
+        for layer in 0..2 {
+            let ranges = &replica.layout.layer(layer)[0];
+            for range in [ranges.initial_h.clone(), ranges.initial_c.clone()].map(Option::unwrap) {
+                for at in range {
+                    slot.push(at as f32);
+                    replica.parameters[at] = at as f32;
+                }
+            }
+        }
+        assert_eq!(slot.len(), replica.layout.shape.state_size());
+        replica.state.fill(0.5);
+        replica.skip(&device, PER_EPOCH).unwrap();
+        assert_eq!(replica.state, slot.repeat(replica.layout.batch_size));
     }
 }

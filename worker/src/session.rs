@@ -106,7 +106,7 @@ where
         token: config.token,
         data_listener: Arc::new(data_listener),
         metrics,
-        stage: Stage::Idle(Trainer::new(device)),
+        stage: Stage::Idle(Box::new(Trainer::new(device))),
         waiting_for_state: None,
     };
     session.serve(shutdown).await
@@ -128,9 +128,12 @@ fn ended(goodbye: Goodbye) -> Result<Exit, Problem> {
     }
 }
 
+/// What the training thread hands back: the state, and why it stopped.
+type Worked<D> = (Box<Trainer<D>>, Result<Stop, String>);
+
 /// Whether the training thread runs.
 enum Stage<D: model::device::Device> {
-    Idle(Trainer<D>),
+    Idle(Box<Trainer<D>>),
     Training(Running<D>),
     /// Only while changing from one to the other.
     Between,
@@ -141,7 +144,7 @@ struct Running<D: model::device::Device> {
     /// Dropped by an abort, which ends a thread that waits for a batch.
     batches: Option<SyncSender<Batch>>,
     abort: Abort,
-    thread: JoinHandle<(Trainer<D>, Result<Stop, String>)>,
+    thread: JoinHandle<Worked<D>>,
 }
 
 impl<D: model::device::Device> Running<D> {
@@ -285,7 +288,7 @@ impl<D: model::device::Device + 'static> Session<D> {
     }
 
     /// The training thread has ended: says so, and waits for what comes next.
-    fn rest(&mut self, (trainer, outcome): (Trainer<D>, Result<Stop, String>)) -> Result<(), Problem> {
+    fn rest(&mut self, (trainer, outcome): Worked<D>) -> Result<(), Problem> {
         match outcome {
             Ok(why) => {
                 if let Some(replica) = &trainer.replica {
@@ -325,7 +328,7 @@ impl<D: model::device::Device + 'static> Session<D> {
 }
 
 /// Waits for the end of the training thread, for ever if none runs. Safe to cancel.
-async fn finished<D: model::device::Device>(stage: &mut Stage<D>) -> (Trainer<D>, Result<Stop, String>) {
+async fn finished<D: model::device::Device>(stage: &mut Stage<D>) -> Worked<D> {
     match stage {
         Stage::Training(running) => (&mut running.thread).await.expect("the training thread does not panic"),
         _ => std::future::pending().await,

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use model::device::{Device, DeviceError, Pass, Update};
 use model::sample::{SampleOptions, Sampler};
 use protocol::batch::{Batch, DataShape};
-use protocol::job::{Clip, JobSpec};
+use protocol::job::{Clip, JobSpec, NonFinite};
+use protocol::learning_rate::learning_rate;
 use protocol::message::{Form, PhaseSeconds, SampleRequest, StepReport, Stop, ToCoordinator};
 use protocol::schedule::Work;
 use protocol::slots::slots_of;
 use protocol::sums::StepSums;
 use protocol::tree::{self, Addition, TreeNode};
 
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, Ticket};
 use crate::feed::{Feed, FeedClosed};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
@@ -115,9 +116,9 @@ impl<D: Device> Generation<D> {
         Self { sample: request.filter(|_| self.form.rank == 0), ..self }
     }
 
-    /// Trains until the schedule ends, the fleet drains, or something breaks. The replica is always in the state
-    /// after some step; if it was cut off before the evaluation that belongs to it, the control state says so, and
-    /// whoever goes on from there begins with that.
+    /// Trains until the schedule ends, the control state ends the run, the fleet drains, or something breaks. The replica
+    /// is always in the state after some step; if it was cut off before the evaluation that belongs to it, the control
+    /// state says so, and whoever goes on from there begins with that.
     ///
     /// # Errors
     /// An aborted or broken generation, a failed device.
@@ -127,21 +128,30 @@ impl<D: Device> Generation<D> {
             self.evaluate(device, replica)?;
             self.outbox.after_step(device, replica, self.form.generation)?;
         }
-        while replica.progress.step < schedule.total_steps {
-            let Some(drain) = self.step(device, replica)? else { return Ok(Stop::NonFinite) };
+        let mut drain = false;
+        loop {
+            if let Some(stop) = replica.control.early_end(&self.job, replica.progress) {
+                return Ok(stop);
+            }
+            if replica.progress.step >= schedule.total_steps {
+                return Ok(Stop::Finished);
+            }
+            if drain {
+                return Ok(Stop::Drained);
+            }
+            drain = match self.step(device, replica)? {
+                Some(drain) => drain,
+                None => return Ok(Stop::NonFinite),
+            };
             if schedule.evaluates_after(replica.progress.step) {
                 self.evaluate(device, replica)?;
             }
             self.outbox.after_step(device, replica, self.form.generation)?;
-            if drain && replica.progress.step < schedule.total_steps {
-                return Ok(Stop::Drained);
-            }
         }
-        Ok(Stop::Finished)
     }
 
-    /// One step. Gives whether any worker asks to stop after it, or `None` if the step is not finite and was left
-    /// out.
+    /// One step. Gives whether any worker asks to stop after it, or `None` if it is not finite and the job does not
+    /// leave such steps out: it is then not done.
     fn step(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Option<bool>, StepError> {
         let started = Instant::now();
         let step = replica.progress.step;
@@ -153,6 +163,50 @@ impl<D: Device> Generation<D> {
         let (parameters, state) = (&replica.parameters, &replica.state);
         device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
+        let (own_sums, tickets) = self.begin_gradient(device)?;
+        let computed = Instant::now();
+
+        let drain = self.outbox.drain_requested();
+        let (by_shard, drain) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], drain)?;
+        let sums = StepSums::total(&by_shard[0]);
+        for ticket in tickets {
+            self.collective.wait(device, ticket, &mut replica.gradient)?;
+        }
+        self.collective.wait(device, states, &mut replica.next_state)?;
+        let reduced = Instant::now();
+
+        let gradient_norm = device.mean_norm(&replica.gradient, sums.weight)?;
+        let learning_rate = replica.control.learning_rate(learning_rate(&self.job, step, steps_per_epoch));
+        if sums.is_finite(gradient_norm) {
+            let update = Update::new(&self.job, replica.updates_done(), sums.weight, learning_rate);
+            replica.update(device, &update, gradient_norm)?;
+            replica.commit(steps_per_epoch);
+        } else if self.job.non_finite == NonFinite::Skip {
+            replica.skip(device, steps_per_epoch)?;
+        } else {
+            self.outbox.non_finite(step + 1, sums.mean_loss(), gradient_norm);
+            return Ok(None);
+        }
+        replica.control.after_step(index, steps_per_epoch, &sums, gradient_norm);
+        self.outbox.send(ToCoordinator::Step(StepReport {
+            generation: self.form.generation,
+            step: replica.progress.step,
+            sums,
+            gradient_norm,
+            learning_rate,
+            seconds: PhaseSeconds {
+                data: (fed - started).as_secs_f64(),
+                compute: (computed - fed).as_secs_f64(),
+                reduce: (reduced - computed).as_secs_f64(),
+                update: reduced.elapsed().as_secs_f64(),
+            },
+        }));
+        Ok(Some(drain))
+    }
+
+    /// Completes the gradient bucket by bucket and begins to reduce each, at once or, where shards are clipped, when all
+    /// of it is known. Gives the sums of this worker's shards too.
+    fn begin_gradient(&mut self, device: &mut D) -> Result<(Vec<StepSums>, Vec<Ticket>), StepError> {
         let clip_shards = self.job.clip == Clip::Shard;
         let mut tickets = Vec::with_capacity(self.buckets.len());
         for bucket in 0..self.buckets.len() {
@@ -170,53 +224,11 @@ impl<D: Device> Generation<D> {
                 tickets.push(self.begin_reduce(device, bucket)?);
             }
         }
-        let computed = Instant::now();
-
-        let drain = self.outbox.drain_requested();
-        let (by_shard, drain) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], drain)?;
-        let sums = StepSums::total(&by_shard[0]);
-        for ticket in tickets {
-            self.collective.wait(device, ticket, &mut replica.gradient)?;
-        }
-        self.collective.wait(device, states, &mut replica.next_state)?;
-        let reduced = Instant::now();
-
-        let norm = device.mean_norm(&replica.gradient, sums.weight)?;
-        if sums.non_finite || !norm.is_finite() {
-            self.outbox.non_finite(step + 1, sums.mean_loss(), norm);
-            return Ok(None);
-        }
-        let learning_rate = replica.control.learning_rate(self.job.learning_rate);
-        let update = Update::new(&self.job, step, sums.weight, learning_rate);
-        let (gradient, parameters) = (&replica.gradient, &mut replica.parameters);
-        device.update(
-            &update,
-            norm,
-            gradient,
-            parameters,
-            &mut replica.first_moment,
-            &mut replica.second_moment,
-        )?;
-        replica.control.after_step(epoch, index, steps_per_epoch, &sums);
-        replica.commit(steps_per_epoch);
-        self.outbox.send(ToCoordinator::Step(StepReport {
-            generation: self.form.generation,
-            step: replica.progress.step,
-            sums,
-            gradient_norm: norm,
-            learning_rate,
-            seconds: PhaseSeconds {
-                data: (fed - started).as_secs_f64(),
-                compute: (computed - fed).as_secs_f64(),
-                reduce: (reduced - computed).as_secs_f64(),
-                update: reduced.elapsed().as_secs_f64(),
-            },
-        }));
-        Ok(Some(drain))
+        Ok((own_sums, tickets))
     }
 
     /// Adds this worker's shards along the tree and begins to reduce one bucket.
-    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<crate::collective::Ticket, StepError> {
+    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<Ticket, StepError> {
         let range = self.buckets[bucket].clone();
         for &(left, right) in &self.own_additions {
             let [destination, source] =

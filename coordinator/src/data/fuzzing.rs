@@ -43,7 +43,8 @@ pub fn idx(bytes: &[u8]) {
 fn small(preset: &str, settings: &[(&str, &str)]) -> (JobSpec, RunSpec) {
     let sizes = [("batch_size", "2"), ("shards", "2"), ("seq_len", "3"), ("validation_fraction", "0.5")];
     let settings = sizes.iter().chain(settings).map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-    let file = JobFile::resolve(preset, None, &settings.collect::<Vec<_>>()).expect("the job is usable whatever the data");
+    let file = JobFile::resolve(preset, None, &settings.collect::<Vec<_>>())
+        .expect("the job is usable whatever the data");
     (file.job, file.run)
 }
 

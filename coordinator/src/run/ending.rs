@@ -4,11 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use protocol::message::{Goodbye, ToWorker, WorkerId};
+use protocol::layout::Progress;
+use protocol::message::{Goodbye, Stop, ToWorker, WorkerId};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::{Outcome, Run};
+use crate::early_end::EarlyEnd;
 use crate::membership::{Event, GO_ON};
 use crate::server::Arrival;
 use crate::store::journal::Record;
@@ -70,6 +72,22 @@ impl Run {
         let (is_first, text) = (self.ending.is_none(), problem.sentence.clone());
         self.fail(problem, true);
         if is_first { self.parts.records.journal(&Record::Event { text }) } else { Ok(()) }
+    }
+
+    /// A member was ended by its control state. All others are by theirs, after the same step: nobody is aborted.
+    pub(super) fn end_early(&mut self, stop: &Stop) -> Result<(), Problem> {
+        let progress = Progress::after(self.step, self.schedule.steps_per_epoch);
+        let Some(early_end) = EarlyEnd::of(stop, &self.parts.file.job, &self.control, progress) else {
+            return Ok(());
+        };
+        let is_first = self.ending.is_none();
+        self.end(early_end.result());
+        if !is_first {
+            return Ok(());
+        }
+        let text = early_end.sentence.clone();
+        self.early_end = Some(early_end);
+        self.parts.records.journal(&Record::Event { text })
     }
 
     pub(super) fn fail(&mut self, problem: Problem, trusted: bool) {
@@ -194,8 +212,9 @@ impl Run {
         let _ = tokio::time::timeout(GOODBYE_LIMIT, all_left).await;
         Outcome {
             step: self.step,
-            train_loss: self.train_loss,
+            train_loss: self.control.epoch.mean_loss(),
             validation: self.validation,
+            early_end: self.early_end,
             result: result.and_then(|exit| journaled.map(|()| exit)),
             parts: self.parts,
         }

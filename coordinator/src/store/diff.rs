@@ -293,6 +293,7 @@ mod tests {
                 learning_rate: 0.1,
                 samples_per_second: 1.0,
                 workers: 1,
+                skipped: false,
                 seconds: SecondsLine::default(),
             };
             metrics.append(&MetricLine::Step(line)).unwrap();

@@ -4,7 +4,6 @@
 use std::fmt;
 use std::path::Path;
 
-use protocol::control::EpochSums;
 use protocol::job::JobSpec;
 use protocol::problem::Problem;
 use serde::Serialize;
@@ -105,7 +104,7 @@ impl Inspection {
             epoch: progress.epoch,
             train_loss: image.control().epoch.mean_loss().and_then(finite),
             val_loss: validation.and_then(|sums| sums.mean_loss()).and_then(finite),
-            val_accuracy: validation.and_then(accuracy),
+            val_accuracy: validation.and_then(|sums| sums.accuracy()),
             parameter_sha256: image.parameter_sha256(),
             state_sha256: image.state_sha256(),
             bits: replay.bits.clone(),
@@ -130,10 +129,6 @@ fn events(replay: &Replay) -> Vec<EventLine> {
         rates.chain(replay.events.iter().cloned()).map(|(step, text)| EventLine { step, text }).collect();
     events.sort_by_key(|event| event.step);
     events
-}
-
-fn accuracy(sums: EpochSums) -> Option<f64> {
-    (sums.weight > 0).then(|| sums.correct as f64 / sums.weight as f64)
 }
 
 /// The table for people.

@@ -76,7 +76,7 @@ pub enum Record {
         /// Steps done in the state it goes on from.
         to_step: u64,
     },
-    /// The learning rate is another one from here on.
+    /// The job's learning rate, which may decay, is another one from here on.
     LearningRate {
         /// Steps done.
         step: u64,

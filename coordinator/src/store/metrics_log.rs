@@ -45,6 +45,9 @@ pub struct StepLine {
     pub samples_per_second: f64,
     /// Workers that shared the step.
     pub workers: u32,
+    /// Whether it was left out because it is not finite; only then it is written.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
     /// Where its time went.
     pub seconds: SecondsLine,
 }
@@ -246,6 +249,7 @@ mod tests {
             learning_rate: 0.001,
             samples_per_second: 100.0,
             workers: 2,
+            skipped: false,
             seconds: PhaseSeconds { data: 0.25, compute: 1.0, reduce: 0.5, update: 0.125 }.into(),
         })
     }
@@ -351,9 +355,12 @@ mod tests {
         let MetricLine::Step(mut line) = step(6) else { unreachable!() };
         line.train_loss = f64::NAN;
         line.grad_norm = f64::INFINITY;
+        line.skipped = true;
         log.append(&MetricLine::Step(line)).unwrap();
-        assert!(fs::read_to_string(&path).unwrap().contains("\"train_loss\":null,\"grad_norm\":null"));
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("\"train_loss\":null,\"grad_norm\":null"), "{text}");
+        assert_eq!(text.matches("\"skipped\":true").count(), 1);
         let Some(MetricLine::Step(read)) = read(&path).unwrap().pop() else { unreachable!() };
-        assert!(read.train_loss.is_nan() && read.grad_norm.is_nan());
+        assert!(read.train_loss.is_nan() && read.grad_norm.is_nan() && read.skipped);
     }
 }

@@ -125,6 +125,7 @@ mod tests {
                 learning_rate: 0.001,
                 samples_per_second: 10.0,
                 workers: 1,
+                skipped: false,
                 seconds,
             })
         };

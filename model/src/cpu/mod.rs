@@ -19,15 +19,15 @@ mod weights;
 use std::ops::Range;
 
 use kernels::Simd;
-use kernels::cpu::optimizer::{AdamOptions, AdamStep, adam_update, scale, squared_norm};
+use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep, adam_update, scale, sgd_update, squared_norm};
 use kernels::cpu::reduce;
 use protocol::batch::{Batch, DataShape};
-use protocol::job::{EpsilonPlacement, JobSpec};
+use protocol::job::JobSpec;
 use protocol::layout::{ModelShape, Part, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use rayon::prelude::*;
 
-use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update};
+use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update, UpdateRule};
 use block::{Dropout, Network, RowBlock};
 use gradient::{GradientTask, Scratch};
 use runs::{BatchRows, row_starts};
@@ -333,23 +333,30 @@ impl Device for CpuDevice {
         first_moment: &mut Vec<f32>,
         second_moment: &mut Vec<f32>,
     ) -> Result<()> {
+        let simd = self.simd;
+        let lr = update.learning_rate;
         let clip = update.clip_norm.map_or(1.0, |clip_norm| clip_norm / norm.max(clip_norm));
-        let options = AdamOptions {
-            lr: update.learning_rate,
-            beta1: update.beta1,
-            beta2: update.beta2,
-            epsilon: update.epsilon,
-            placement: EpsilonPlacement::AfterCorrection,
-        };
-        let step = AdamStep::new(options, update.updates_done + 1, (clip / update.weight as f64) as f32);
-        self.pool.install(|| {
-            parameters
-                .par_chunks_mut(ELEMENTS_PER_TASK)
-                .zip(gradient.par_chunks(ELEMENTS_PER_TASK))
-                .zip(first_moment.par_chunks_mut(ELEMENTS_PER_TASK))
-                .zip(second_moment.par_chunks_mut(ELEMENTS_PER_TASK))
-                .for_each(|(((w, g), m), v)| adam_update(self.simd, &step, w, g, m, v));
-        });
+        let gradient_scale = (clip / update.weight as f64) as f32;
+        let parts = parameters
+            .par_chunks_mut(ELEMENTS_PER_TASK)
+            .zip(gradient.par_chunks(ELEMENTS_PER_TASK))
+            .zip(first_moment.par_chunks_mut(ELEMENTS_PER_TASK))
+            .zip(second_moment.par_chunks_mut(ELEMENTS_PER_TASK));
+        match update.rule {
+            UpdateRule::Adam { updates_done, beta1, beta2, epsilon, placement } => {
+                let options = AdamOptions { lr, beta1, beta2, epsilon, placement };
+                let step = AdamStep::new(options, updates_done + 1, gradient_scale);
+                self.pool.install(|| {
+                    parts.for_each(|(((w, g), m), v)| adam_update(simd, &step, w, g, m, v));
+                });
+            }
+            UpdateRule::Sgd { momentum } => {
+                let step = SgdStep { gradient_scale, learning_rate: lr as f32, momentum: momentum as f32 };
+                self.pool.install(|| {
+                    parts.for_each(|(((w, g), velocity), _)| sgd_update(simd, &step, w, g, velocity));
+                });
+            }
+        }
         Ok(())
     }
 
