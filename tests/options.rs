@@ -40,6 +40,11 @@ const STREAM: &[&str] = &[
     "init=uniform",
     "init=normal init_scale=0.3",
     "head_init=truncated_normal",
+    "optimizer=sgd",
+    "optimizer=sgd momentum=0.9",
+    "epsilon_placement=before_correction",
+    "decay=step decay_epochs=1",
+    "decay=cosine decay_epochs=2",
 ];
 
 /// Each line of a text for itself.
@@ -74,9 +79,12 @@ const ROWS: &[&str] = &[
     "cell=gru bidirectional=true initial_state=learnt",
 ];
 
+/// 19 steps are an epoch.
 fn stream(folder: &Folder) -> String {
     let text = folder.text(6_000);
-    format!("char-lstm --data {text} --set hidden_size=10 --set seq_len=9 {BATCH}")
+    format!(
+        "char-lstm --data {text} --set hidden_size=10 --set seq_len=9 --set validation_fraction=0.3 {BATCH}"
+    )
 }
 
 fn lines(folder: &Folder) -> String {
