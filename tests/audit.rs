@@ -32,8 +32,15 @@ fn train(run: &Run, steps: u64, rows: Rows) {
 #[test]
 fn a_run_that_used_its_rows_passes() {
     let folder = Folder::new();
-    for (job, steps, rows) in [(&*text_job(&folder), "35", "2,240"), (IMAGES_JOB, "23", "3,450")] {
+    let text = &*text_job(&folder);
+    let lines = &*format!("{text} --set mode=lines --set batch_size=20");
+    let fields = "classify-text --set hidden_size=4 --set epochs=0 --set validation_fraction=0.9";
+    let cases =
+        [(text, "35", "2,240"), (IMAGES_JOB, "23", "3,450"), (lines, "30", "600"), (fields, "40", "1,280")];
+    for (job, steps, rows) in cases {
         let run = folder.run(&format!("run-{steps}"), job);
+        // In the middle of an epoch another fleet goes on.
+        run.train("--set steps=7 --workers 2");
         run.train(&format!("--set steps={steps} --workers 3"));
         let ended = audit(&run, "");
         ended.expect_exit(0);

@@ -178,6 +178,7 @@ fn known_data_are_listed_with_their_places() {
     let cache = folder.path().join(".cache/lockstep");
     for part in [
         "embedded         text, version ",
+        "embedded         labelled lines, version ",
         "embedded         images, version ",
         "    compiled in",
         &format!("tinyshakespeare was not found, looked at {}/tinyshakespeare/input.txt", cache.display()),
@@ -187,7 +188,7 @@ fn known_data_are_listed_with_their_places() {
         assert!(listed.stdout.contains(part), "the list lacks '{part}':\n{}", listed.stdout);
     }
     data(&["verify", "embedded"], folder.path()).expect_exit(0);
-    data(&["verify"], folder.path()).expect_failure(1, &["error: 2 of 4 are missing or wrong"]);
+    data(&["verify"], folder.path()).expect_failure(1, &["error: 2 of 5 are missing or wrong"]);
 }
 
 #[test]

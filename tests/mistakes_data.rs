@@ -77,6 +77,72 @@ fn a_text_that_cannot_be_used_is_refused() {
     );
 }
 
+#[test]
+fn lines_that_cannot_be_used_are_refused() {
+    let folder = Folder::new();
+    let long = format!("a\nb\n{}", "c".repeat(65_536));
+    let padded = "one\n".repeat(90) + "a\0b";
+    let lines = "char-lstm --set mode=lines";
+    let needs = "task \"classify\" reads lines of a label, a tab and a text";
+    let cases: [(&str, &str, &str, &str); 10] = [
+        (lines, "\n\r\n\n", "data.tsv has no line with a character in it", ""),
+        (
+            lines,
+            "a\nb\nc\n",
+            "the training part of data.tsv has 2 lines, one step of batch_size 64",
+            "give more",
+        ),
+        (
+            "char-lstm --set mode=lines --set batch_size=1 --shards 1",
+            &long,
+            "line 3 of data.tsv has 65,537 steps, the most supported is 65,536",
+            "keep the last steps of long lines with --set text.max_len=STEPS",
+        ),
+        (
+            "char-lstm --set mode=lines --set pad=pre",
+            &padded,
+            r"data.tsv has '\0', the character that lines are padded with",
+            "leave out text.pad",
+        ),
+        ("classify-text", "", "data.tsv has no line with a character in it", ""),
+        ("classify-text", "a\tb\n\nc d\n", "line 3 of data.tsv has no tab between a label and a text", needs),
+        ("classify-text", "a\tb\n\tc\n", "line 2 of data.tsv has no label before its tab", needs),
+        ("classify-text", "a\tb\nc\t\n", "line 2 of data.tsv has no text behind its tab", needs),
+        (
+            "classify-text",
+            "a\tb\na\tc\n",
+            "data.tsv has no label but 'a': there is nothing to tell apart",
+            "",
+        ),
+        (
+            "char-lstm --set reset_at=q",
+            "a text like any other",
+            "text.reset_at is 'q', but data.tsv has no such character",
+            "it has ' ' 'a' 'e' 'h' 'i' 'k' 'l' 'n' 'o' 'r' 't' 'x' 'y'",
+        ),
+    ];
+    let path = folder.path().join("data.tsv");
+    for (preset, content, sentence, hint) in cases {
+        std::fs::write(&path, content).unwrap();
+        refuse(&folder, preset, &path, sentence, hint);
+    }
+    refuse(
+        &folder,
+        "classify-text",
+        Path::new("mnist"),
+        "mnist is images, but task \"classify\"",
+        "a tab and a text",
+    );
+    refuse(&folder, "classify-text", folder.path(), "is a folder, but task \"classify\"", "--data embedded");
+    refuse(
+        &folder,
+        "mnist-rnn --set validation_samples=12000",
+        Path::new("embedded"),
+        "validation_samples is 12000, but only 12000 training images of embedded digits v1 are used",
+        "choose a smaller validation_samples",
+    );
+}
+
 const IMAGES: u32 = 0x803;
 const LABELS: u32 = 0x801;
 

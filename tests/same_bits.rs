@@ -70,6 +70,37 @@ fn every_cell_and_batch_cut_of_images_gives_the_same_bits() {
 }
 
 #[test]
+fn lines_and_labelled_lines_give_the_same_bits() {
+    let folder = Folder::new();
+    let text = folder.text(12_000);
+    let lines = format!("char-lstm --data {text} {SMALL_TEXT} --set mode=lines --set keep_prob=0.8");
+    let fields = "classify-text --steps 12 --set hidden_size=9 --set keep_prob=0.8";
+    let jobs = [
+        format!("{lines} --set batch_size=33 --shards 8"),
+        format!(
+            "{lines} --set batch_size=20 --shards 7 --set pad=pre --set max_len=24 --set embedding_size=5"
+        ),
+        format!("{fields} --set batch_size=50 --shards 8"),
+        format!("{fields} --set batch_size=33 --shards 8 --set pad=pre --set max_len=12 --set cell=gru"),
+    ];
+    for job in jobs {
+        assert_same_bits(&folder, &job, &[(1, 1), (1, 2), (3, 1), (8, 1)]);
+    }
+}
+
+#[test]
+fn a_text_with_wrapped_targets_that_starts_anew_at_lines_gives_the_same_bits() {
+    let folder = Folder::new();
+    let text = folder.text(12_000);
+    let newline = r#"reset_at="\n""#;
+    let job = format!("char-gru --data {text} {SMALL_TEXT} --set targets=wrap");
+    assert_same_bits(&folder, &format!("{job} --set {newline}"), &[(1, 1), (3, 1), (8, 1)]);
+    let with_resets = folder.run("run", &job).hashes();
+    let without = folder.run("other", &job).train("--workers 1");
+    assert_ne!(without.parameter, with_resets.parameter, "the resets did nothing");
+}
+
+#[test]
 fn every_way_to_clip_gives_the_same_bits() {
     let folder = Folder::new();
     let text = folder.text(12_000);

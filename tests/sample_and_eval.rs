@@ -95,9 +95,13 @@ fn what_cannot_be_sampled_is_told() {
     images.train("--steps 1");
     assert_eq!(lines(&images, "sample"), [""; 0]);
     let images = images.dir().to_str().unwrap();
+    let fields = folder.run("fields", "classify-text --set hidden_size=4 --workers 1");
+    fields.train("--steps 1");
+    assert_eq!(lines(&fields, "sample"), [""; 0]);
+    let fields = fields.dir().to_str().unwrap();
     let missing = folder.path().join("missing.txt");
 
-    let cases: [(&[&str], &[&str]); 8] = [
+    let cases: [(&[&str], &[&str]); 9] = [
         (
             &[dir, "--prime", "tree\u{1b}"],
             &["the prime has '\\u{1b}', which the network has never seen", "'ï'"],
@@ -109,6 +113,7 @@ fn what_cannot_be_sampled_is_told() {
         (&[dir, "--prime", "a", "--prime-file", "b"], &["cannot be used with"]),
         (&[dir, "--prime-file", missing.to_str().unwrap()], &["cannot read the prime from", "hint: "]),
         (&[images], &["reads images: there is no text to sample", "hint: "]),
+        (&[fields], &["names the class of a text: there is no text to sample", "hint: "]),
     ];
     for (words, parts) in cases {
         let ended = command("sample", words);
@@ -124,7 +129,18 @@ fn an_evaluation_has_the_bits_that_training_recorded() {
     let text = job(&folder);
     // The digits are drawn, two workers share the shards; the last image batch is not full.
     let images = "mnist-gru --set hidden_size=8 --set train_samples=450 --shards 7 --workers 2";
-    for (name, job, epochs) in [("text", text.as_str(), 3), ("images", images, 1)] {
+    let held_out =
+        "mnist-gru --set hidden_size=8 --set train_samples=450 --set validation_samples=130 --workers 2";
+    let lines_job = format!("{text} --set mode=lines --set batch_size=30 --set pad=pre");
+    let fields = "classify-text --set hidden_size=8 --set validation_fraction=0.7 --shards 7 --workers 2";
+    let cases = [
+        ("text", text.as_str(), 3),
+        ("images", images, 1),
+        ("held out images", held_out, 2),
+        ("lines", &lines_job, 2),
+        ("fields", fields, 2),
+    ];
+    for (name, job, epochs) in cases {
         let run = folder.run(name, job);
         run.train(&format!("--epochs {epochs}"));
         let epoch = lines(&run, "epoch").pop().unwrap();
@@ -137,7 +153,7 @@ fn an_evaluation_has_the_bits_that_training_recorded() {
             let json: Value = serde_json::from_str(&ended.stdout).unwrap();
             assert_eq!(json["step"], run.inspect()["step"]);
             assert_eq!(json["is_data_of_run"], true);
-            assert_eq!(json["bits_per_char"].is_null(), name == "images");
+            assert_eq!(json["bits_per_char"].is_null(), !["text", "lines"].contains(&name));
             assert!(json["targets"].as_u64().unwrap() > 0);
         }
     }

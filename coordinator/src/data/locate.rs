@@ -241,9 +241,10 @@ fn at_path(task: Task, path: &Path) -> Result<Source, Problem> {
             Ok(Source::Text { name, path: path.to_owned(), sha256: None })
         }
         (Task::Rows, Kind::Folder) => images_in(path, &shown.to_string(), false),
-        (Task::Chars | Task::Classify, Kind::Folder) => {
+        (Task::Chars, Kind::Folder) => {
             Err(wrong_task(&format!("{shown} is a folder"), task, "the path of a text file"))
         }
+        (Task::Classify, Kind::Folder) => Err(wrong_task(&format!("{shown} is a folder"), task, LABELLED)),
         (Task::Rows, Kind::File) => {
             Err(wrong_task(&format!("{shown} is a file"), task, "the folder with the four image files"))
         }

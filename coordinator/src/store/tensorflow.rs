@@ -526,6 +526,20 @@ mod tests {
     }
 
     #[test]
+    fn the_characters_of_the_tokens_may_be_there_and_the_optimizers_numbers_are_passed_over() {
+        let names = Array { values: Values::Characters(vec!['b', 'a']), ..array("vocabulary", &[2], 0.0) };
+        let step = Array { values: Values::Other("<i8".into()), ..array("global_step", &[], 0.0) };
+        let slot = array("RNN/rnn/basic_lstm_cell/kernel/Adam:0", &[3, 4], 0.0);
+        let weights =
+            read(&[&lstm()[..], &[names, step, slot]].concat(), Cell::Lstm, ArrayOptions::default());
+        assert_eq!(weights.unwrap().vocabulary, Some(vec!['b', 'a']));
+        let numbers = array("vocabulary", &[2], 0.0);
+        let problem =
+            read(&[&lstm()[..], &[numbers]].concat(), Cell::Lstm, ArrayOptions::default()).unwrap_err();
+        assert_eq!(problem.sentence, "array vocabulary of w is not of single characters");
+    }
+
+    #[test]
     fn what_does_not_fit_together_is_said() {
         let [kernel, bias] = lstm();
         let with = |more: Array| vec![kernel.clone(), bias.clone(), more];
