@@ -24,7 +24,11 @@ fn a_job_that_cannot_be_meant_is_refused() {
     let cases = [
         ("char-lsmt".to_owned(), "unknown preset 'char-lsmt'", "did you mean 'char-lstm'? known presets: "),
         (format!("{good} --set hiden_size=3"), "hiden_size", "did you mean 'hidden_size'?"),
-        (format!("{good} --set job.hiden_size=3"), "unknown key 'hiden_size'", "did you mean 'hidden_size'?"),
+        (
+            format!("{good} --set job.hiden_size=3"),
+            "unknown key 'job.hiden_size'",
+            "did you mean 'job.hidden_size'?",
+        ),
         (format!("{good} --set hidden_size=many"), "job.hidden_size in hidden_size=many is the string", ""),
         (format!("{good} --set hidden_size"), "--set hidden_size has no '='", "write --set KEY=VALUE"),
         (format!("{good} --set hidden_size=99999999999"), "the job is not usable: ", ""),
