@@ -201,8 +201,8 @@ fn command(name: &str, run: &Run, options: &str) -> Ended {
 /// The newest line of a kind in `metrics.jsonl`.
 fn newest(run: &Run, kind: &str) -> Value {
     let text = std::fs::read_to_string(run.dir().join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["kind"] == kind).next_back().unwrap_or_else(|| panic!("no {kind} in {text}"))
+    let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.rfind(|line| line["kind"] == kind).unwrap_or_else(|| panic!("no {kind} in {text}"))
 }
 
 #[test]

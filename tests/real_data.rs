@@ -35,6 +35,15 @@ fn char_lstm_on_tinyshakespeare_gives_the_same_bits() {
 }
 
 #[test]
+fn lines_of_tinyshakespeare_give_the_same_bits() {
+    assert_same_bits(
+        "real_data::lines_of_tinyshakespeare_give_the_same_bits",
+        "char-lstm --data tinyshakespeare --set text.mode=lines --set keep_prob=0.9",
+        65_f64.ln(),
+    );
+}
+
+#[test]
 fn mnist_gru_gives_the_same_bits() {
     assert_same_bits("real_data::mnist_gru_gives_the_same_bits", "mnist-gru --data mnist", 10_f64.ln());
 }

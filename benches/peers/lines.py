@@ -5,12 +5,12 @@
 
 The same data, network, batches and optimizer as
 
-    lockstep train char-lstm --data TEXT --set text.mode=lines
+    lockstep train char-lstm --data TEXT --set text.mode=lines --set init=pytorch
 
 Every line that is not empty is a sequence of its own: from the end of the line before it, over its characters, to its
 own end. The last tenth of the lines is held out. One-hot characters, two layers of LSTM 128, a linear layer; batches of
 64 lines of like length as packed sequences, so that nothing is padded and every line starts in the zero state. Adam,
-gradients clipped at a global norm of 5. The initialisation and the order of the batches are PyTorch's own.
+gradients clipped at a global norm of 5. The random numbers are PyTorch's own.
 
 Losses are nats per character: the sum over all characters, divided by their number.
 """
