@@ -76,7 +76,7 @@ pub(crate) enum Command {
     Diff(DiffArgs),
     /// Write the parameters of a run as a safetensors file for PyTorch
     Export(ExportArgs),
-    /// Make a run that starts from PyTorch's weights, without training it
+    /// Make a run that starts from PyTorch's, TensorFlow's or Keras' weights, without training it
     Import(ImportArgs),
     /// List, verify or download the data sets that go by a name
     Data(DataArgs),
@@ -91,10 +91,10 @@ pub(crate) enum Command {
 /// What is to be computed, and where it is written.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct JobArgs {
-    /// char-lstm, char-gru, char-lstm-512, mnist-rnn, mnist-lstm or mnist-gru
+    /// char-lstm, char-gru, char-lstm-512, mnist-rnn, mnist-lstm, mnist-gru or classify-text
     #[arg(default_value = "char-lstm")]
     preset: String,
-    /// Data: embedded, tinyshakespeare, mnist, or the path of a text file or of a folder with the MNIST files
+    /// Data: embedded, tinyshakespeare, mnist, or the path of a file of text or labelled lines, or of a folder with the MNIST files
     #[arg(long, value_name = "DATA")]
     data: Option<String>,
     /// The one folder of tinyshakespeare and mnist [default: LOCKSTEP_DATA_DIR, then the user's cache]
@@ -151,7 +151,7 @@ impl JobArgs {
             let (key, value) = setting.split_once('=').ok_or_else(|| {
                 Problem::usage(format!("--set {setting} has no '='")).hint("write --set KEY=VALUE")
             })?;
-            settings.push((key.trim().to_owned(), value.trim().to_owned()));
+            settings.push((key.trim().to_owned(), value.to_owned()));
         }
         // Whoever asks for a number of steps means that number, whatever number of epochs the preset has.
         let epochs = self.epochs.or(self.steps.map(|_| 0));

@@ -66,6 +66,17 @@ impl InitialParameters for WarmStart {
         layout: &StateLayout,
     ) -> Result<(Vec<f32>, String), Problem> {
         let weights = Weights::read(&self.path, job.cell, &self.options)?;
+        if let (Some(there), Some(here)) = (&weights.labels, &facts.labels)
+            && there != here
+        {
+            return Err(Problem::usage(format!(
+                "{} tells {} labels apart, and not those of {}",
+                weights.origin,
+                there.len(),
+                facts.name
+            ))
+            .hint(format!("its labels are {}", listed(there))));
+        }
         let (mut parameters, notice) = match (&weights.vocabulary, &facts.vocabulary) {
             (Some(there), Some(here)) if there != here => by_character(&weights, job, layout, (there, here))?,
             _ => verbatim(&weights, layout)?,
@@ -75,6 +86,13 @@ impl InitialParameters for WarmStart {
         move_forget_bias(weights.forget_bias - job.forget_bias, layout, &mut parameters);
         Ok((parameters, notice))
     }
+}
+
+/// Labels for people, cut after some.
+fn listed(labels: &[String]) -> String {
+    const MOST: usize = 20;
+    let more = if labels.len() > MOST { ", ..." } else { "" };
+    labels[..labels.len().min(MOST)].join(", ") + more
 }
 
 /// Parameters of a network of the same shape over the same characters.

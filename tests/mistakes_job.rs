@@ -31,11 +31,11 @@ fn a_job_that_cannot_be_meant_is_refused() {
         ),
         (format!("{good} --set hidden_size=many"), "job.hidden_size in hidden_size=many is the string", ""),
         (format!("{good} --set hidden_size"), "--set hidden_size has no '='", "write --set KEY=VALUE"),
-        (format!("{good} --set hidden_size=99999999999"), "the job is not usable: ", ""),
+        (format!("{good} --set hidden_size=99999999999"), "job.hidden_size is not usable: ", ""),
         (format!("{good} --set hidden_size=99999"), "hidden_size is 99999, the most supported is 16384", ""),
         (format!("{good} --set keep_prob=0"), "keep_prob is 0, it must lie in (0, 1]", ""),
         (format!("{good} --set learning_rate=nan"), "learning_rate is NaN, it must be a number above 0", ""),
-        (format!("{good} --set cell=lstn"), "the job is not usable: unknown variant `lstn`", ""),
+        (format!("{good} --set cell=lstn"), "job.cell is not usable: unknown variant `lstn`", ""),
         (
             format!("{good} --shards 65"),
             "shards is 65 but batch_size is 64: a shard would have no row",
@@ -172,7 +172,7 @@ fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
     ended.expect_refusal(
         1,
         "its update was not applied",
-        "go on from the newest checkpoint with a smaller --change-learning-rate, or start over with --fresh",
+        "start over with --fresh and a smaller learning_rate or another init",
     );
     assert!(ended.stderr.contains("is not finite (loss "), "{}", ended.stderr);
     // The state before it is kept, for whoever wants to look.

@@ -38,8 +38,8 @@ impl EarlyEnd {
                     job.divergence_factor,
                     fixed(control.first_epoch_loss, 4)
                 ),
-                hint: "start a new run with a smaller learning_rate; --set divergence_factor=0 lets a run go on \
-                       whatever its loss",
+                hint: "start a new run with a smaller learning_rate, or with --set divergence_factor=0 if it is to go on \
+                       whatever its loss; this one is over",
                 is_failure: true,
             }),
             Stop::NoImprovement => Some(Self {

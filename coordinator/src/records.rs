@@ -10,6 +10,7 @@ use protocol::problem::Problem;
 use protocol::sums::StepSums;
 
 use crate::data::DataFacts;
+use crate::early_end::EarlyEnd;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
 use crate::store::files::LineSync;
@@ -110,6 +111,7 @@ impl Records {
         }
         let metrics = MetricsLog::open(&dir.metrics_path(), step)?;
         let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
+        let labels = facts.labels.clone();
         let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
         let make_checkpoint: MakeCheckpoint = Arc::new(move |bytes: Vec<u8>| {
             Ok(Checkpoint {
@@ -117,6 +119,7 @@ impl Records {
                 job: job.clone(),
                 data_digest: digest.clone(),
                 vocabulary: vocabulary.clone(),
+                labels: labels.clone(),
             })
         });
         let mut records = Self {
@@ -168,6 +171,11 @@ impl Records {
         let mut control = image.control();
         let before = control;
         if let Some(wanted) = wanted {
+            let over = control.early_end(job, image.progress()).filter(|_| image.is_whole());
+            if let Some(end) = over.and_then(|stop| EarlyEnd::of(&stop, job, &control, image.progress())) {
+                let sentence = format!("{}; another learning rate changes nothing", end.sentence);
+                return Err(Problem::usage(sentence).hint(end.hint));
+            }
             control.change_learning_rate(of_job, wanted);
         }
         let now = control.learning_rate(of_job);

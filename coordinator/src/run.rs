@@ -415,7 +415,7 @@ impl Run {
             status.train_loss = Some(report.sums.mean_loss()).filter(|loss| loss.is_finite());
             status.samples_per_second = speed;
         });
-        let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds.max(1));
+        let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds);
         if self.checkpoint_asked.elapsed() >= interval && self.writing == 0 && !self.arriving.is_under_way() {
             self.checkpoint_asked = Instant::now();
             let digest_steps = self.parts.file.run.digest_steps.max(1);

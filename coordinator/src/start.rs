@@ -179,7 +179,7 @@ fn open_data(config: &Config) -> Result<(Box<dyn Dataset>, StateLayout), Problem
     let data = data::open(&config.file.job, &config.file.run, config.data_dir.as_deref())?;
     let layout = StateLayout::new(data.shape().model.clone(), config.file.job.batch_size as usize);
     check_batch_size(&config.file.job, &*data)?;
-    check_patience(config.file.job.patience, data.facts().validation_samples)?;
+    check_patience(&config.file.job, data.facts().validation_samples)?;
     Ok((data, layout))
 }
 
@@ -320,14 +320,19 @@ fn check_batch_size(job: &JobSpec, data: &dyn Dataset) -> Result<(), Problem> {
 }
 
 /// Who waits for a lower validation loss needs one.
-fn check_patience(patience: u64, validation_samples: u64) -> Result<(), Problem> {
-    if patience == 0 || validation_samples > 0 {
+fn check_patience(job: &JobSpec, validation_samples: u64) -> Result<(), Problem> {
+    if job.patience == 0 || validation_samples > 0 {
         return Ok(());
     }
-    Err(Problem::usage(format!(
-        "patience is {patience}, but the validation part is shorter than one batch: there is no validation loss"
-    ))
-    .hint("choose a smaller batch_size or seq_len, or a larger validation_fraction; or patience = 0"))
+    let (why, choose) = match reads_lines(job) {
+        true => ("no line is held out", "a larger validation_fraction"),
+        false => (
+            "the validation part is shorter than one batch",
+            "a smaller batch_size or seq_len, or a larger validation_fraction",
+        ),
+    };
+    Err(Problem::usage(format!("patience is {}, but {why}: there is no validation loss", job.patience))
+        .hint(format!("choose {choose}; or patience = 0")))
 }
 
 /// Whether each line of a text is a row of its own length.
@@ -366,7 +371,12 @@ fn job_rows(
         Clip::Shard => format!("clip each shard's norm {}", job.clip_norm),
         Clip::None => "no clipping".to_owned(),
     };
-    let dropout = if job.keep_prob < 1.0 { format!(", keep {}", job.keep_prob) } else { String::new() };
+    let keep_probs: Vec<String> = match &job.keep_probs[..] {
+        [] => vec![job.keep_prob.to_string()],
+        keep_probs => keep_probs.iter().map(f64::to_string).collect(),
+    };
+    let drops = job.layer_keep_probs().iter().any(|&keep_prob| keep_prob < 1.0);
+    let dropout = if drops { format!(", keep {}", keep_probs.join(", ")) } else { String::new() };
     let optimizer = optimizer_text(job, learning_rate);
     let patience = match job.patience {
         0 => String::new(),

@@ -9,7 +9,7 @@
 //! is made by the same sequence of exactly rounded operations. (What kind of NaN comes out of a NaN is not promised.)
 //!
 //! Shape letters, used in every doc comment: `B` batch rows, `T` time steps, `N` (step, row) pairs of a block, `I` input
-//! width, `H` units, `R` width of h (`H`, or less behind a projection), `G` gates of the cell (RNN 1, LSTM 4, GRU 3), `L`
+//! width, `H` units, `R` width of h (`H`, or what an LSTM projects to), `G` gates of the cell (RNN 1, LSTM 4, GRU 3), `L`
 //! layers, `V` classes, `P` parameters, `S` shards.
 //! All matrices are row-major; weights have PyTorch's shapes and gate orders (LSTM `i, f, g, o`; GRU `r, z, n`).
 //!

@@ -137,7 +137,7 @@ pub enum Init {
     Glorot,
     /// Everything uniform within 1 / √H; the head within 1 / √in, the embedding normal with deviation 1.
     Pytorch,
-    /// As Keras: recurrent weights orthogonal, gate by gate, times the scale (1); the rest as `Glorot`.
+    /// Recurrent weights orthogonal, gate by gate, times the scale (1); the rest as `Glorot`.
     Orthogonal,
     /// Matrices normal with the scale (0.1) as deviation, drawn again beyond two deviations; biases as `Glorot`.
     TruncatedNormal,
@@ -287,8 +287,9 @@ impl JobFile {
         for (key, value) in settings {
             merge(&mut merged, setting(&defaults, key, value)?, &format!("{key}={value}"))?;
         }
-        let file: Self = merged.try_into().map_err(|error: toml::de::Error| {
-            Problem::usage(format!("the job is not usable: {}", error.message()))
+        let file: Self = serde_path_to_error::deserialize(merged).map_err(|error| {
+            let (key, cause) = (error.path().to_string(), error.into_inner());
+            Problem::usage(format!("{key} is not usable: {}", cause.message()))
         })?;
         file.check()?;
         Ok(file)
@@ -345,8 +346,8 @@ impl JobFile {
             unit("a number of keep_probs", f64::from(*keep_prob as f32), true)?;
         }
         unit("validation_fraction", job.validation_fraction, false)?;
-        unit("beta1", job.beta1, false)?;
-        unit("beta2", job.beta2, false)?;
+        unit("beta1", f64::from(job.beta1 as f32), false)?;
+        unit("beta2", f64::from(job.beta2 as f32), false)?;
         unit("decay_factor", job.decay_factor, true)?;
         for (key, value) in [
             ("learning_rate", job.learning_rate),
@@ -356,6 +357,11 @@ impl JobFile {
         ] {
             if !(value > 0.0 && value.is_finite()) {
                 return Err(Problem::usage(format!("{key} is {value}, it must be a number above 0")));
+            }
+            // Above 0 as the kernels take it, in 32 bits.
+            if !(value as f32 > 0.0 && (value as f32).is_finite()) {
+                return Err(Problem::usage(format!("{key} is {value:e}, which has no 32-bit number"))
+                    .hint("choose a number between 1e-38 and 1e38"));
             }
         }
         for (key, value) in [("cell_clip", job.cell_clip), ("init_scale", job.init_scale)] {
@@ -381,7 +387,7 @@ impl JobFile {
                 job.divergence_factor
             )));
         }
-        if !(0.0..1.0).contains(&job.momentum) {
+        if !(0.0..1.0).contains(&(job.momentum as f32)) {
             return Err(Problem::usage(format!("momentum is {}, it must lie in [0, 1)", job.momentum)));
         }
         let limits = [
@@ -411,6 +417,9 @@ impl JobFile {
                 job.init_from
             ))
             .hint("it is never set by hand: give --init-from RUN|FILE"));
+        }
+        if self.run.checkpoint_seconds == 0 {
+            return Err(Problem::usage("checkpoint_seconds is 0, it must be at least 1"));
         }
         if self.run.epochs == 0 && self.run.steps == 0 {
             return Err(Problem::usage("epochs and steps are both 0: there is nothing to do")
@@ -473,7 +482,8 @@ impl JobSpec {
         }
     }
 
-    /// What is set must mean something in this job: nothing that a user asks for is passed over silently.
+    /// What is set must mean something in this job. (Numbers that another key switches on, such as `decay_factor`, may
+    /// be there beforehand.)
     fn check_combinations(&self) -> Result<(), Problem> {
         let (is_rnn, is_lstm, is_gru) =
             (self.cell == Cell::Rnn, self.cell == Cell::Lstm, self.cell == Cell::Gru);
@@ -500,6 +510,24 @@ impl JobSpec {
             needs("embedding_size", self.embedding_size != 0, "task \"chars\" or \"classify\"", !is_rows),
             needs("carry_state", !self.carry_state, "task \"chars\" and text.mode \"stream\"", is_stream),
             needs("momentum", self.momentum != 0.0, "optimizer \"sgd\"", self.optimizer == Optimizer::Sgd),
+            needs(
+                "epsilon_placement",
+                self.epsilon_placement != EpsilonPlacement::AfterCorrection,
+                "optimizer \"adam\"",
+                self.optimizer == Optimizer::Adam,
+            ),
+            needs(
+                "init_scale",
+                self.init_scale != 0.0,
+                "an init other than \"glorot\" and \"pytorch\"",
+                !matches!(self.init, Init::Glorot | Init::Pytorch),
+            ),
+            needs(
+                "variational_dropout",
+                self.variational_dropout,
+                "a keep_prob below 1",
+                self.layer_keep_probs().iter().any(|&keep_prob| keep_prob < 1.0),
+            ),
             needs("text.mode", self.text.mode == TextMode::Lines, "task \"chars\"", is_chars),
             needs(
                 "text.targets",
@@ -534,11 +562,25 @@ impl JobSpec {
                     .hint(format!("leave out {key}, or choose {what}")));
             }
         }
+        if self.task != Task::Chars
+            && self.layer_keep_probs().last().is_some_and(|&keep_prob| keep_prob < 1.0)
+        {
+            // Of stacked layers one keep_prob means those whose output is read.
+            if self.num_layers == 1 || !self.keep_probs.is_empty() {
+                let key =
+                    if self.keep_probs.is_empty() { "keep_prob" } else { "the last number of keep_probs" };
+                return Err(Problem::usage(format!(
+                    "{key} is below 1, but where the final state is classified nobody reads the last layer's output"
+                ))
+                .hint("leave it at 1; the outputs of the layers below can be dropped"));
+            }
+        }
         if self.text.reset_at.chars().count() > 1 {
             return Err(Problem::usage(format!(
                 "text.reset_at is {:?}, it must be one character",
                 self.text.reset_at
-            )));
+            ))
+            .hint(r#"write --set 'text.reset_at="\n"'"#));
         }
         if is_rows && self.patience > 0 && self.validation_samples == 0 {
             return Err(Problem::usage("patience is set, but the test images are never used to stop early")
@@ -767,7 +809,11 @@ mod tests {
             ),
             ([("keep_probs", "[0.5, 0]")], "a number of keep_probs is 0, it must lie in (0, 1]", ""),
             ([("cell_clip", "-1")], "cell_clip is -1, it must be 0 or a number above it", ""),
-            ([("text.reset_at", "ab")], "text.reset_at is \"ab\", it must be one character", ""),
+            (
+                [("text.reset_at", "ab")],
+                "text.reset_at is \"ab\", it must be one character",
+                r#"write --set 'text.reset_at="\n"'"#,
+            ),
             ([("seed", "x")], "job.seed in seed=x is the string \"x\", it must be of type integer", ""),
             (
                 [("shards", "65")],

@@ -87,7 +87,7 @@ pub struct LayerShape {
     pub input_size: usize,
     /// Units of each direction, `H`.
     pub hidden_size: usize,
-    /// Width of each direction's output, `R`: `H`, or less behind a projection.
+    /// Width of each direction's output, `R`: `H`, or what an LSTM projects to.
     pub output_size: usize,
     /// Width of each direction's c; 0 where the cell has none.
     pub cell_size: usize,

@@ -117,6 +117,9 @@ fn check_fits(checkpoint: &Checkpoint, data: &dyn Dataset) -> Result<(), Problem
             differences.push("the characters have another order".to_owned());
         }
     }
+    if checkpoint.labels.is_some() && facts.labels.is_some() && checkpoint.labels != facts.labels {
+        differences.push("it tells other labels apart".to_owned());
+    }
     let shape = &data.shape().model;
     if differences.is_empty() {
         let widths = [
@@ -135,7 +138,7 @@ fn check_fits(checkpoint: &Checkpoint, data: &dyn Dataset) -> Result<(), Problem
             facts.name,
             differences.join("; ")
         ))
-        .hint("evaluate on the data of the run, or on other data with the same characters or classes"));
+        .hint("evaluate on the data of the run, or on other data with the same characters and classes"));
     }
     if facts.validation_samples == 0 {
         return Err(Problem::usage(format!(

@@ -23,6 +23,7 @@ fn facts(vocabulary: Option<&str>) -> DataFacts {
         name: "text".to_owned(),
         digest: "d".to_owned(),
         vocabulary: vocabulary.map(|text| text.chars().collect()),
+        labels: None,
         sample_unit: "characters",
         train_samples: 1,
         skipped_per_epoch: 0,
@@ -44,6 +45,7 @@ fn source_of(dir: &std::path::Path, job: &JobSpec, vocabulary: &str) -> WarmStar
         job: job.clone(),
         data_digest: "d".to_owned(),
         vocabulary: Some(vocabulary.to_owned()),
+        labels: None,
     };
     let path = dir.join("w.safetensors");
     std::fs::write(&path, to_torch(&checkpoint)).unwrap();
@@ -172,6 +174,7 @@ fn the_forget_gate_gets_what_it_got_where_the_parameters_come_from() {
         job: job.clone(),
         data_digest: "d".to_owned(),
         vocabulary: Some("abcd".to_owned()),
+        labels: None,
     };
     let path = dir.path().join("w");
     let forget_bias = |job: &JobSpec| {

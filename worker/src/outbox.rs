@@ -57,7 +57,7 @@ impl Outbox {
         let sentence = format!(
             "step {step} is not finite (loss {loss}, gradient norm {norm}); its update was not applied"
         );
-        let hint = "go on from the newest checkpoint with a smaller --change-learning-rate, or start over with --fresh and other settings";
+        let hint = "start over with --fresh and a smaller learning_rate or another init; --set non_finite=skip leaves such steps out";
         self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
     }
 

@@ -89,6 +89,7 @@ impl RowsDataset {
             ),
             digest: digest(&train, &test),
             vocabulary: None,
+            labels: None,
             sample_unit: "images",
             train_samples: samples.into(),
             skipped_per_epoch: u64::from(samples) - steps_per_epoch * u64::from(job.batch_size),

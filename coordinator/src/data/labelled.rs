@@ -1,7 +1,7 @@
 //! Task `classify`: each line that is not empty is a label, a tab and a text.
 //!
 //! The labels, sorted, are the classes. A text has a step for each character. Lines are held out one by one, evenly
-//! spread over the file, since labelled files are often sorted.
+//! spread over the lines of each label: labelled files are often sorted, or labels take turns.
 
 use protocol::job::JobSpec;
 use protocol::problem::Problem;
@@ -29,16 +29,16 @@ pub(super) fn read(name: &str, bytes: &[u8], job: &JobSpec) -> Result<Sequences,
         let class = classes.binary_search(&label).expect("every label is a class");
         Row { line, tokens: tokenizer.tokens(text).collect(), label: class as u16 }
     };
-    let fraction = job.validation_fraction;
-    let (validation, train) = (0..lines.len() as u32).partition(|&line| is_held_out(line, fraction));
+    let rows: Vec<Row> = lines.iter().map(row).collect();
+    let (validation, train) = split(&rows, job.validation_fraction);
     Ok(Sequences {
         name: name.to_owned(),
         digest: sha256_hex([bytes]),
         vocabulary: tokenizer.vocabulary().to_vec(),
-        classes: classes.len(),
+        labels: Some(classes.iter().map(|&label| label.to_owned()).collect()),
         reset_token: None,
         characters: texts.map(|text| text.chars().count() as u64).sum(),
-        rows: lines.iter().map(row).collect(),
+        rows,
         train,
         validation,
     })
@@ -75,7 +75,21 @@ fn classes<'a>(name: &str, lines: &[Labelled<'a>]) -> Result<Vec<&'a str>, Probl
     }
 }
 
-/// Whether a line, counted from 0, is held out: of the first n lines ⌊n · fraction⌋ are.
+/// The rows that are held out, and the others: evenly spread over the rows sorted by class, each in the order of the file.
+fn split(rows: &[Row], fraction: f64) -> (Vec<u32>, Vec<u32>) {
+    let mut by_class: Vec<u32> = (0..rows.len() as u32).collect();
+    by_class.sort_by_key(|&row| rows[row as usize].label);
+    let places = (0..).zip(by_class);
+    let (held_out, others): (Vec<_>, Vec<_>) = places.partition(|&(place, _)| is_held_out(place, fraction));
+    let in_order = |places: Vec<(u32, u32)>| {
+        let mut rows: Vec<u32> = places.into_iter().map(|(_, row)| row).collect();
+        rows.sort_unstable();
+        rows
+    };
+    (in_order(held_out), in_order(others))
+}
+
+/// Whether a row, counted from 0, is held out: of the first n rows ⌊n · fraction⌋ are.
 fn is_held_out(line: u32, fraction: f64) -> bool {
     // One product each, which every machine rounds alike.
     let held_out = |lines: f64| (lines * fraction).floor();
@@ -111,8 +125,9 @@ mod tests {
         assert_eq!((model.input, data.shape().seq_len), (Input::Embedding { tokens: 7, size: 3 }, 3));
 
         let batch = data.batch(Work::Evaluate { step: 0, index: 0 }, 0..2);
-        assert_eq!((&batch.sample_ids[..], &batch.lengths[..]), (&[6][..], &[1][..]));
-        assert_eq!(batch.inputs, Inputs::LabelledTokens { tokens: vec![3], labels: vec![1] });
+        assert_eq!((&batch.sample_ids[..], &batch.lengths[..]), (&[4][..], &[3][..]));
+        assert_eq!(batch.inputs, Inputs::LabelledTokens { tokens: vec![4, 5, 6], labels: vec![2] });
+        assert_eq!(data.facts().labels.as_ref().unwrap()[..], ["apple", "fig", "pear"]);
         let mut rows = Vec::new();
         for index in 0..2 {
             let batch = data.batch(Work::Train { step: index, epoch: 0, index }, 0..2);
@@ -126,7 +141,7 @@ mod tests {
             }
         }
         rows.sort();
-        let expected = [(1, 2, vec![1, 2]), (2, 0, vec![2, 3]), (4, 2, vec![4, 5, 6]), (5, 1, vec![1, 0, 2])];
+        let expected = [(1, 2, vec![1, 2]), (2, 0, vec![2, 3]), (5, 1, vec![1, 0, 2]), (6, 1, vec![3])];
         assert_eq!(rows, expected);
     }
 
@@ -135,8 +150,8 @@ mod tests {
         let settings = [("validation_fraction", "0.2"), ("pad", "pre"), ("max_len", "2")];
         let mut data = open(FRUIT, &settings).unwrap();
         let batch = data.batch(Work::Evaluate { step: 0, index: 0 }, 0..2);
-        assert_eq!((&batch.lengths[..], &batch.paddings[..]), (&[2][..], &[1][..]));
-        assert_eq!(batch.inputs, Inputs::LabelledTokens { tokens: vec![0, 4], labels: vec![1] });
+        assert_eq!((&batch.lengths[..], &batch.paddings[..]), (&[2][..], &[0][..]));
+        assert_eq!(batch.inputs, Inputs::LabelledTokens { tokens: vec![6, 7], labels: vec![2] });
         let rows: Vec<(u64, Vec<u16>)> = (0..2)
             .flat_map(|index| {
                 let batch = data.batch(Work::Train { step: index, epoch: 0, index }, 0..2);
@@ -145,7 +160,7 @@ mod tests {
                 batch.sample_ids.into_iter().zip(rows).collect::<Vec<_>>()
             })
             .collect();
-        assert!(rows.contains(&(4, vec![6, 7])) && rows.contains(&(5, vec![1, 3])), "{rows:?}");
+        assert!(rows.contains(&(6, vec![0, 4])) && rows.contains(&(5, vec![1, 3])), "{rows:?}");
     }
 
     #[test]
@@ -165,6 +180,20 @@ mod tests {
             let gaps: Vec<u32> = held_out.windows(2).map(|pair| pair[1] - pair[0]).collect();
             let (least, most) = (gaps.iter().min().unwrap(), gaps.iter().max().unwrap());
             assert!(most - least <= 1, "{fraction}: gaps from {least} to {most}");
+        }
+    }
+
+    #[test]
+    fn every_label_is_held_out_alike_whatever_the_order_of_the_lines() {
+        let taking_turns: Vec<u16> = (0..400).map(|line| line % 10).collect();
+        let sorted: Vec<u16> = (0..400).map(|line| line / 40).collect();
+        for labels in [taking_turns, sorted] {
+            let row = |label| Row { line: 1, tokens: Box::new([]), label };
+            let (held_out, others) = split(&labels.iter().map(|&label| row(label)).collect::<Vec<_>>(), 0.1);
+            assert_eq!((held_out.len(), others.len()), (40, 360));
+            for label in 0..10 {
+                assert_eq!(held_out.iter().filter(|&&row| labels[row as usize] == label).count(), 4);
+            }
         }
     }
 

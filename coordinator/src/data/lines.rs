@@ -35,7 +35,7 @@ pub(super) fn read(name: &str, bytes: &[u8], job: &JobSpec) -> Result<Sequences,
         name: name.to_owned(),
         digest: sha256_hex([bytes]),
         vocabulary: tokenizer.vocabulary().to_vec(),
-        classes: tokenizer.vocabulary().len(),
+        labels: None,
         // A sample starts each line anew. Padding is read before the end of the line before; its state must stay.
         reset_token: (job.text.pad == Pad::Post).then_some(end_of_line),
         characters: lines.map(|(_, text)| text.chars().count() as u64).sum(),

@@ -77,6 +77,8 @@ pub struct DataFacts {
     pub digest: String,
     /// Tasks `chars` and `classify`: the character of each token, ascending.
     pub vocabulary: Option<Vec<char>>,
+    /// Task `classify`: the label of each class, ascending.
+    pub labels: Option<Vec<String>>,
     /// What is counted below: `characters`, `lines` or `images`.
     pub sample_unit: &'static str,
     /// Samples to learn from: training images or lines, or characters of the training part that are predicted.

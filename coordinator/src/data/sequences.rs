@@ -27,8 +27,8 @@ pub(super) struct Sequences {
     /// The character of each token, ascending; the first is [`PADDING`](super::vocabulary::PADDING) where the job pads
     /// in front.
     pub(super) vocabulary: Vec<char>,
-    /// Number of classes.
-    pub(super) classes: usize,
+    /// The label of each class, ascending; where there are none, the characters are the classes.
+    pub(super) labels: Option<Vec<String>>,
     /// The token before which the state becomes the initial state.
     pub(super) reset_token: Option<u16>,
     /// Characters of all lines.
@@ -83,12 +83,13 @@ impl SequenceDataset {
     /// # Errors
     /// A line is too long for any network, or the rows to learn from are fewer than a batch.
     pub(super) fn new(sequences: Sequences, job: &JobSpec, run: &RunSpec) -> Result<Self, Problem> {
-        let Sequences { name, digest, vocabulary, classes, reset_token, characters, mut rows, train, .. } =
+        let Sequences { name, digest, vocabulary, labels, reset_token, characters, mut rows, train, .. } =
             sequences;
         let mut validation = sequences.validation;
         if train.len() < job.batch_size as usize {
             return Err(too_few(&name, train.len(), job));
         }
+        let classes = labels.as_ref().map_or(vocabulary.len(), Vec::len);
         let model = ModelShape { reset_token, ..ModelShape::of(job, vocabulary.len(), classes) };
         let targets = targets(model.head);
         if job.text.max_len > 0 {
@@ -120,6 +121,7 @@ impl SequenceDataset {
             ),
             digest,
             vocabulary: Some(vocabulary),
+            labels,
             sample_unit: "lines",
             train_samples,
             skipped_per_epoch: train_samples - steps_per_epoch * batch_size,

@@ -83,6 +83,7 @@ impl TextDataset {
         let facts = DataFacts {
             name: format!("{name}, {characters} characters, {classes} distinct"),
             digest: sha256_hex([bytes]),
+            labels: None,
             vocabulary: Some(tokenizer.vocabulary().to_vec()),
             sample_unit: "characters",
             train_samples,

@@ -77,16 +77,17 @@ impl Tokenizer {
     }
 }
 
-/// The text of the data that people know as `name`.
+/// The text of the data that people know as `name`, without the byte order mark that some editors write first.
 ///
 /// # Errors
 /// It is not UTF-8.
 pub(super) fn decode<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problem> {
-    std::str::from_utf8(bytes).map_err(|error| {
+    let text = std::str::from_utf8(bytes).map_err(|error| {
         let offset = error.valid_up_to();
         Problem::usage(format!("{name} is not UTF-8: byte {:#04x} at offset {offset}", bytes[offset]))
             .hint("convert the text to UTF-8")
-    })
+    })?;
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
 }
 
 #[cfg(test)]

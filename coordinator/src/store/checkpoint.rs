@@ -37,6 +37,8 @@ pub struct Checkpoint {
     pub data_digest: String,
     /// The characters of the text in the order of their token ids; `None` for images.
     pub vocabulary: Option<String>,
+    /// Task `classify`: the label of each class.
+    pub labels: Option<Vec<String>>,
 }
 
 impl Checkpoint {
@@ -79,6 +81,7 @@ impl Checkpoint {
             job,
             data_digest: metadata.data_digest.clone(),
             vocabulary: metadata.vocabulary.clone(),
+            labels: metadata.labels.clone(),
         };
         if Metadata::of(&checkpoint).content_digest != metadata.content_digest {
             return Err(Problem::failed("its content does not have the digest that it records"));
@@ -95,6 +98,8 @@ struct Metadata {
     job: String,
     data_digest: String,
     vocabulary: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    labels: Option<Vec<String>>,
     step: u64,
     epoch: u64,
     cursor: u64,
@@ -139,6 +144,7 @@ impl Metadata {
             job: toml::to_string(&job).expect("a job that was read from TOML can be written as TOML"),
             data_digest: checkpoint.data_digest.clone(),
             vocabulary: checkpoint.vocabulary.clone(),
+            labels: checkpoint.labels.clone(),
             step,
             epoch,
             cursor,

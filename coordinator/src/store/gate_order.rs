@@ -1,4 +1,4 @@
-//! In which order other programs keep the gates of a cell. The one place where an order is written down.
+//! In which order other programs keep the gates of a cell, by name. Our own order is PyTorch's.
 
 use protocol::cell::Cell;
 

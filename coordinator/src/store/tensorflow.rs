@@ -187,7 +187,7 @@ pub(super) fn from_arrays(
         forget_bias = direction.forget_bias;
         tensors.extend(direction.tensors);
     }
-    Ok(Weights { origin: origin.to_owned(), vocabulary, forget_bias, tensors, meaning })
+    Ok(Weights { origin: origin.to_owned(), vocabulary, labels: None, forget_bias, tensors, meaning })
 }
 
 /// One direction of one layer, as ours.
@@ -237,6 +237,8 @@ impl Direction {
             // Keras has the choice, TensorFlow 1 has not.
             recurrent_activation: (order == GateOrder::Tf1).then_some(RecurrentActivation::Sigmoid),
             activation: None,
+            // Neither says: TensorFlow's cells may have one, Keras' have none.
+            cell_clip: (order != GateOrder::Tf1).then_some(0.0),
         };
         let bias_hh =
             bias_hh.unwrap_or(Matrix { values: vec![0.0; bias_ih.values.len()], ..bias_ih.clone() });
@@ -288,7 +290,7 @@ fn forget_bias(origin: &str, cell: Cell, order: GateOrder, options: &ArrayOption
             Err(Problem::usage(format!("--forget-bias is about an LSTM, and {origin} is of cell {cell}"))
                 .hint("leave it out"))
         }
-        Some(value) if !value.is_finite() => {
+        Some(value) if !(value as f32).is_finite() => {
             Err(Problem::usage(format!("--forget-bias is {value}, it must be a number")))
         }
         Some(value) => Ok(value),

@@ -38,6 +38,7 @@ pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
         job,
         data_digest: "d1".to_owned(),
         vocabulary: Some("ab\n\"é".to_owned()),
+        labels: None,
     }
 }
 
@@ -45,7 +46,13 @@ pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
 pub(crate) fn rows_checkpoint(step: u64) -> Checkpoint {
     let job = job_file("mnist-rnn", &[]).job;
     let layout = StateLayout::of(&job, 28, 10);
-    Checkpoint { image: image(&layout, step, 0), job, data_digest: "d2".to_owned(), vocabulary: None }
+    Checkpoint {
+        image: image(&layout, step, 0),
+        job,
+        data_digest: "d2".to_owned(),
+        vocabulary: None,
+        labels: None,
+    }
 }
 
 fn image(layout: &StateLayout, step: u64, salt: u64) -> StateImage {

@@ -42,6 +42,9 @@ pub(super) struct Network {
     /// Of a GRU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) reset: Option<Reset>,
+    /// Of an LSTM; 0: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) cell_clip: Option<f64>,
     /// How much of an LSTM's `bias_ih` is the job's `forget_bias`, which PyTorch has no other place for.
     #[serde(default)]
     forget_bias_in_bias_ih: f64,
@@ -50,6 +53,9 @@ pub(super) struct Network {
     beyond_pytorch: Vec<String>,
     /// The characters in the order of their token ids; null for images.
     pub(super) vocabulary: Option<String>,
+    /// The label of each class, where classes have labels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) labels: Option<Vec<String>>,
 }
 
 /// The settings of a job that PyTorch's layers have no counterpart for, as TOML.
@@ -63,6 +69,10 @@ pub fn beyond_pytorch(job: &JobSpec) -> Vec<String> {
         ),
         (job.peepholes, "peepholes = true".to_owned()),
         (job.cell_clip > 0.0, format!("cell_clip = {}", job.cell_clip)),
+        (
+            job.projection > 0 && sizes.iter().any(|&size| size <= job.projection as usize),
+            format!("projection = {}", job.projection),
+        ),
         (sizes.iter().any(|&size| size != sizes[0]), format!("hidden_sizes = {:?}", job.hidden_sizes)),
     ];
     settings.into_iter().filter(|(is_set, _)| *is_set).map(|(_, setting)| setting).collect()
@@ -71,7 +81,7 @@ pub fn beyond_pytorch(job: &JobSpec) -> Vec<String> {
 /// The parameters of a checkpoint as the content of a file for PyTorch. Equal parameters of equal networks give equal
 /// bytes.
 pub fn to_torch(checkpoint: &Checkpoint) -> Vec<u8> {
-    let Checkpoint { image, job, vocabulary, .. } = checkpoint;
+    let Checkpoint { image, job, vocabulary, labels, .. } = checkpoint;
     let tensors: Vec<_> =
         image.layout().tensors.iter().map(|tensor| (tensor, bytes_of(tensor, image, job))).collect();
     let views = tensors.iter().map(|(Tensor { name, shape, .. }, bytes)| {
@@ -90,9 +100,11 @@ pub fn to_torch(checkpoint: &Checkpoint) -> Vec<u8> {
         activation: (job.cell == Cell::Rnn).then_some(job.activation),
         recurrent_activation: (job.cell != Cell::Rnn).then_some(job.recurrent_activation),
         reset: (job.cell == Cell::Gru).then_some(job.reset),
+        cell_clip: (job.cell == Cell::Lstm).then_some(job.cell_clip),
         forget_bias_in_bias_ih: job.forget_bias,
         beyond_pytorch: beyond_pytorch(job),
         vocabulary: vocabulary.clone(),
+        labels: labels.clone(),
     };
     let json = serde_json::to_string(&network).expect("plain values can be written as JSON");
     safetensors::serialize(views, Some(HashMap::from([(NETWORK_KEY.to_owned(), json)])))
@@ -177,7 +189,7 @@ mod tests {
         let job = testing::job_file("char-lstm", settings).job;
         let layout = StateLayout::of(&job, 5, 5);
         let image = StateImage::initial(&layout, &vec![0.25; layout.parameters()]);
-        Checkpoint { image, job, data_digest: "d".to_owned(), vocabulary: None }
+        Checkpoint { image, job, data_digest: "d".to_owned(), vocabulary: None, labels: None }
     }
 
     #[test]

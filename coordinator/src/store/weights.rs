@@ -31,6 +31,8 @@ pub struct Weights {
     pub origin: String,
     /// The characters of the text in the order of their token ids, if they are known.
     pub vocabulary: Option<Vec<char>>,
+    /// The label of each class, where classes have labels and they are known.
+    pub labels: Option<Vec<String>>,
     /// What an LSTM's forget gate gets at every step besides the biases, where these parameters come from.
     pub forget_bias: f64,
     /// By PyTorch's names.
@@ -53,6 +55,8 @@ pub(super) struct Meaning {
     pub(super) activation: Option<Activation>,
     pub(super) recurrent_activation: Option<RecurrentActivation>,
     pub(super) reset: Option<Reset>,
+    /// 0: none.
+    pub(super) cell_clip: Option<f64>,
 }
 
 /// What TensorFlow's arrays do not say about themselves.
@@ -128,26 +132,30 @@ impl Weights {
             activation: network.activation,
             recurrent_activation: network.recurrent_activation,
             reset: network.reset,
+            cell_clip: network.cell_clip,
         });
+        let labels = network.as_ref().and_then(|network| network.labels.clone());
         let vocabulary = network.and_then(|network| network.vocabulary);
         let vocabulary = vocabulary.map(|characters| characters.chars().collect());
-        Self { origin: origin.to_owned(), vocabulary, forget_bias: 0.0, tensors, meaning }.checked()
+        Self { origin: origin.to_owned(), vocabulary, labels, forget_bias: 0.0, tensors, meaning }.checked()
     }
 
     fn of_checkpoint(origin: &str, checkpoint: &Checkpoint) -> Result<Self, Problem> {
-        let Checkpoint { image, job, vocabulary, .. } = checkpoint;
+        let Checkpoint { image, job, vocabulary, labels, .. } = checkpoint;
         let tensors = image.layout().tensors.iter().map(|Tensor { name, shape, range }| {
             (name.clone(), WeightTensor::new(shape, image.floats(range.clone())))
         });
         let weights = Self {
             origin: format!("{origin} ({} steps done)", image.progress().step),
             vocabulary: vocabulary.as_ref().map(|characters| characters.chars().collect()),
+            labels: labels.clone(),
             forget_bias: job.forget_bias,
             tensors: tensors.collect(),
             meaning: Meaning {
                 activation: Some(job.activation),
                 recurrent_activation: Some(job.recurrent_activation),
                 reset: Some(job.reset),
+                cell_clip: Some(job.cell_clip),
             },
         };
         weights.checked()
@@ -210,13 +218,14 @@ impl Weights {
     /// # Errors
     /// They do not; the hint says which setting would.
     pub fn mean_the_same(&self, job: &JobSpec) -> Result<(), Problem> {
-        let Meaning { activation, recurrent_activation, reset } = self.meaning;
+        let Meaning { activation, recurrent_activation, reset, cell_clip } = self.meaning;
         let is = |cell: Cell| job.cell == cell;
         let differs = [
             is(Cell::Rnn).then(|| difference("activation", activation, job.activation)),
             (!is(Cell::Rnn))
                 .then(|| difference("recurrent_activation", recurrent_activation, job.recurrent_activation)),
             is(Cell::Gru).then(|| difference("reset", reset, job.reset)),
+            is(Cell::Lstm).then(|| difference("cell_clip", cell_clip, job.cell_clip)),
         ];
         match differs.into_iter().flatten().flatten().next() {
             None => Ok(()),

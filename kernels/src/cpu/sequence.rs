@@ -16,7 +16,7 @@ pub struct SequenceShape<'a> {
     pub active: &'a [usize],
     /// Units, `H`.
     pub hidden_size: usize,
-    /// Width of h, `R`: `H`, or less behind an LSTM's projection.
+    /// Width of h, `R`: `H`, or what an LSTM projects to.
     pub output_size: usize,
 }
 

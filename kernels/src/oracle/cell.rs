@@ -1,7 +1,7 @@
 //! What the three cells have in common: the choice between them, their state, their trace and their gradient.
 //!
 //! A cell sees one unbroken run of steps. Of the input it sees the part `x = W_ih input + b_ih` that is ready before the
-//! first step; `y = W_hh h_{t-1} + b_hh` is its own. `R` is the width of h: `H`, or less behind an LSTM's projection.
+//! first step; `y = W_hh h_{t-1} + b_hh` is its own. `R` is the width of h: `H`, or what an LSTM projects to.
 
 use super::gru::{Gru, gru_backward, gru_forward};
 use super::lstm::{Lstm, lstm_backward, lstm_forward};

@@ -132,8 +132,8 @@ impl RowBlock {
         self.correct.resize(targets, false);
     }
 
-    /// Bytes of blocks of `rows` rows of `seq_len` steps in all, however they are cut, after a training step.
-    /// `drops`: which layers' outputs are dropped.
+    /// The most bytes of blocks of `rows` rows of `seq_len` steps in all, however they are cut, after a training step.
+    /// `drops`: which layers' outputs are dropped. Where the state is reset in the middle, every step might be a run.
     pub(super) fn bytes_of(
         shape: &ModelShape,
         seq_len: usize,
@@ -142,12 +142,13 @@ impl RowBlock {
         recompute: bool,
     ) -> usize {
         let steps = seq_len * rows;
+        let runs = if shape.reset_token.is_some() { steps } else { rows };
         let copied = |layer: usize| shape.bidirectional || drops(layer);
         let traces: usize =
-            shape.layers().map(|layer| layer.directions * Trace::floats(&layer, rows, steps)).sum();
+            shape.layers().map(|layer| layer.directions * Trace::floats(&layer, runs, steps)).sum();
         let work = |(index, layer): (usize, LayerShape)| {
             let input = if index > 0 && copied(index - 1) { steps * layer.input_size } else { 0 };
-            (input, Workspace::sizes(shape, &layer, rows, steps).map(|size| layer.directions * size))
+            (input, Workspace::sizes(shape, &layer, runs, steps).map(|size| layer.directions * size))
         };
         // Where all layers share one workspace, each of its buffers grows to what the largest layer needs.
         let works = shape.layers().enumerate().map(work);
@@ -309,7 +310,9 @@ impl RowBlock {
         let (simd, classes) = (network.simd, network.shape.classes);
         if backward {
             softmax_cross_entropy(simd, classes, targets, logits, losses, correct);
-            self.forget_padding(classes);
+            if network.shape.head == Head::EveryStep {
+                self.forget_padding(classes);
+            }
         } else {
             softmax_cross_entropy_forward(simd, classes, targets, logits, losses, correct);
         }
@@ -317,11 +320,9 @@ impl RowBlock {
 
     /// Padding has no target, so its logits have no gradient.
     fn forget_padding(&mut self, classes: usize) {
-        if self.losses.len() == self.runs.steps() {
-            for (row, &padding) in self.paddings.iter().enumerate() {
-                for place in self.runs.places_of(row).take(padding) {
-                    self.logits[place * classes..][..classes].fill(0.0);
-                }
+        for (row, &padding) in self.paddings.iter().enumerate() {
+            for place in self.runs.places_of(row).take(padding) {
+                self.logits[place * classes..][..classes].fill(0.0);
             }
         }
     }

@@ -113,8 +113,9 @@ mod tests {
     }
 
     /// One setting more for each kind of buffer.
-    const OPTIONS: [&[(&str, &str)]; 9] = [
+    const OPTIONS: [&[(&str, &str)]; 10] = [
         &[],
+        &[("reset_at", "x")],
         &[("keep_prob", "0.8")],
         &[("keep_probs", "[0.5, 1, 0.9]"), ("variational_dropout", "true")],
         &[("hidden_sizes", "[21, 9, 40]")],
@@ -125,8 +126,12 @@ mod tests {
         &[("embedding_size", "30")],
     ];
 
+    /// An embedding, a reset, or dropout of the last layer's output, of images.
+    const REFUSED: usize = 18;
+
     #[test]
     fn every_buffer_is_counted() {
+        let mut refused = 0;
         for task in ["chars", "rows"] {
             for cell in ["rnn", "lstm", "gru"] {
                 for options in OPTIONS {
@@ -144,10 +149,14 @@ mod tests {
                             .chain(options)
                             .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
                             .collect();
+                        // Not every option goes with every task.
                         let Ok(JobFile { job, .. }) = JobFile::resolve("char-lstm", None, &settings) else {
+                            refused += 1;
                             continue;
                         };
-                        let (layout, seq_len) = (StateLayout::of(&job, 13, 11), 6);
+                        let (mut layout, seq_len) = (StateLayout::of(&job, 13, 11), 6);
+                        // The text of ones, when all of it is separators.
+                        layout.shape.reset_token = (!job.text.reset_at.is_empty()).then_some(1);
                         let Trained { mut device, shards, scratch } =
                             trained(&job, &layout, seq_len, recompute);
                         let foretold = Footprint::of(&layout, &job, seq_len, shards, 1, recompute);
@@ -160,5 +169,6 @@ mod tests {
                 }
             }
         }
+        assert_eq!(refused, REFUSED, "of 120 combinations");
     }
 }

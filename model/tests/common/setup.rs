@@ -46,7 +46,8 @@ impl Setup {
         Self::with_data(sizes, INPUT_WIDTH, classes, settings)
     }
 
-    /// A job on data of these widths.
+    /// A job on data of these widths. Nobody reads the output of a single layer whose final state is classified: there
+    /// `keep_prob` is left out.
     pub(crate) fn with_data(sizes: Sizes, width: usize, classes: usize, settings: &[(&str, &str)]) -> Self {
         let Sizes { cell, num_layers, hidden_size, seq_len, batch_size, shards, .. } = sizes;
         let words = [
@@ -63,6 +64,7 @@ impl Setup {
             .into_iter()
             .map(|(key, value)| (key.to_owned(), value))
             .chain(settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())))
+            .filter(|(key, _)| key != "keep_prob" || sizes.task == Task::Chars || num_layers > 1)
             .collect();
         let job = JobFile::resolve("char-lstm", None, &settings).unwrap().job;
         let model = ModelShape::of(&job, width, classes);
