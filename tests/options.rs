@@ -74,7 +74,7 @@ const CLASSIFY: &[&str] = &[
 const ROWS: &[&str] = &[
     "",
     "bidirectional=true",
-    "bidirectional=true num_layers=2 hidden_sizes=[9,6] keep_probs=[0.9,0.6]",
+    "bidirectional=true num_layers=2 hidden_sizes=[9,6] keep_probs=[0.9,1]",
     "cell=lstm bidirectional=true projection=6 forget_bias=1.0",
     "cell=gru bidirectional=true initial_state=learnt",
 ];
@@ -155,7 +155,7 @@ fn a_run_of_any_kind_of_rows_that_was_stopped_ends_in_the_same_bits() {
         (stream(&folder), "carry_state=false decay=step decay_epochs=1"),
         (lines(&folder), "keep_prob=0.8"),
         (lines(&folder), "text.pad=pre embedding_size=5"),
-        (classify(), "keep_prob=0.8"),
+        (classify(), "num_layers=2 keep_prob=0.8"),
         (rows(), "bidirectional=true num_layers=2"),
     ];
     for (number, (job, settings)) in cases.into_iter().enumerate() {
@@ -216,7 +216,7 @@ fn what_reads_a_run_reads_every_kind_of_rows() {
         (lines(&folder), "text.pad=pre embedding_size=5"),
         (lines(&folder), "text.max_len=9 cell=rnn activation=relu initial_state=learnt"),
         (classify(), ""),
-        (classify(), "text.pad=pre projection=6 keep_prob=0.8"),
+        (classify(), "text.pad=pre projection=6"),
         (rows(), "bidirectional=true initial_state=learnt"),
     ];
     for (number, (job, settings)) in cases.into_iter().enumerate() {

@@ -60,7 +60,7 @@ fn every_cell_and_batch_cut_of_images_gives_the_same_bits() {
     let folder = Folder::new();
     let cases = [
         ("mnist-gru", "batch_size=150 --shards 8"),
-        ("mnist-gru", "batch_size=64 --shards 7 --set keep_prob=0.8"),
+        ("mnist-gru", "batch_size=64 --shards 7 --set num_layers=2 --set keep_prob=0.8"),
         ("mnist-lstm", "batch_size=50 --shards 8 --set keep_prob=0.8 --set num_layers=2"),
         ("mnist-rnn", "batch_size=150 --shards 7"),
     ];
@@ -74,7 +74,7 @@ fn lines_and_labelled_lines_give_the_same_bits() {
     let folder = Folder::new();
     let text = folder.text(12_000);
     let lines = format!("char-lstm --data {text} {SMALL_TEXT} --set mode=lines --set keep_prob=0.8");
-    let fields = "classify-text --steps 12 --set hidden_size=9 --set keep_prob=0.8";
+    let fields = "classify-text --steps 12 --set hidden_size=9 --set num_layers=2 --set keep_prob=0.8";
     let jobs = [
         format!("{lines} --set batch_size=33 --shards 8"),
         format!(
