@@ -150,7 +150,8 @@ fn more_epochs_or_steps_go_on_where_the_run_ended() {
 #[test]
 fn images_are_resumed_in_their_order() {
     let folder = Folder::new();
-    let job = "mnist-gru --set hidden_size=16 --set train_samples=1500 --set num_layers=2 --set keep_prob=0.8";
+    let job =
+        "mnist-gru --set hidden_size=16 --set train_samples=1500 --set num_layers=2 --set keep_prob=0.8";
     let expected = folder.run("whole", job).train("--steps 27 --workers 2");
     let run = folder.run("parts", job);
     for steps in [4, 10, 13] {

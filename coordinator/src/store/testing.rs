@@ -42,6 +42,15 @@ pub(crate) fn checkpoint(step: u64, salt: u64) -> Checkpoint {
     }
 }
 
+/// The same with finite numbers for parameters.
+pub(crate) fn finite_checkpoint() -> Checkpoint {
+    let mut checkpoint = checkpoint(20, 1);
+    let layout = checkpoint.image.layout().clone();
+    let parameters: Vec<f32> = (0..layout.parameters()).map(|i| i as f32 / 7.0).collect();
+    checkpoint.image = StateImage::initial(&layout, &parameters);
+    checkpoint
+}
+
 /// The same for a small network that reads rows and carries no recurrent state.
 pub(crate) fn rows_checkpoint(step: u64) -> Checkpoint {
     let job = job_file("mnist-rnn", &[]).job;

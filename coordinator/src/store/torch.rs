@@ -133,18 +133,9 @@ mod tests {
     use protocol::layout::StateLayout;
     use safetensors::SafeTensors;
 
-    /// A checkpoint of finite numbers.
-    fn checkpoint() -> Checkpoint {
-        let mut checkpoint = testing::checkpoint(20, 1);
-        let layout = checkpoint.image.layout().clone();
-        let parameters: Vec<f32> = (0..layout.parameters()).map(|i| i as f32 / 7.0).collect();
-        checkpoint.image = StateImage::initial(&layout, &parameters);
-        checkpoint
-    }
-
     #[test]
     fn a_file_for_pytorch_holds_its_names_shapes_and_numbers_and_nothing_else() {
-        let checkpoint = checkpoint();
+        let checkpoint = testing::finite_checkpoint();
         let bytes = to_torch(&checkpoint);
         assert_eq!(bytes, to_torch(&checkpoint));
         let file = SafeTensors::deserialize(&bytes).unwrap();

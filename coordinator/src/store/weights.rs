@@ -321,15 +321,6 @@ mod tests {
     use crate::store::testing;
     use crate::store::torch::to_torch;
 
-    /// A checkpoint of finite numbers.
-    fn checkpoint() -> Checkpoint {
-        let mut checkpoint = testing::checkpoint(20, 1);
-        let layout = checkpoint.image.layout().clone();
-        let parameters: Vec<f32> = (0..layout.parameters()).map(|i| i as f32 / 7.0).collect();
-        checkpoint.image = StateImage::initial(&layout, &parameters);
-        checkpoint
-    }
-
     fn file(tensors: &[(&str, &[usize], Dtype)], metadata: Option<(&str, &str)>) -> Vec<u8> {
         let data = vec![0_u8; 4096];
         let views = tensors.iter().map(|&(name, shape, dtype)| {
@@ -351,7 +342,7 @@ mod tests {
     #[test]
     fn a_run_a_checkpoint_and_a_file_for_pytorch_hold_the_same_weights() {
         let dir = tempfile::tempdir().unwrap();
-        let checkpoint = checkpoint();
+        let checkpoint = testing::finite_checkpoint();
         let run =
             RunDir::open(dir.path(), OpenMode::Resume, &testing::job_file("char-gru", &[]), "d1").unwrap();
         assert!(read(dir.path()).unwrap_err().sentence.ends_with("has no checkpoint yet"));
@@ -386,7 +377,7 @@ mod tests {
             assert!(problem.sentence.starts_with(sentence), "{problem}");
             assert_eq!(problem.exit, Exit::Usage);
         }
-        let mut broken = checkpoint();
+        let mut broken = testing::finite_checkpoint();
         let layout = broken.image.layout().clone();
         broken.image = StateImage::initial(&layout, &vec![f32::NAN; layout.parameters()]);
         let problem = of_bytes(&to_torch(&broken)).unwrap_err();
@@ -436,7 +427,7 @@ mod tests {
 
     #[test]
     fn numbers_that_mean_something_else_in_the_job_are_refused() {
-        let mut checkpoint = checkpoint();
+        let mut checkpoint = testing::finite_checkpoint();
         checkpoint.job.reset = Reset::Before;
         let job = |settings: &[(&str, &str)]| testing::job_file("char-gru", settings).job;
         let weights = of_bytes(&to_torch(&checkpoint)).unwrap();
@@ -456,7 +447,8 @@ mod tests {
     #[test]
     fn options_about_arrays_are_for_arrays() {
         let options = ArrayOptions { gates: Some(GateOrder::Keras), forget_bias: None };
-        let problem = Weights::from_bytes("w", &to_torch(&checkpoint()), Cell::Gru, &options).unwrap_err();
+        let problem = Weights::from_bytes("w", &to_torch(&testing::finite_checkpoint()), Cell::Gru, &options)
+            .unwrap_err();
         assert!(problem.sentence.starts_with("--gates and --forget-bias are about the arrays"), "{problem}");
         let folder = tempfile::tempdir().unwrap();
         assert!(

@@ -3,10 +3,12 @@
 //! A cell sees one unbroken run of steps. Of the input it sees the part `x = W_ih input + b_ih` that is ready before the
 //! first step; `y = W_hh h_{t-1} + b_hh` is its own. `R` is the width of h: `H`, or what an LSTM projects to.
 
-use super::gru::{Gru, gru_backward, gru_forward};
+use super::activation::{Activation, RecurrentActivation};
+use super::gru::{Gru, Reset, gru_backward, gru_forward};
 use super::lstm::{Lstm, lstm_backward, lstm_forward};
 use super::parameters::Recurrent;
 use super::rnn::{Rnn, rnn_backward, rnn_forward};
+use protocol::cell::CellOptions;
 
 /// A cell with its options.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -55,6 +57,36 @@ pub struct SequenceGradient {
 }
 
 impl Cell {
+    /// The cell that a job means.
+    pub fn of(cell: protocol::cell::Cell, options: &CellOptions) -> Self {
+        let recurrent_activation = match options.recurrent_activation {
+            protocol::cell::RecurrentActivation::Sigmoid => RecurrentActivation::Sigmoid,
+            protocol::cell::RecurrentActivation::HardSigmoid => RecurrentActivation::HardSigmoid,
+        };
+        match cell {
+            protocol::cell::Cell::Rnn => Self::Rnn(Rnn {
+                activation: match options.activation {
+                    protocol::cell::Activation::Tanh => Activation::Tanh,
+                    protocol::cell::Activation::Relu => Activation::Relu,
+                },
+            }),
+            protocol::cell::Cell::Lstm => Self::Lstm(Lstm {
+                recurrent_activation,
+                forget_bias: options.forget_bias.into(),
+                peepholes: options.peepholes,
+                cell_clip: options.cell_clip.map(f64::from),
+                projection: options.projection,
+            }),
+            protocol::cell::Cell::Gru => Self::Gru(Gru {
+                recurrent_activation,
+                reset: match options.reset {
+                    protocol::cell::Reset::Before => Reset::Before,
+                    protocol::cell::Reset::After => Reset::After,
+                },
+            }),
+        }
+    }
+
     /// Gates, `G`.
     pub fn gates(self) -> usize {
         match self {

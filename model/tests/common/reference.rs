@@ -1,17 +1,12 @@
 //! What the f64 oracle says about a batch of a job.
 
-use kernels::oracle::cell::Cell as OracleCell;
-use kernels::oracle::gru::{Gru, Reset as OracleReset};
 use kernels::oracle::head::{Head as OracleHead, NO_TARGET};
 use kernels::oracle::layer::Layer;
-use kernels::oracle::lstm::Lstm;
 use kernels::oracle::network::{self, Network};
-use kernels::oracle::rnn::Rnn;
 use kernels::oracle::stack::{InitialState as OracleInitialState, Stack};
-use kernels::oracle::{activation, network::Outcome};
+use kernels::oracle::{cell, network::Outcome};
 use model::device::Pass;
 use protocol::batch::{Batch, Inputs};
-use protocol::cell::{Activation, Cell, RecurrentActivation, Reset};
 use protocol::job::InitialState;
 use protocol::layout::{Head, Input};
 use protocol::random::{Purpose, dropout_counter, keep_threshold, key, philox4x32_10};
@@ -33,33 +28,7 @@ pub(crate) struct Expected {
 /// The oracle's network of a job.
 pub(crate) fn network(setup: &Setup) -> Network {
     let shape = &setup.layout.shape;
-    let options = &shape.options;
-    let recurrent_activation = match options.recurrent_activation {
-        RecurrentActivation::Sigmoid => activation::RecurrentActivation::Sigmoid,
-        RecurrentActivation::HardSigmoid => activation::RecurrentActivation::HardSigmoid,
-    };
-    let cell = match shape.cell {
-        Cell::Rnn => OracleCell::Rnn(Rnn {
-            activation: match options.activation {
-                Activation::Tanh => activation::Activation::Tanh,
-                Activation::Relu => activation::Activation::Relu,
-            },
-        }),
-        Cell::Lstm => OracleCell::Lstm(Lstm {
-            recurrent_activation,
-            forget_bias: options.forget_bias.into(),
-            peepholes: options.peepholes,
-            cell_clip: options.cell_clip.map(f64::from),
-            projection: options.projection,
-        }),
-        Cell::Gru => OracleCell::Gru(Gru {
-            recurrent_activation,
-            reset: match options.reset {
-                Reset::Before => OracleReset::Before,
-                Reset::After => OracleReset::After,
-            },
-        }),
-    };
+    let cell = cell::Cell::of(shape.cell, &shape.options);
     let layer = |&hidden_size: &usize| Layer { cell, hidden_size, bidirectional: shape.bidirectional };
     Network {
         embedding: match shape.input {

@@ -4,14 +4,9 @@
 use std::path::Path;
 
 use super::*;
-use kernels::oracle::activation::RecurrentActivation;
 use kernels::oracle::cell::Cell as OracleCell;
-use kernels::oracle::gru::{Gru, Reset as OracleReset};
 use kernels::oracle::layer::Layer;
-use kernels::oracle::lstm::Lstm;
-use kernels::oracle::rnn::Rnn;
 use kernels::oracle::stack::{InitialState, Row, Stack};
-use protocol::cell::Reset;
 use protocol::layout::Head;
 
 /// The largest difference allowed, as a share of the largest logit.
@@ -52,27 +47,9 @@ fn layout_of(job: &JobSpec, answers: &Answers) -> StateLayout {
     StateLayout::of(job, TOKENS, answers.logits[0].len())
 }
 
-/// The oracle's recurrent layers of a network of these fixtures: sigmoid gates, tanh, zero states.
+/// The oracle's recurrent layers of a network of these fixtures, from states of zeros.
 fn stack(layout: &StateLayout) -> Stack {
-    let options = &layout.shape.options;
-    let recurrent_activation = RecurrentActivation::Sigmoid;
-    let cell = match layout.shape.cell {
-        Cell::Rnn => OracleCell::Rnn(Rnn { activation: kernels::oracle::activation::Activation::Tanh }),
-        Cell::Lstm => OracleCell::Lstm(Lstm {
-            recurrent_activation,
-            forget_bias: options.forget_bias.into(),
-            peepholes: options.peepholes,
-            cell_clip: options.cell_clip.map(f64::from),
-            projection: options.projection,
-        }),
-        Cell::Gru => {
-            let reset = match options.reset {
-                Reset::Before => OracleReset::Before,
-                Reset::After => OracleReset::After,
-            };
-            OracleCell::Gru(Gru { recurrent_activation, reset })
-        }
-    };
+    let cell = OracleCell::of(layout.shape.cell, &layout.shape.options);
     let bidirectional = layout.shape.bidirectional;
     let layer = |&hidden_size: &usize| Layer { cell, hidden_size, bidirectional };
     Stack {
