@@ -12,7 +12,7 @@ pub(super) const EMBEDDED_FIELDS_VERSION: u32 = 1;
 
 /// sha256 of the text.
 pub(super) const EMBEDDED_FIELDS_SHA256: &str =
-    "5fa899242a866ce96a1964b13fc9d3918d2944b3d479e19e9eb169893f810bf7";
+    "501260a424773097f77ba3c16c2c605f747ffa4880a53ee25eec52f4449a1e98";
 
 pub(super) const LINES: u32 = 6000;
 
@@ -20,7 +20,7 @@ pub(super) const LINES: u32 = 6000;
 const SEED: u64 = 0x6669_656c_6473;
 
 /// In one of so many lines a character is missing, in as many one is doubled.
-const NOISE: u32 = 10;
+const NOISE: u32 = 20;
 
 /// A kind of field: its label and its forms.
 type Kind = (&'static str, &'static [&'static str]);
