@@ -1,6 +1,8 @@
 //! A run from its first worker to its end: events in, decisions of [`membership`] out, records on the way.
 
+mod checkpoints;
 mod ending;
+mod reports;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,7 +18,7 @@ use protocol::message::{
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 
 use crate::data::Dataset;
 use crate::digests::Digests;
@@ -28,20 +30,17 @@ use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
 use crate::membership::{Action, Candidate, Event, Membership, membership};
 use crate::metrics::Metrics;
-use crate::records::{CheckpointWriter, Records, Stage};
-use crate::screen::{EpochEnd, Screen};
+use crate::records::{Records, Stage};
+use crate::screen::Screen;
 use crate::server::{Arrival, Link};
 use crate::state_stream::{Arriving, send_image};
 use crate::store::files::write_atomic;
 use crate::store::journal::{MemberLine, Record};
-use crate::store::metrics_log::EpochLine;
+use checkpoints::write_in_order;
 use ending::Ending;
 
 /// A lost peer's own connection has this long to say more than its neighbours can.
 const BROKEN_GRACE: Duration = Duration::from_secs(2);
-
-/// Steps that are left out are shown at most this often.
-const SKIP_NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the run is made of.
 pub(crate) struct Parts {
@@ -84,8 +83,6 @@ pub(crate) struct Outcome {
     pub(crate) early_end: Option<EarlyEnd>,
     pub(crate) result: Result<Exit, Problem>,
 }
-
-type WrittenCheckpoint = Result<(Stage, String), Problem>;
 
 /// A run under way.
 pub(crate) struct Run {
@@ -390,121 +387,6 @@ impl Run {
         Ok(())
     }
 
-    /// Takes in a step the first time it is reported; the reports of the other members say the same.
-    fn step_done(&mut self, report: StepReport) -> Result<(), Problem> {
-        if report.generation != self.generation || report.step != self.step + 1 {
-            return Ok(());
-        }
-        let (epoch, index) = self.schedule.position(self.step);
-        // For people and in their files, passes over the data count from 1.
-        let epoch = epoch + 1;
-        self.step = report.step;
-        self.control.after_step(index, self.schedule.steps_per_epoch, &report.sums, report.gradient_norm);
-        self.epoch.step(&report);
-        self.last_report = Some(report);
-        self.parts.records.step(&report, epoch, self.members.len() as u32)?;
-        self.parts.metrics.step(&report);
-        self.parts.losses.step(report.step, report.sums.mean_loss());
-        self.parts.screen.step(&report);
-        if report.is_skipped() {
-            self.step_skipped(&report)?;
-        }
-        let speed = self.parts.screen.samples_per_second();
-        self.with_status(|status| {
-            (status.step, status.epoch) = (report.step, epoch);
-            status.train_loss = Some(report.sums.mean_loss()).filter(|loss| loss.is_finite());
-            status.samples_per_second = speed;
-        });
-        let interval = Duration::from_secs(self.parts.file.run.checkpoint_seconds);
-        if self.checkpoint_asked.elapsed() >= interval && self.writing == 0 && !self.arriving.is_under_way() {
-            self.checkpoint_asked = Instant::now();
-            let digest_steps = self.parts.file.run.digest_steps.max(1);
-            self.ask_state((self.step + 1).next_multiple_of(digest_steps));
-        }
-        Ok(())
-    }
-
-    /// Says that a step was left out: in the journal each time, on the screen no more often than anybody reads.
-    fn step_skipped(&mut self, report: &StepReport) -> Result<(), Problem> {
-        let StepReport { step, sums, gradient_norm, .. } = report;
-        let loss = sums.mean_loss();
-        let text = format!(
-            "step {step} was left out: it is not finite (loss {loss}, gradient norm {gradient_norm})"
-        );
-        if self.skip_shown.is_none_or(|shown| shown.elapsed() >= SKIP_NOTICE_INTERVAL) {
-            self.skip_shown = Some(Instant::now());
-            let (skipped, limit) = (self.control.skipped_updates, self.parts.file.job.skip_limit);
-            self.parts.screen.notice(&format!("{text}; {skipped} so far, skip_limit is {limit}"));
-        }
-        self.parts.records.journal(&Record::Event { text })
-    }
-
-    /// Takes in an evaluation the first time it is reported.
-    fn evaluated(&mut self, step: u64, sums: &StepSums) -> Result<(), Problem> {
-        if step != self.step || self.evaluated_at == Some(step) {
-            return Ok(());
-        }
-        (self.evaluated_at, self.validation) = (Some(step), Some(*sums));
-        if self.schedule.ends_epoch(step) {
-            self.control.after_epoch(sums);
-        }
-        let train_loss = self.control.epoch.mean_loss();
-        let validation = (sums.weight > 0).then_some(sums);
-        let (loss, accuracy) = (validation.map(StepSums::mean_loss), validation.map(StepSums::accuracy));
-        let (seconds, communication) = (self.epoch.seconds(), self.epoch.communication());
-        let (workers, samples_per_second) = (self.members.len(), self.epoch.rows() as f64 / seconds);
-        let (learning_rate, gradient_norm) = self
-            .last_report
-            .map_or((f64::NAN, f64::NAN), |report| (report.learning_rate, report.gradient_norm));
-        let line = self.schedule.ends_epoch(step).then(|| EpochLine {
-            step,
-            epoch: step / self.schedule.steps_per_epoch,
-            train_loss: train_loss.unwrap_or(f64::NAN),
-            train_accuracy: self.control.epoch.accuracy().unwrap_or(f64::NAN),
-            val_loss: loss,
-            val_accuracy: accuracy,
-            learning_rate,
-            samples_per_second,
-            seconds,
-            communication_share: communication,
-            workers: workers as u32,
-        });
-        self.parts.records.evaluation(step, sums, line.clone())?;
-        self.parts.metrics.evaluation(sums);
-        self.parts.screen.epoch(&EpochEnd {
-            step,
-            train_loss,
-            validation,
-            gradient_norm,
-            learning_rate,
-            samples_per_second,
-            workers,
-            communication,
-            seconds,
-        });
-        self.with_status(|status| (status.val_loss, status.val_accuracy) = (loss, accuracy));
-        if let Some(line) = line {
-            // A picture is not worth the run.
-            if let Err(problem) = self.parts.losses.epoch(line) {
-                self.parts.screen.notice(&problem.to_string());
-            }
-            self.epoch = EpochClock::new();
-        }
-        Ok(())
-    }
-
-    /// Takes in what the network wrote at an epoch's end. Faster members may have reported later steps meanwhile.
-    fn sampled(&mut self, step: u64, tokens: &[u32]) -> Result<(), Problem> {
-        let Some(sample) = self.sample.as_ref().filter(|_| self.schedule.ends_epoch(step)) else {
-            return Ok(());
-        };
-        let (epoch, text) = (step / self.schedule.steps_per_epoch, sample.text(tokens));
-        if self.parts.records.sample(step, epoch, &text)? {
-            self.parts.screen.sample(step, epoch, &text);
-        }
-        Ok(())
-    }
-
     /// Stops the run because its replicas are no longer replicas. None of their states is written.
     fn replicas_differ(&mut self, step: u64, parted: &[WorkerId]) {
         let names: Vec<String> = parted.iter().map(|&id| self.name(id)).collect();
@@ -514,77 +396,6 @@ impl Run {
         ));
         let hint = "check the memory of these machines; the same command goes on from the newest checkpoint";
         self.fail(problem.hint(hint), false);
-    }
-
-    /// Asks the first member for its state at the next epoch's end, or at the run's.
-    fn announce_checkpoint(&mut self) {
-        let per_epoch = self.schedule.steps_per_epoch;
-        self.announced = ((self.step / per_epoch + 1) * per_epoch).min(self.schedule.total_steps);
-        self.ask_state(self.announced);
-    }
-
-    fn ask_state(&mut self, at_step: u64) {
-        if let Some(&first) = self.members.first() {
-            self.send(first, &ToWorker::SendState { at_step });
-        }
-    }
-
-    /// A whole state has arrived.
-    fn hold_checkpoint(&mut self, from: WorkerId, step: u64, image: Vec<u8>) -> Result<(), Problem> {
-        self.checkpoint_asked = Instant::now();
-        self.ending_goes_on();
-        if let Some(ending) = &mut self.ending
-            && ending.state_from == Some(from)
-        {
-            // Asked for when all that are left had stopped and their digests were compared. (Who was cut off inside an
-            // evaluation has none.)
-            ending.state_from = None;
-            return self.write_checkpoint(image);
-        }
-        self.held = Some((step, image));
-        self.write_agreed()
-    }
-
-    /// Hands the held state to the writer, if all members' digests of it agree or it has none.
-    fn write_agreed(&mut self) -> Result<(), Problem> {
-        let (agreed, digest_steps) = (self.digests.agreed(), self.parts.file.run.digest_steps);
-        let may_be_written = |step: u64| agreed >= step || !self.schedule.digests_after(step, digest_steps);
-        match self.held.take_if(|(step, _)| may_be_written(*step)) {
-            Some((_, image)) => self.write_checkpoint(image),
-            None => Ok(()),
-        }
-    }
-
-    fn write_checkpoint(&mut self, image: Vec<u8>) -> Result<(), Problem> {
-        self.writing += 1;
-        self.images.send(image).map_err(|_| Problem::failed("the writer of checkpoints has ended"))
-    }
-
-    fn checkpoint_written(&mut self, result: WrittenCheckpoint) -> Result<(), Problem> {
-        self.writing -= 1;
-        self.ending_goes_on();
-        match result {
-            Ok((stage, file)) => {
-                self.parts.metrics.checkpoint(Some(stage.step));
-                self.with_status(|status| status.checkpoint_step = Some(stage.step));
-                self.parts.records.checkpoint_written(stage, file)?;
-                if self.ending.is_none() && self.writing == 0 && stage.step >= self.announced {
-                    self.announce_checkpoint();
-                }
-                Ok(())
-            }
-            Err(problem) => {
-                self.parts.metrics.checkpoint(None);
-                let sentence = format!("the checkpoint was not written: {problem}");
-                self.parts.screen.notice(&sentence);
-                if self.ending.is_some() {
-                    // Asking again would most likely meet the same obstacle.
-                    self.distrust();
-                    self.end(Err(problem));
-                }
-                self.parts.records.journal(&Record::Event { text: sentence })
-            }
-        }
     }
 
     fn name(&self, id: WorkerId) -> String {
@@ -606,20 +417,4 @@ impl Run {
     fn with_status<T>(&self, change: impl FnOnce(&mut Status) -> T) {
         change(&mut self.parts.status.lock().expect("no holder of this lock can panic"));
     }
-}
-
-/// Starts the thread that writes checkpoints, one after another; it ends when the sender is dropped.
-fn write_in_order(
-    mut writer: CheckpointWriter,
-) -> (std::sync::mpsc::Sender<Vec<u8>>, UnboundedReceiver<WrittenCheckpoint>) {
-    let (images, to_write) = std::sync::mpsc::channel();
-    let (written, checkpoints) = unbounded_channel();
-    std::thread::spawn(move || {
-        for image in to_write {
-            if written.send(writer.write(image)).is_err() {
-                break;
-            }
-        }
-    });
-    (images, checkpoints)
 }

@@ -179,6 +179,11 @@ pub(crate) fn assert_follows_the_oracle(cell: &str, cases: &[(&dyn TestedCell, V
                     );
                 }
             }
+            let mut note = |name, distance: f64| {
+                assert!(distance <= 1e-5, "{cell:?} {block:?}: {name} is {distance:.2e} away");
+                let largest = largest.entry(name).or_default();
+                *largest = largest.max(distance);
+            };
             let mut tensors: BTreeMap<&str, [Vec<f64>; 2]> = BTreeMap::new();
             for row in 0..block.rows() {
                 let row_inputs: Vec<_> = inputs.iter().map(|input| widen(&input.row(block, row))).collect();
@@ -193,16 +198,17 @@ pub(crate) fn assert_follows_the_oracle(cell: &str, cases: &[(&dyn TestedCell, V
                     cell.weight_gradients(block, &row_outputs).into_iter().collect();
                 gots.extend(row_outputs.iter().map(|(name, values)| (*name, widen(values))));
                 for (name, want) in wants {
+                    // Of an output one wide a row is a handful of sums that may cancel: there all rows have one scale.
+                    if block.output > 1 || block.hidden == 1 {
+                        note(name, distance(&gots[name], &want));
+                    }
                     let [all_got, all_want] = tensors.entry(name).or_default();
                     all_got.extend(&gots[name]);
                     all_want.extend(want);
                 }
             }
             for (name, [got, want]) in tensors {
-                let distance = distance(&got, &want);
-                assert!(distance <= 1e-5, "{cell:?} {block:?}: {name} is {distance:.2e} away");
-                let largest = largest.entry(name).or_default();
-                *largest = largest.max(distance);
+                note(name, distance(&got, &want));
             }
         }
     }

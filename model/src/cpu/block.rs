@@ -3,11 +3,14 @@
 //! Nothing in here looks at another row, so which rows share a block changes no bit. The order of everything that is
 //! stored by step is that of the block's [`Runs`]: `N` places, all steps of all rows without gaps.
 
+mod backward;
+mod bytes;
+
 use std::ops::Range;
+use std::sync::Arc;
 
 use kernels::cpu::dropout::{MaskStream, dropout_backward};
 use kernels::cpu::input::{broadcast_rows, gather_rows};
-use kernels::cpu::reduce::tree_add;
 use kernels::cpu::softmax::{softmax_cross_entropy, softmax_cross_entropy_forward};
 use kernels::{Simd, gemm};
 use protocol::batch::Inputs;
@@ -17,7 +20,7 @@ use crate::device::StepInput;
 
 use super::direction::{Direction, Trace, Workspace, resize_exactly};
 use super::runs::{BatchRows, Runs};
-use super::weights::{InputWeights, Weights, input_has_gradient, reads_one_hot};
+use super::weights::{InputWeights, Weights};
 
 /// What is the same for all blocks of a pass.
 #[derive(Clone, Copy)]
@@ -32,7 +35,7 @@ pub(super) struct Network<'a> {
 #[derive(Debug, Clone)]
 pub(super) struct Dropout {
     /// Probability that a unit of each layer's output is kept.
-    pub(super) keep: Vec<f32>,
+    pub(super) keep: Arc<[f32]>,
     /// One mask for all steps of a row.
     pub(super) variational: bool,
     pub(super) seed: u64,
@@ -130,80 +133,6 @@ impl RowBlock {
         self.logits.resize(targets * shape.classes, 0.0);
         self.losses.resize(targets, 0.0);
         self.correct.resize(targets, false);
-    }
-
-    /// The most bytes of blocks of `rows` rows of `seq_len` steps in all, however they are cut, after a training step.
-    /// `drops`: which layers' outputs are dropped. Where the state is reset in the middle, every step might be a run.
-    pub(super) fn bytes_of(
-        shape: &ModelShape,
-        seq_len: usize,
-        rows: usize,
-        drops: impl Fn(usize) -> bool,
-        recompute: bool,
-    ) -> usize {
-        let steps = seq_len * rows;
-        let runs = if shape.reset_token.is_some() { steps } else { rows };
-        let copied = |layer: usize| shape.bidirectional || drops(layer);
-        let traces: usize =
-            shape.layers().map(|layer| layer.directions * Trace::floats(&layer, runs, steps)).sum();
-        let work = |(index, layer): (usize, LayerShape)| {
-            let input = if index > 0 && copied(index - 1) { steps * layer.input_size } else { 0 };
-            (input, Workspace::sizes(shape, &layer, runs, steps).map(|size| layer.directions * size))
-        };
-        // Where all layers share one workspace, each of its buffers grows to what the largest layer needs.
-        let works = shape.layers().enumerate().map(work);
-        let join = |a: usize, b: usize| if recompute { a.max(b) } else { a + b };
-        let (input, sizes) = works.fold((0, [0; Workspace::BUFFERS]), |(input, sizes), of_layer| {
-            let both = |at: usize| join(sizes[at], of_layer.1[at]);
-            (join(input, of_layer.0), std::array::from_fn(both))
-        });
-        let works = input + sizes.iter().sum::<usize>();
-        let last = shape.num_layers() - 1;
-        let (targets, features, d_features) = match shape.head {
-            Head::EveryStep => (steps, if copied(last) { steps * shape.output_width() } else { 0 }, 0),
-            Head::Final => (rows, rows * shape.output_width(), rows * shape.output_width()),
-        };
-        let (tokens, dense) = match shape.input {
-            Input::OneHot(_) => (steps, 0),
-            Input::Embedding { size, .. } => (steps, steps * size),
-            Input::Bytes(width) => (0, steps * width),
-        };
-        // The gradient of a layer's output gives way to that of its input.
-        let gradients = shape.layers().enumerate().map(|(index, layer)| {
-            let input = if input_has_gradient(shape, index) { layer.input_size } else { 0 };
-            steps * layer.width().max(input)
-        });
-        let d_out = gradients.max().unwrap_or(0);
-        let room = if shape.bidirectional {
-            let dense = |(index, layer): (usize, LayerShape)| {
-                if reads_one_hot(shape, index) { 0 } else { steps * layer.input_size }
-            };
-            let input = shape.layers().enumerate().map(dense).max().unwrap_or(0);
-            let d_out = shape.layers().map(|layer| steps * layer.output_size).max().unwrap_or(0);
-            input + d_out + if matches!(shape.input, Input::OneHot(_)) { steps } else { 0 }
-        } else {
-            0
-        };
-        let words = traces + works + tokens + dense + features + d_features + d_out + room;
-        let words = words + targets * (1 + shape.classes);
-        size_of::<f32>() * words + targets * (size_of::<f64>() + size_of::<bool>())
-    }
-
-    /// Bytes that this block holds, its small tables of places left out.
-    #[cfg(test)]
-    pub(super) fn held_bytes(&mut self) -> usize {
-        let Self { tokens, dense, traces, works, features, targets, logits, losses, correct, .. } = self;
-        let Self { d_out, d_features, room, .. } = self;
-        let traces: usize = traces.iter().flatten().map(Trace::held_floats).sum();
-        let work = |work: &mut LayerWork| {
-            work.input.capacity() + work.directions.iter_mut().map(Workspace::held_floats).sum::<usize>()
-        };
-        let works: usize = works.iter_mut().map(work).sum();
-        let Room { tokens: room_tokens, input, d_out: room_d_out } = room;
-        let floats = [dense, features, logits, d_out, d_features, input, room_d_out].map(|f| f.capacity());
-        let words = [tokens, targets, room_tokens].map(|words| words.capacity());
-        let words = floats.iter().chain(&words).sum::<usize>() + traces + works;
-        4 * words + 8 * losses.capacity() + correct.capacity()
     }
 
     /// Number of rows.
@@ -536,102 +465,6 @@ impl RowBlock {
         let mut places = self.runs.places_of(row);
         let last = if at == 1 { places.next() } else { places.next_back() };
         last.expect("a row has a step")
-    }
-
-    /// Back through the head.
-    pub(super) fn head_backward(&mut self, network: &Network<'_>) {
-        let (shape, width) = (network.shape, network.shape.output_width());
-        resize_exactly(&mut self.d_out, self.runs.steps() * width);
-        let d_read = match shape.head {
-            Head::EveryStep => &mut self.d_out,
-            Head::Final => {
-                self.d_out.fill(0.0);
-                resize_exactly(&mut self.d_features, self.rows.len() * width);
-                &mut self.d_features
-            }
-        };
-        let weights = &network.weights.head_backward;
-        gemm(network.simd, self.targets.len(), &self.logits, shape.classes, weights, d_read, width, false);
-    }
-
-    /// Back through one layer, to the gradients of its gates and, if somebody asks for it, of its input.
-    pub(super) fn layer_backward(&mut self, network: &Network<'_>, index: usize) {
-        let (shape, last) = (network.shape, network.shape.num_layers() - 1);
-        let layer = shape.layer(index);
-        if self.works.len() < shape.num_layers() && index < last {
-            self.layer_forward(network, index);
-        }
-        let mut d_out = std::mem::take(&mut self.d_out);
-        let mut room = std::mem::take(&mut self.room);
-        let work_at = self.work_of(index);
-        let mut work = std::mem::take(&mut self.works[work_at]);
-        self.drop(network, index, &mut d_out);
-        for (at, work) in work.directions.iter_mut().enumerate() {
-            work.clear_carry(&layer, &self.runs);
-            if index == last && shape.head == Head::Final {
-                self.carry_of_features(&layer, at, &mut work.d_h);
-            }
-            let d_out = if layer.directions == 1 {
-                &d_out
-            } else {
-                self.part_of_direction(&layer, at, &d_out, &mut room.d_out);
-                &room.d_out
-            };
-            let direction = Self::direction(network, index, at);
-            direction.backward(&self.runs, &self.traces[index][at], d_out, work);
-        }
-        if input_has_gradient(shape, index) {
-            resize_exactly(&mut d_out, self.runs.steps() * layer.input_size);
-            self.input_backward(network, index, &work, &mut room.input, &mut d_out);
-        }
-        self.works[work_at] = work;
-        (self.d_out, self.room) = (d_out, room);
-    }
-
-    /// The gradient of the final states that the head has read is that of the ends of their runs.
-    fn carry_of_features(&self, layer: &LayerShape, at: usize, d_h: &mut [f32]) {
-        let size = layer.output_size;
-        for (row, d_features) in self.d_features.chunks_exact(layer.width()).enumerate() {
-            let run = self.runs.run_at(self.last_read(row, at));
-            d_h[run * size..][..size].copy_from_slice(&d_features[at * size..][..size]);
-        }
-    }
-
-    /// One direction's part of the gradient of a layer's output, in its own order of steps: `[N][R]`.
-    fn part_of_direction(&self, layer: &LayerShape, at: usize, d_out: &[f32], into: &mut Vec<f32>) {
-        let size = layer.output_size;
-        resize_exactly(into, self.runs.steps() * size);
-        for (place, row) in into.chunks_exact_mut(size).enumerate() {
-            let place = if at == 1 { self.runs.mirrored(place) } else { place };
-            row.copy_from_slice(&d_out[place * layer.width() + at * size..][..size]);
-        }
-    }
-
-    /// The gradient of a layer's input, the directions' sum: `[N][I]`.
-    fn input_backward(
-        &self,
-        network: &Network<'_>,
-        index: usize,
-        work: &LayerWork,
-        room: &mut Vec<f32>,
-        d_input: &mut [f32],
-    ) {
-        let layer = network.shape.layer(index);
-        let (steps, gates, width) = (self.runs.steps(), layer.gate_size(), layer.input_size);
-        for (at, work) in work.directions.iter().enumerate() {
-            let InputWeights::Dense { backward, .. } = &network.weights.layers[index][at].input else {
-                unreachable!("a one-hot input has no gradient")
-            };
-            if at == 0 {
-                gemm(network.simd, steps, &work.d_pre, gates, backward, d_input, width, false);
-                continue;
-            }
-            resize_exactly(room, steps * width);
-            gemm(network.simd, steps, &work.d_pre, gates, backward, room, width, false);
-            for (place, row) in d_input.chunks_exact_mut(width).enumerate() {
-                tree_add(network.simd, row, &room[self.runs.mirrored(place) * width..][..width]);
-            }
-        }
     }
 
     /// Loss, weight and hits of each row, summed over its steps in time order.

@@ -46,10 +46,12 @@ pub(super) struct GradientTask<'a> {
     pub(super) rows: Range<usize>,
 }
 
-/// The step of a row that lies at a place of its block.
+/// The step of a row, which lies at a place of its block.
 #[derive(Clone, Copy)]
 struct Pair<'a> {
     block: &'a RowBlock,
+    /// Counted from the block's first.
+    row: usize,
     place: usize,
 }
 
@@ -78,16 +80,25 @@ impl<'a> GradientTask<'a> {
         self.network.shape
     }
 
+    /// Steps of the longest row.
+    fn seq_len(&self) -> usize {
+        self.blocks.iter().map(|block| block.runs.seq_len()).max().unwrap_or(0)
+    }
+
     /// All (step, row) pairs of the shard in the order of every sum: step by step, and in a step row by row.
     fn pairs(&self) -> impl Iterator<Item = Pair<'a>> + use<'a> {
+        self.pairs_of(0..self.seq_len())
+    }
+
+    /// Those of some steps.
+    fn pairs_of(&self, steps: Range<usize>) -> impl Iterator<Item = Pair<'a>> + use<'a> {
         let blocks = self.blocks;
         let rows = self.rows.clone();
-        let seq_len = blocks.iter().map(|block| block.runs.seq_len()).max().unwrap_or(0);
-        (0..seq_len).flat_map(move |t| {
+        steps.flat_map(move |t| {
             let rows = rows.clone();
             blocks.iter().flat_map(move |block| {
-                let places = rows_within(block, &rows).filter_map(move |row| block.runs.place(t, row));
-                places.map(move |place| Pair { block, place })
+                let pair = move |row| Some(Pair { block, row, place: block.runs.place(t, row)? });
+                rows_within(block, &rows).filter_map(pair)
             })
         })
     }
@@ -102,11 +113,11 @@ impl<'a> GradientTask<'a> {
         let (shape, network) = (self.shape(), self.network);
         let (classes, width) = (shape.classes, shape.output_width());
         let (d_weight, d_bias) = gradient.split_at_mut(self.layout.head().0.len());
-        let targets = || -> Box<dyn Iterator<Item = (&'a RowBlock, usize)> + 'a> {
-            match shape.head {
-                Head::EveryStep => Box::new(self.pairs().map(|pair| (pair.block, pair.place))),
-                Head::Final => Box::new(self.rows()),
-            }
+        // Where the final state is read there is one target a row.
+        let is_final = shape.head == Head::Final;
+        let targets = || {
+            let pairs = self.pairs_of(0..if is_final { 1 } else { self.seq_len() });
+            pairs.map(move |pair| (pair.block, if is_final { pair.row } else { pair.place }))
         };
         let count = targets().count();
         let d = || targets().map(|(block, target)| block.d_logits(classes, target));
@@ -131,7 +142,7 @@ impl<'a> GradientTask<'a> {
         let count = self.pairs().count();
         let pairs = || self.pairs().map(move |pair| pair.of_direction(layer, at));
         let d_pre = || pairs().map(move |pair| row(&pair.work().d_pre, gates, pair.own));
-        let h_before = || pairs().map(move |pair| row(&pair.trace().h, output_size, pair.before));
+        let h_before = || pairs().map(move |pair| row(&pair.trace().h, output_size, pair.before()));
 
         let is_one_hot = reads_one_hot(shape, layer);
         let is_split = shape.cell == Cell::Gru;
@@ -179,7 +190,7 @@ impl<'a> GradientTask<'a> {
         }
         if let Some([of_i, of_f, of_o]) = &ranges.peepholes {
             let gate = |gate: usize| d_pre().map(move |d| row(d, hidden_size, gate));
-            let c_before = || pairs().map(move |pair| row(&pair.trace().c, hidden_size, pair.before));
+            let c_before = || pairs().map(move |pair| row(&pair.trace().c, hidden_size, pair.before()));
             let c_after = pairs().map(move |pair| row(&pair.trace().c, hidden_size, pair.after()));
             product_column_sum(simd, gate(Gate::I as usize).zip(c_before()), gradients.of(of_i));
             product_column_sum(simd, gate(Gate::F as usize).zip(c_before()), gradients.of(of_f));
@@ -204,7 +215,7 @@ impl<'a> GradientTask<'a> {
         let width = self.shape().input.size();
         let rows = self
             .pairs()
-            .map(move |Pair { block, place }| (block.token(place), block.d_embedded(width, place)));
+            .map(move |Pair { block, place, .. }| (block.token(place), block.d_embedded(width, place)));
         embedding_gradient(self.simd(), rows, width, gradient);
     }
 }
@@ -240,8 +251,7 @@ impl<'a> Pair<'a> {
     fn of_direction(self, layer: usize, at: usize) -> DirectionPair<'a> {
         let runs = &self.block.runs;
         let own = if at == 1 { runs.mirrored(self.place) } else { self.place };
-        let before = runs.state_before(own);
-        DirectionPair { block: self.block, place: self.place, layer, at, own, before }
+        DirectionPair { block: self.block, place: self.place, layer, at, own }
     }
 }
 
@@ -255,8 +265,6 @@ struct DirectionPair<'a> {
     at: usize,
     /// In this direction.
     own: usize,
-    /// Of the state before it, among the runs' starts followed by all places.
-    before: usize,
 }
 
 impl<'a> DirectionPair<'a> {
@@ -268,7 +276,12 @@ impl<'a> DirectionPair<'a> {
         self.block.direction_of(self.layer, self.at).1
     }
 
-    /// Of the state after it.
+    /// Of the state before it, among the runs' starts followed by all places.
+    fn before(&self) -> usize {
+        self.block.runs.state_before(self.own)
+    }
+
+    /// The same of the state after it.
     fn after(&self) -> usize {
         self.block.runs.len() + self.own
     }

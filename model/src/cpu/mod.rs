@@ -17,6 +17,7 @@ pub mod speed;
 mod weights;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use kernels::Simd;
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep, adam_update, scale, sgd_update, squared_norm};
@@ -92,7 +93,7 @@ pub struct CpuDevice {
     layout: StateLayout,
     buckets: Vec<Range<usize>>,
     seed: u64,
-    keep_probs: Vec<f32>,
+    keep_probs: Arc<[f32]>,
     variational: bool,
     /// Gates are computed again in the backward pass, which runs layer by layer as the buckets are asked for.
     recompute: bool,
@@ -135,7 +136,7 @@ impl CpuDevice {
             buckets: layout.buckets(),
             layout,
             seed: job.seed,
-            keep_probs: job.layer_keep_probs(),
+            keep_probs: job.layer_keep_probs().into(),
             variational: job.variational_dropout,
             recompute,
             blocks: Vec::new(),
