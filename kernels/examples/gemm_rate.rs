@@ -30,8 +30,8 @@ fn main() {
             let mut c = vec![0.0; m * n];
             let (rows_a, rows_b) = (vec![0.5; k * m], vec![0.5; k * n]);
             let pack = best(|| {
-                a.pack_row_iter(black_box(&rows_a).chunks(m));
-                b.pack_row_iter(black_box(&rows_b).chunks(n));
+                a.pack_row_iter(simd, black_box(&rows_a).chunks(m));
+                b.pack_row_iter(simd, black_box(&rows_b).chunks(n));
             });
             let seconds = best(|| gemm_transposed(simd, &a, &b, black_box(&mut c), n, true));
             let rate = 2e-9 * (m * n * k) as f64 / seconds;
