@@ -44,7 +44,7 @@ const NUMERICS_VERSION: u32 = 2;
 
 /// Rows of a block where its recurrent weights stay in the second-level cache from step to step: few, so that the
 /// block's own trace does too.
-const CACHED_BLOCK_ROWS: usize = 16;
+const CACHED_BLOCK_ROWS: usize = 8;
 
 /// Rows of a block where they do not: many, because each step streams all weights once per block.
 const STREAMED_BLOCK_ROWS: usize = 64;
@@ -162,7 +162,8 @@ impl CpuDevice {
 
     /// Makes as many blocks as rows need, of nearly equal size, equally many for each thread.
     fn cut(&mut self, rows: usize) {
-        let block_rows = Self::block_rows(&self.layout.shape);
+        let block_rows =
+            std::env::var("BR").ok().map_or(Self::block_rows(&self.layout.shape), |v| v.parse().unwrap());
         let threads = self.pool.current_num_threads();
         let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows);
         self.blocks.resize_with(count, RowBlock::default);
