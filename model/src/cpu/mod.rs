@@ -162,8 +162,7 @@ impl CpuDevice {
 
     /// Makes as many blocks as rows need, of nearly equal size, equally many for each thread.
     fn cut(&mut self, rows: usize) {
-        let block_rows =
-            std::env::var("BR").ok().map_or(Self::block_rows(&self.layout.shape), |v| v.parse().unwrap());
+        let block_rows = Self::block_rows(&self.layout.shape);
         let threads = self.pool.current_num_threads();
         let count = rows.div_ceil(block_rows).next_multiple_of(threads).min(rows);
         self.blocks.resize_with(count, RowBlock::default);
