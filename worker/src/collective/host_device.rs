@@ -1,4 +1,4 @@
-//! A device that only holds numbers: for the collective's tests and its rate measurement.
+//! A device that only holds numbers: for the collective's tests.
 
 use std::ops::Range;
 

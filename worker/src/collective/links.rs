@@ -8,18 +8,18 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::{Shutdown, TcpStream};
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::net::Shutdown;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use protocol::frame::BulkKind;
 
 use super::mesh::{Mesh, Place};
+use super::outbox::Outbox;
 use super::reduce::{Plan, Refused, Sums};
-use super::wire::{Address, DataPlaneBytes, FrameReader, FrameWriter, Incoming, Payload, decode_floats};
-use super::{CollectiveError, Result};
+use super::wire::{Address, DataPlaneBytes, Frame, Incoming, Payload, Received, read_frame};
+use super::{CollectiveError, Result, lock};
 
 /// A peer may be this many operations ahead; the trainer waits for all of a step, so it is a few at most.
 const TICKETS_AHEAD_LIMIT: u32 = 4096;
@@ -34,16 +34,6 @@ pub(super) struct Piece {
     pub(super) rank: u32,
     pub(super) block: u32,
     pub(super) payload: Payload,
-}
-
-enum Outgoing {
-    Frame(Address, Payload),
-    Stop,
-}
-
-struct Peer {
-    stream: TcpStream,
-    outbox: Sender<Outgoing>,
 }
 
 struct State {
@@ -69,16 +59,12 @@ pub(super) struct Links {
     timeout: Duration,
     bytes: Arc<DataPlaneBytes>,
     /// By rank; `None` for this worker.
-    peers: Vec<Option<Peer>>,
+    outboxes: Vec<Option<Outbox>>,
     state: Mutex<State>,
     /// Notified when anything in `state` changes that the training thread may wait for.
     changed: Condvar,
     /// Buffers of blocks that nobody needs at the moment.
     spare: Mutex<Vec<Vec<f32>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the threads over the streams of a mesh.
@@ -90,14 +76,6 @@ pub(super) fn start(
     let Mesh { place, streams } = mesh;
     let world_size = place.members.len();
     let ranges: Vec<_> = place.members.iter().map(|member| member.shards.clone()).collect();
-    let (mut peers, mut inboxes) = (Vec::with_capacity(world_size), Vec::new());
-    for (rank, stream) in (0..).zip(streams) {
-        peers.push(stream.map(|stream| {
-            let (outbox, inbox) = mpsc::channel();
-            inboxes.push((rank, inbox));
-            Peer { stream, outbox }
-        }));
-    }
     let state = State {
         sums: Sums::default(),
         finished: HashMap::new(),
@@ -107,21 +85,21 @@ pub(super) fn start(
         lost: None,
         has_left: vec![false; world_size],
         last_heard: vec![Instant::now(); world_size],
-        writers_running: inboxes.len(),
+        writers_running: world_size - 1,
     };
     let links = Arc::new(Links {
         place,
         plan: Plan::new(&ranges),
         timeout,
         bytes,
-        peers,
+        outboxes: streams.into_iter().map(|stream| stream.map(Outbox::new)).collect(),
         state: Mutex::new(state),
         changed: Condvar::new(),
         spare: Mutex::default(),
     });
-    let mut threads = Vec::with_capacity(2 * inboxes.len());
-    for (rank, inbox) in inboxes {
-        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank, &inbox))
+    let mut threads = Vec::with_capacity(2 * (world_size - 1));
+    for rank in links.peers() {
+        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank))
             .and_then(|writer| {
                 threads.push(writer);
                 spawn(&links, format!("from-rank-{rank}"), move |links| links.read_from(rank))
@@ -157,18 +135,30 @@ impl Links {
         Ok(ticket)
     }
 
-    /// Queues a frame for one peer. A frame to a peer that is gone vanishes; waiting finds that out.
+    /// Sends values to one peer. What is sent to a peer that is gone vanishes; waiting finds that out.
     pub(super) fn send(&self, rank: u32, address: Address, payload: Payload) {
-        let peer = self.peers[rank as usize].as_ref().expect("no frames to oneself");
-        let _ = peer.outbox.send(Outgoing::Frame(address, payload));
+        self.send_frame(rank, Frame::new(self.place.generation, address, payload));
     }
 
-    /// Queues finished values of this worker's part for all peers.
+    /// Sends finished values of this worker's part to all peers.
     pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
+        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+        let frame = Frame::new(self.place.generation, address, payload.clone());
         for peer in self.peers() {
-            let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
-            self.send(peer, address, payload.clone());
+            self.send_frame(peer, frame.clone());
         }
+    }
+
+    fn send_frame(&self, rank: u32, frame: Frame) {
+        match self.outbox(rank).send(frame) {
+            Ok(Some(sent)) => self.sent(sent),
+            Ok(None) => {}
+            Err(error) => self.lose(rank, describe(&error)),
+        }
+    }
+
+    fn outbox(&self, rank: u32) -> &Outbox {
+        self.outboxes[rank as usize].as_ref().expect("every other rank has an outbox")
     }
 
     /// The ranks of all others, the next one first: so not all workers send to rank 0 at the same time.
@@ -246,12 +236,13 @@ impl Links {
         let in_peace = self.failure(&state).is_none();
         state.is_closing = true;
         if in_peace {
-            for peer in self.peers.iter().flatten() {
-                let _ = peer.outbox.send(Outgoing::Frame(Address::GOODBYE, Payload::Bytes(Arc::default())));
-                let _ = peer.outbox.send(Outgoing::Stop);
+            drop(state);
+            for peer in self.peers() {
+                self.send(peer, Address::GOODBYE, Payload::Bytes(Arc::default()));
+                self.outbox(peer).close();
             }
             let drained =
-                self.changed.wait_timeout_while(state, DRAIN_LIMIT, |state| state.writers_running > 0);
+                self.changed.wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
             drop(drained);
         } else {
             drop(state);
@@ -260,10 +251,10 @@ impl Links {
     }
 
     fn close(&self) {
-        for peer in self.peers.iter().flatten() {
-            let _ = peer.outbox.send(Outgoing::Stop);
+        for outbox in self.outboxes.iter().flatten() {
+            outbox.close();
             // Fails only if the connection is closed already.
-            let _ = peer.stream.shutdown(Shutdown::Both);
+            let _ = outbox.stream.shutdown(Shutdown::Both);
         }
     }
 
@@ -324,42 +315,40 @@ impl Links {
         self.changed.notify_all();
     }
 
+    fn sent(&self, frame: Frame) {
+        self.bytes.add_sent(frame.len());
+        self.recycle_payload(frame.into_payload());
+    }
+
+    /// Notes that a peer is gone, unless it has said so itself: then it is a loss only for somebody who needs it.
     fn lose(&self, rank: u32, cause: String) {
         let mut state = lock(&self.state);
-        if !state.is_closing && state.lost.is_none() {
+        if !state.is_closing && !state.has_left[rank as usize] && state.lost.is_none() {
             state.lost = Some((rank, cause));
         }
         drop(state);
         self.changed.notify_all();
     }
 
-    fn write_to(&self, rank: u32, inbox: &Receiver<Outgoing>) {
-        let stream = &self.peers[rank as usize].as_ref().expect("a writer has a peer").stream;
-        let generation = self.place.generation;
-        let mut writer = FrameWriter { stream, generation, bytes: &self.bytes, buffer: Vec::new() };
-        while let Ok(Outgoing::Frame(address, payload)) = inbox.recv() {
-            if let Err(error) = writer.write(address, &payload) {
-                self.lose(rank, describe(&error));
-                break;
-            }
-            self.recycle_payload(payload);
+    fn write_to(&self, rank: u32) {
+        if let Err(error) = self.outbox(rank).write_queued(|frame| self.sent(frame)) {
+            self.lose(rank, describe(&error));
         }
         lock(&self.state).writers_running -= 1;
         self.changed.notify_all();
     }
 
     fn read_from(&self, rank: u32) {
-        let stream = &self.peers[rank as usize].as_ref().expect("a reader has a peer").stream;
-        let mut reader = FrameReader { stream, bytes: &self.bytes, buffer: Vec::new() };
+        let stream = &self.outbox(rank).stream;
         let cause = loop {
-            match reader.read() {
+            match read_frame(stream, &self.bytes, || self.spare()) {
                 Ok(frame) if frame.generation != self.place.generation => {}
                 Ok(frame) if frame.address == Address::GOODBYE => {
                     lock(&self.state).has_left[rank as usize] = true;
                     return self.changed.notify_all();
                 }
                 Ok(frame) => {
-                    if let Err(cause) = self.take(rank, &frame) {
+                    if let Err(cause) = self.take(rank, frame) {
                         break cause;
                     }
                 }
@@ -370,7 +359,7 @@ impl Links {
     }
 
     /// Takes one frame of a peer.
-    fn take(&self, rank: u32, frame: &Incoming<'_>) -> std::result::Result<(), String> {
+    fn take(&self, rank: u32, frame: Incoming) -> std::result::Result<(), String> {
         let Address { kind, ticket, place, block } = frame.address;
         {
             let mut state = lock(&self.state);
@@ -380,22 +369,21 @@ impl Links {
                 return Err(format!("it is {ahead} operations ahead"));
             }
         }
-        let payload = if frame.is_bytes {
-            Payload::Bytes(Arc::new(frame.payload.to_vec()))
-        } else {
-            let mut values = self.spare();
-            decode_floats(frame.payload, &mut values)?;
-            if kind == BulkKind::Reduce {
+        match (kind, frame.payload) {
+            (BulkKind::Reduce, Received::Floats(values)) => {
                 let delivered = self.deliver(ticket, block, (rank, place), values);
-                return delivered.map_err(|refused| refused.to_string());
+                delivered.map_err(|refused| refused.to_string())
             }
-            Payload::Floats(Arc::new(values))
-        };
-        if kind != BulkKind::Gather || place != rank {
-            return Err(format!("it sent a {kind:?} frame for place {place}"));
+            (BulkKind::Gather, payload) if place == rank => {
+                let payload = match payload {
+                    Received::Floats(values) => Payload::Floats(Arc::new(values)),
+                    Received::Bytes(bytes) => Payload::Bytes(Arc::new(bytes)),
+                };
+                self.finish(ticket, Piece { rank, block, payload });
+                Ok(())
+            }
+            _ => Err(format!("it sent a {kind:?} frame for place {place}")),
         }
-        self.finish(ticket, Piece { rank, block, payload });
-        Ok(())
     }
 }
 

@@ -13,12 +13,14 @@
 //!
 //! The place is the leftmost leaf of the node (`Reduce`) or the sender's rank (`Gather`).
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
 const PREFIX_BYTES: usize = 4;
 const OVERHEAD_BYTES: usize = PREFIX_BYTES + BulkHeader::BYTES;
@@ -40,6 +42,10 @@ impl DataPlaneBytes {
     /// Bytes taken from the sockets.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add_sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -78,99 +84,125 @@ pub(super) enum Payload {
     Bytes(Arc<Vec<u8>>),
 }
 
-/// A frame as it came in; borrows the connection's buffer.
+const _: () = assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
+
+impl Payload {
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Floats(values) => bytemuck::cast_slice(values),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// One frame on its way out. The values stay where they are: only what precedes them is written down.
+#[derive(Debug, Clone)]
+pub(super) struct Frame {
+    overhead: [u8; OVERHEAD_BYTES],
+    payload: Payload,
+    /// Bytes of both that the socket has taken.
+    sent: usize,
+}
+
+impl Frame {
+    pub(super) fn new(generation: u64, address: Address, payload: Payload) -> Self {
+        let bytes = payload.as_bytes();
+        assert!(bytes.len() <= BULK_CHUNK_BYTES, "a payload of {} bytes", bytes.len());
+        let header = address.header(generation, matches!(payload, Payload::Bytes(_))).encode(bytes);
+        let mut overhead = [0; OVERHEAD_BYTES];
+        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + bytes.len()) as u32).to_be_bytes());
+        overhead[PREFIX_BYTES..].copy_from_slice(&header);
+        Self { overhead, payload, sent: 0 }
+    }
+
+    /// Bytes of the whole frame.
+    pub(super) fn len(&self) -> usize {
+        OVERHEAD_BYTES + self.payload.as_bytes().len()
+    }
+
+    /// Writes until all of it is sent or, with `SendFlags::DONTWAIT`, the socket takes no more for the moment. Gives
+    /// whether all of it is sent.
+    pub(super) fn send(&mut self, stream: &TcpStream, flags: SendFlags) -> io::Result<bool> {
+        while self.sent < self.len() {
+            let in_payload = self.sent.saturating_sub(OVERHEAD_BYTES);
+            let parts = [
+                IoSlice::new(&self.overhead[self.sent.min(OVERHEAD_BYTES)..]),
+                IoSlice::new(&self.payload.as_bytes()[in_payload..]),
+            ];
+            let mut nothing_else = SendAncillaryBuffer::default();
+            match sendmsg(stream, &parts, &mut nothing_else, flags | SendFlags::NOSIGNAL) {
+                Ok(count) => self.sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// The values, for whoever can use their memory again.
+    pub(super) fn into_payload(self) -> Payload {
+        self.payload
+    }
+}
+
+/// A frame as it came in.
 #[derive(Debug)]
-pub(super) struct Incoming<'a> {
+pub(super) struct Incoming {
     pub(super) generation: u64,
     pub(super) address: Address,
-    pub(super) is_bytes: bool,
-    pub(super) payload: &'a [u8],
+    pub(super) payload: Received,
 }
 
-/// Little-endian floats, which replace `values`.
-pub(super) fn decode_floats(payload: &[u8], values: &mut Vec<f32>) -> Result<(), String> {
-    let (words, rest) = payload.as_chunks::<4>();
-    if !rest.is_empty() {
-        return Err(format!("a payload of {} bytes, expected floats", payload.len()));
-    }
-    values.clear();
-    values.extend(words.iter().map(|word| f32::from_le_bytes(*word)));
-    Ok(())
-}
-
-/// Writes frames to one peer. Keeps one buffer, so that a frame is one system call and no allocation.
+/// What came with a frame; nobody else holds it yet.
 #[derive(Debug)]
-pub(super) struct FrameWriter<'a> {
-    pub(super) stream: &'a TcpStream,
-    pub(super) generation: u64,
-    pub(super) bytes: &'a DataPlaneBytes,
-    pub(super) buffer: Vec<u8>,
+pub(super) enum Received {
+    Floats(Vec<f32>),
+    Bytes(Vec<u8>),
 }
 
-impl FrameWriter<'_> {
-    pub(super) fn write(&mut self, address: Address, payload: &Payload) -> io::Result<()> {
-        let length = match payload {
-            Payload::Floats(values) => 4 * values.len(),
-            Payload::Bytes(bytes) => bytes.len(),
-        };
-        assert!(length <= BULK_CHUNK_BYTES, "a payload of {length} bytes, at most {BULK_CHUNK_BYTES} fit");
-        let end = OVERHEAD_BYTES + length;
-        if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
+/// Reads the next frame. Floats go straight to the memory that `spare` gives. An end of stream, even between two
+/// frames, is an error.
+pub(super) fn read_frame(
+    mut stream: &TcpStream,
+    bytes: &DataPlaneBytes,
+    spare: impl FnOnce() -> Vec<f32>,
+) -> io::Result<Incoming> {
+    let mut overhead = [0; OVERHEAD_BYTES];
+    stream.read_exact(&mut overhead)?;
+    let (prefix, header) = overhead.split_first_chunk().expect("the prefix comes first");
+    let prefix = u32::from_be_bytes(*prefix) as usize;
+    let length = prefix
+        .checked_sub(BulkHeader::BYTES)
+        .filter(|length| *length <= BULK_CHUNK_BYTES)
+        .ok_or_else(|| io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")))?;
+    let header = header.try_into().expect("the header is the rest");
+    let (header, expected) = BulkHeader::read(header).map_err(io::Error::other)?;
+    let (address, is_bytes) = Address::of(&header);
+    let payload = if is_bytes {
+        let mut bytes = vec![0; length];
+        stream.read_exact(&mut bytes)?;
+        expected.check(&bytes).map_err(io::Error::other)?;
+        Received::Bytes(bytes)
+    } else {
+        if !length.is_multiple_of(4) {
+            return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
         }
-        let (overhead, body) = self.buffer[..end].split_at_mut(OVERHEAD_BYTES);
-        match payload {
-            Payload::Floats(values) => {
-                for (word, value) in body.as_chunks_mut::<4>().0.iter_mut().zip(&values[..]) {
-                    *word = value.to_le_bytes();
-                }
-            }
-            Payload::Bytes(bytes) => body.copy_from_slice(bytes),
-        }
-        let header = address.header(self.generation, matches!(payload, Payload::Bytes(_)));
-        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + length) as u32).to_be_bytes());
-        overhead[PREFIX_BYTES..].copy_from_slice(&header.encode(body));
-        self.stream.write_all(&self.buffer[..end])?;
-        self.bytes.sent.fetch_add(end as u64, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-/// Reads frames of one peer into one buffer.
-#[derive(Debug)]
-pub(super) struct FrameReader<'a> {
-    pub(super) stream: &'a TcpStream,
-    pub(super) bytes: &'a DataPlaneBytes,
-    pub(super) buffer: Vec<u8>,
-}
-
-impl FrameReader<'_> {
-    /// The next frame. An end of stream, even between two frames, is an error.
-    pub(super) fn read(&mut self) -> io::Result<Incoming<'_>> {
-        if self.buffer.len() < OVERHEAD_BYTES {
-            self.buffer.resize(OVERHEAD_BYTES, 0);
-        }
-        self.stream.read_exact(&mut self.buffer[..OVERHEAD_BYTES])?;
-        let prefix = u32::from_be_bytes(std::array::from_fn(|i| self.buffer[i])) as usize;
-        if !(BulkHeader::BYTES..=BulkHeader::BYTES + BULK_CHUNK_BYTES).contains(&prefix) {
-            return Err(io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")));
-        }
-        let end = PREFIX_BYTES + prefix;
-        if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
-        }
-        self.stream.read_exact(&mut self.buffer[OVERHEAD_BYTES..end])?;
-        self.bytes.received.fetch_add(end as u64, Ordering::Relaxed);
-        let (header, payload) =
-            BulkHeader::decode(&self.buffer[PREFIX_BYTES..end]).map_err(io::Error::other)?;
-        let (address, is_bytes) = Address::of(&header);
-        Ok(Incoming { generation: header.generation, address, is_bytes, payload })
-    }
+        let mut values = spare();
+        // Nearly all blocks have the same length: there is nothing to fill in.
+        values.resize(length / 4, 0.0);
+        stream.read_exact(bytemuck::cast_slice_mut(&mut values))?;
+        expected.check(bytemuck::cast_slice(&values)).map_err(io::Error::other)?;
+        Received::Floats(values)
+    };
+    bytes.received.fetch_add((OVERHEAD_BYTES + length) as u64, Ordering::Relaxed);
+    Ok(Incoming { generation: header.generation, address, payload })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::net::TcpListener;
 
     fn pair() -> (TcpStream, TcpStream) {
@@ -179,13 +211,17 @@ mod tests {
         (opener, listener.accept().unwrap().0)
     }
 
+    fn read(stream: &TcpStream, bytes: &DataPlaneBytes) -> io::Result<Incoming> {
+        read_frame(stream, bytes, || vec![f32::NAN; 9])
+    }
+
     #[test]
     fn a_frame_has_these_bytes() {
         let (opener, mut answerer) = pair();
-        let bytes = DataPlaneBytes::default();
-        let mut writer = FrameWriter { stream: &opener, generation: 3, bytes: &bytes, buffer: Vec::new() };
         let address = Address { kind: BulkKind::Reduce, ticket: 5, place: 7, block: 9 };
-        writer.write(address, &Payload::Floats(Arc::new(vec![1.0]))).unwrap();
+        let mut frame = Frame::new(3, address, Payload::Floats(Arc::new(vec![1.0])));
+        assert_eq!(frame.len(), 45);
+        assert!(frame.send(&opener, SendFlags::empty()).unwrap());
         let mut got = [0; 45];
         answerer.read_exact(&mut got).unwrap();
         let golden = [
@@ -195,35 +231,60 @@ mod tests {
             &[0, 0, 0x80, 0x3f],
         ];
         assert_eq!(got[..], golden.concat());
-        assert_eq!(bytes.sent(), 45);
     }
 
     #[test]
     fn addresses_and_payloads_come_back() {
         let (opener, answerer) = pair();
         let bytes = DataPlaneBytes::default();
-        let mut writer = FrameWriter { stream: &opener, generation: 1, bytes: &bytes, buffer: Vec::new() };
-        let mut reader = FrameReader { stream: &answerer, bytes: &bytes, buffer: Vec::new() };
         let address = Address { kind: BulkKind::Gather, ticket: u32::MAX - 1, place: 3, block: 1 };
+        let mut sent = 0;
         for (address, payload) in [
             (address, Payload::Bytes(Arc::new(b"abc".to_vec()))),
             (address, Payload::Floats(Arc::new(vec![f32::NAN, -0.0]))),
             (Address::GOODBYE, Payload::Bytes(Arc::default())),
         ] {
-            writer.write(address, &payload).unwrap();
-            let got = reader.read().unwrap();
+            let mut frame = Frame::new(1, address, payload.clone());
+            assert!(frame.send(&opener, SendFlags::empty()).unwrap());
+            sent += frame.len() as u64;
+            let got = read(&answerer, &bytes).unwrap();
             assert_eq!((got.generation, got.address), (1, address));
-            match payload {
-                Payload::Bytes(expected) => assert!(got.is_bytes && got.payload == &expected[..]),
-                Payload::Floats(expected) => {
-                    let mut values = Vec::new();
-                    decode_floats(got.payload, &mut values).unwrap();
+            match (payload, got.payload) {
+                (Payload::Bytes(expected), Received::Bytes(got)) => assert_eq!(got, *expected),
+                (Payload::Floats(expected), Received::Floats(got)) => {
                     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                    assert_eq!(bits(&values), bits(&expected));
+                    assert_eq!(bits(&got), bits(&expected));
                 }
+                (payload, got) => panic!("{payload:?} came back as {got:?}"),
             }
         }
-        assert_eq!(bytes.sent(), bytes.received());
+        assert_eq!(bytes.received(), sent);
+    }
+
+    #[test]
+    fn a_frame_that_the_socket_takes_in_parts_arrives_whole() {
+        let (opener, answerer) = pair();
+        let values: Vec<f32> = (0..BULK_CHUNK_BYTES / 4).map(|i| i as f32).collect();
+        let new = |ticket| {
+            let address = Address { kind: BulkKind::Gather, ticket, place: 0, block: 0 };
+            Frame::new(1, address, Payload::Floats(Arc::new(values.clone())))
+        };
+        // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
+        let mut frames: Vec<Frame> = (0..64).map(new).collect();
+        let taken = frames.iter_mut().take_while(|f| f.send(&opener, SendFlags::DONTWAIT).unwrap()).count();
+        assert!(taken < frames.len(), "a socket that takes 64 MiB");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for ticket in 0..64 {
+                    let got = read(&answerer, &DataPlaneBytes::default()).unwrap();
+                    assert_eq!(got.address.ticket, ticket);
+                    assert!(matches!(got.payload, Received::Floats(got) if got == values));
+                }
+            });
+            for frame in &mut frames[taken..] {
+                assert!(frame.send(&opener, SendFlags::empty()).unwrap());
+            }
+        });
     }
 
     #[test]
@@ -232,9 +293,7 @@ mod tests {
             let (mut opener, answerer) = pair();
             opener.write_all(sent).unwrap();
             drop(opener);
-            let bytes = DataPlaneBytes::default();
-            let mut reader = FrameReader { stream: &answerer, bytes: &bytes, buffer: Vec::new() };
-            reader.read().unwrap_err().to_string()
+            read(&answerer, &DataPlaneBytes::default()).unwrap_err().to_string()
         };
         let message = refusal(&[0xff; 60]);
         assert_eq!(message, "a frame of 4294967295 bytes where bulk data was expected");
