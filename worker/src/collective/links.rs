@@ -8,8 +8,8 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::Shutdown;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,9 @@ use protocol::frame::BulkKind;
 use super::mesh::{Mesh, Place};
 use super::outbox::Outbox;
 use super::reduce::{Plan, Refused, Sums};
-use super::wire::{Address, DataPlaneBytes, Frame, Incoming, Payload, Received, read_frame};
+use super::wire::{
+    Address, DataPlaneBytes, Frame, FrameReader, Incoming, Payload, Received, wait_readable,
+};
 use super::{CollectiveError, Result, lock};
 
 /// A peer may be this many operations ahead; the trainer waits for all of a step, so it is a few at most.
@@ -27,6 +29,9 @@ const TICKETS_AHEAD_LIMIT: u32 = 4096;
 /// How long a collective that ends in peace waits for its last frames to leave.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
+/// How often a reading thread looks whether the training thread still reads. While it does, nobody waits for this.
+const READING_PAUSE: Duration = Duration::from_millis(1);
+
 /// Finished values of one block that wait for the training thread to take them.
 #[derive(Debug)]
 pub(super) struct Piece {
@@ -34,6 +39,12 @@ pub(super) struct Piece {
     pub(super) rank: u32,
     pub(super) block: u32,
     pub(super) payload: Payload,
+}
+
+struct Peer {
+    outbox: Outbox,
+    /// Held by whoever reads what the peer sends.
+    reader: Mutex<FrameReader>,
 }
 
 struct State {
@@ -59,12 +70,18 @@ pub(super) struct Links {
     timeout: Duration,
     bytes: Arc<DataPlaneBytes>,
     /// By rank; `None` for this worker.
-    outboxes: Vec<Option<Outbox>>,
+    peers: Vec<Option<Peer>>,
     state: Mutex<State>,
     /// Notified when anything in `state` changes that the training thread may wait for.
     changed: Condvar,
     /// Buffers of blocks that nobody needs at the moment.
     spare: Mutex<Vec<Vec<f32>>>,
+}
+
+impl Peer {
+    fn new(stream: TcpStream) -> Self {
+        Self { outbox: Outbox::new(stream), reader: Mutex::new(FrameReader::new()) }
+    }
 }
 
 /// Starts the threads over the streams of a mesh.
@@ -92,7 +109,7 @@ pub(super) fn start(
         plan: Plan::new(&ranges),
         timeout,
         bytes,
-        outboxes: streams.into_iter().map(|stream| stream.map(Outbox::new)).collect(),
+        peers: streams.into_iter().map(|stream| stream.map(Peer::new)).collect(),
         state: Mutex::new(state),
         changed: Condvar::new(),
         spare: Mutex::default(),
@@ -150,15 +167,15 @@ impl Links {
     }
 
     fn send_frame(&self, rank: u32, frame: Frame) {
-        match self.outbox(rank).send(frame) {
+        match self.peer(rank).outbox.send(frame) {
             Ok(Some(sent)) => self.sent(sent),
             Ok(None) => {}
             Err(error) => self.lose(rank, describe(&error)),
         }
     }
 
-    fn outbox(&self, rank: u32) -> &Outbox {
-        self.outboxes[rank as usize].as_ref().expect("every other rank has an outbox")
+    fn peer(&self, rank: u32) -> &Peer {
+        self.peers[rank as usize].as_ref().expect("every other rank is a peer")
     }
 
     /// The ranks of all others, the next one first: so not all workers send to rank 0 at the same time.
@@ -169,11 +186,15 @@ impl Links {
 
     /// Blocks until there are finished pieces of the ticket and moves them to `taken`. `missing` counts by rank the
     /// pieces that are still to come; at least one is.
-    pub(super) fn take_finished(
-        &self,
+    ///
+    /// Where there is only one peer, there is nobody else to wait for: the training thread reads itself what the peer
+    /// sends, without a hand-over, and keeps the `reader` for as long as it waits for this operation.
+    pub(super) fn take_finished<'a>(
+        &'a self,
         ticket: u32,
         missing: &[u32],
         since: Instant,
+        reader: &mut Option<MutexGuard<'a, FrameReader>>,
         taken: &mut Vec<Piece>,
     ) -> Result<()> {
         let mut state = lock(&self.state);
@@ -188,8 +209,27 @@ impl Links {
                 return Ok(());
             }
             let patience = self.patience(&state, ticket, missing, since)?;
-            state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            *reader = reader.take().or_else(|| self.only_reader());
+            if let Some(held) = reader {
+                drop(state);
+                let rank = 1 - self.place.rank;
+                match self.read_one(rank, held) {
+                    Reading::Taken => {}
+                    Reading::NothingYet => wait_readable(&self.peer(rank).outbox.stream, Some(patience)),
+                    Reading::Over => *reader = None,
+                }
+                state = lock(&self.state);
+            } else {
+                state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            }
         }
+    }
+
+    /// The reader of the only peer, unless that peer's own thread is reading at this moment.
+    fn only_reader(&self) -> Option<MutexGuard<'_, FrameReader>> {
+        let mut peers = self.peers.iter().flatten();
+        let (Some(peer), None) = (peers.next(), peers.next()) else { return None };
+        try_lock(&peer.reader)
     }
 
     /// How much longer to wait for what is missing, or why not at all.
@@ -239,7 +279,7 @@ impl Links {
             drop(state);
             for peer in self.peers() {
                 self.send(peer, Address::GOODBYE, Payload::Bytes(Arc::default()));
-                self.outbox(peer).close();
+                self.peer(peer).outbox.close();
             }
             let drained =
                 self.changed.wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
@@ -251,7 +291,7 @@ impl Links {
     }
 
     fn close(&self) {
-        for outbox in self.outboxes.iter().flatten() {
+        for Peer { outbox, .. } in self.peers.iter().flatten() {
             outbox.close();
             // Fails only if the connection is closed already.
             let _ = outbox.stream.shutdown(Shutdown::Both);
@@ -331,34 +371,52 @@ impl Links {
     }
 
     fn write_to(&self, rank: u32) {
-        if let Err(error) = self.outbox(rank).write_queued(|frame| self.sent(frame)) {
+        if let Err(error) = self.peer(rank).outbox.write_queued(|frame| self.sent(frame)) {
             self.lose(rank, describe(&error));
         }
         lock(&self.state).writers_running -= 1;
         self.changed.notify_all();
     }
 
+    /// A peer's reading thread. While the training thread reads, it keeps out of the way.
     fn read_from(&self, rank: u32) {
-        let stream = &self.outbox(rank).stream;
-        let cause = loop {
-            match read_frame(stream, &self.bytes, || self.spare()) {
-                Ok(frame) if frame.generation != self.place.generation => {}
-                Ok(frame) if frame.address == Address::GOODBYE => {
-                    lock(&self.state).has_left[rank as usize] = true;
-                    return self.changed.notify_all();
-                }
-                Ok(frame) => {
-                    if let Err(cause) = self.take(rank, frame) {
-                        break cause;
-                    }
-                }
-                Err(error) => break describe(&error),
+        let Peer { outbox, reader } = self.peer(rank);
+        loop {
+            match try_lock(reader).map(|mut reader| self.read_one(rank, &mut reader)) {
+                Some(Reading::Taken) => {}
+                Some(Reading::NothingYet) => wait_readable(&outbox.stream, None),
+                Some(Reading::Over) => return,
+                None => std::thread::sleep(READING_PAUSE),
             }
-        };
-        self.lose(rank, cause);
+        }
     }
 
-    /// Takes one frame of a peer.
+    /// Takes one frame of a peer, if a whole one is there. Whoever calls it holds the reader until the frame is added
+    /// or finished: nothing of this peer happens meanwhile.
+    fn read_one(&self, rank: u32, reader: &mut FrameReader) -> Reading {
+        let frame = match reader.read(&self.peer(rank).outbox.stream, &self.bytes, || self.spare()) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Reading::NothingYet,
+            Err(error) => {
+                self.lose(rank, describe(&error));
+                return Reading::Over;
+            }
+        };
+        if frame.generation != self.place.generation {
+            return Reading::Taken;
+        }
+        if frame.address == Address::GOODBYE {
+            lock(&self.state).has_left[rank as usize] = true;
+            self.changed.notify_all();
+            return Reading::Over;
+        }
+        if let Err(cause) = self.take(rank, frame) {
+            self.lose(rank, cause);
+            return Reading::Over;
+        }
+        Reading::Taken
+    }
+
     fn take(&self, rank: u32, frame: Incoming) -> std::result::Result<(), String> {
         let Address { kind, ticket, place, block } = frame.address;
         {
@@ -384,6 +442,22 @@ impl Links {
             }
             _ => Err(format!("it sent a {kind:?} frame for place {place}")),
         }
+    }
+}
+
+/// What came of an attempt to read a frame.
+enum Reading {
+    Taken,
+    NothingYet,
+    /// Nothing more will come: the peer said goodbye or is lost.
+    Over,
+}
+
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 

@@ -93,9 +93,9 @@ impl TcpCollective {
         missing: &mut [u32],
         mut take: impl FnMut(&Piece) -> Result<()>,
     ) -> Result<()> {
-        let since = Instant::now();
+        let (since, mut reader) = (Instant::now(), None);
         while missing.iter().any(|count| *count > 0) {
-            self.links.take_finished(ticket, missing, since, &mut self.taken)?;
+            self.links.take_finished(ticket, missing, since, &mut reader, &mut self.taken)?;
             for piece in self.taken.drain(..) {
                 let count = &mut missing[piece.rank as usize];
                 *count = count.checked_sub(1).ok_or_else(|| {

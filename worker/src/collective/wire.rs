@@ -13,14 +13,16 @@
 //!
 //! The place is the leftmost leaf of the node (`Reduce`) or the sender's rank (`Gather`).
 
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind};
+use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Expected};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 
 const PREFIX_BYTES: usize = 4;
 const OVERHEAD_BYTES: usize = PREFIX_BYTES + BulkHeader::BYTES;
@@ -161,15 +163,65 @@ pub(super) enum Received {
     Bytes(Vec<u8>),
 }
 
-/// Reads the next frame. Floats go straight to the memory that `spare` gives. An end of stream, even between two
-/// frames, is an error.
-pub(super) fn read_frame(
-    mut stream: &TcpStream,
-    bytes: &DataPlaneBytes,
+impl Received {
+    fn as_bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Floats(values) => bytemuck::cast_slice_mut(values),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// Reads the frames of one peer, as much of one at a time as has arrived. Floats go straight to the memory in which
+/// they will be added.
+#[derive(Debug)]
+pub(super) struct FrameReader {
+    overhead: [u8; OVERHEAD_BYTES],
+    /// What the overhead says, once it is all there.
+    begun: Option<(BulkHeader, Expected, Received)>,
+    /// Bytes of the overhead, later of the payload, that are there.
+    filled: usize,
+}
+
+impl FrameReader {
+    pub(super) fn new() -> Self {
+        Self { overhead: [0; OVERHEAD_BYTES], begun: None, filled: 0 }
+    }
+
+    /// Takes what has arrived, without waiting: one whole frame, or nothing yet. An end of stream, even between two
+    /// frames, is an error. `spare` gives memory for floats.
+    pub(super) fn read(
+        &mut self,
+        stream: &TcpStream,
+        bytes: &DataPlaneBytes,
+        spare: impl FnOnce() -> Vec<f32>,
+    ) -> io::Result<Option<Incoming>> {
+        if self.begun.is_none() {
+            if !fill(stream, &mut self.overhead, &mut self.filled)? {
+                return Ok(None);
+            }
+            self.begun = Some(begin(&self.overhead, spare)?);
+            self.filled = 0;
+        }
+        let (_, _, payload) = self.begun.as_mut().expect("it is there or was just put there");
+        if !fill(stream, payload.as_bytes_mut(), &mut self.filled)? {
+            return Ok(None);
+        }
+        let (header, expected, mut payload) = self.begun.take().expect("as above");
+        self.filled = 0;
+        let payload_bytes = payload.as_bytes_mut();
+        expected.check(payload_bytes).map_err(io::Error::other)?;
+        bytes.received.fetch_add((OVERHEAD_BYTES + payload_bytes.len()) as u64, Ordering::Relaxed);
+        let (address, _) = Address::of(&header);
+        Ok(Some(Incoming { generation: header.generation, address, payload }))
+    }
+}
+
+/// What the first bytes of a frame announce, and the memory for it.
+fn begin(
+    overhead: &[u8; OVERHEAD_BYTES],
     spare: impl FnOnce() -> Vec<f32>,
-) -> io::Result<Incoming> {
-    let mut overhead = [0; OVERHEAD_BYTES];
-    stream.read_exact(&mut overhead)?;
+) -> io::Result<(BulkHeader, Expected, Received)> {
     let (prefix, header) = overhead.split_first_chunk().expect("the prefix comes first");
     let prefix = u32::from_be_bytes(*prefix) as usize;
     let length = prefix
@@ -178,31 +230,45 @@ pub(super) fn read_frame(
         .ok_or_else(|| io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")))?;
     let header = header.try_into().expect("the header is the rest");
     let (header, expected) = BulkHeader::read(header).map_err(io::Error::other)?;
-    let (address, is_bytes) = Address::of(&header);
+    let (_, is_bytes) = Address::of(&header);
     let payload = if is_bytes {
-        let mut bytes = vec![0; length];
-        stream.read_exact(&mut bytes)?;
-        expected.check(&bytes).map_err(io::Error::other)?;
-        Received::Bytes(bytes)
-    } else {
-        if !length.is_multiple_of(4) {
-            return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
-        }
+        Received::Bytes(vec![0; length])
+    } else if length.is_multiple_of(4) {
         let mut values = spare();
         // Nearly all blocks have the same length: there is nothing to fill in.
         values.resize(length / 4, 0.0);
-        stream.read_exact(bytemuck::cast_slice_mut(&mut values))?;
-        expected.check(bytemuck::cast_slice(&values)).map_err(io::Error::other)?;
         Received::Floats(values)
+    } else {
+        return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
     };
-    bytes.received.fetch_add((OVERHEAD_BYTES + length) as u64, Ordering::Relaxed);
-    Ok(Incoming { generation: header.generation, address, payload })
+    Ok((header, expected, payload))
+}
+
+/// Receives into `buffer[*filled..]` what is there; gives whether the buffer is full.
+fn fill(stream: &TcpStream, buffer: &mut [u8], filled: &mut usize) -> io::Result<bool> {
+    while *filled < buffer.len() {
+        match recv(stream, &mut buffer[*filled..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((count, _)) => *filled += count,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(true)
+}
+
+/// Waits until there is something to read (an end of stream is), or for so long; `None` is for ever. It may return
+/// early: whoever finds nothing to read comes again.
+pub(super) fn wait_readable(stream: &TcpStream, limit: Option<Duration>) {
+    let limit = limit.map(|limit| Timespec::try_from(limit).expect("a limit of less than an age"));
+    let _ = poll(&mut [PollFd::new(stream, PollFlags::IN)], limit.as_ref());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
 
     fn pair() -> (TcpStream, TcpStream) {
@@ -212,7 +278,13 @@ mod tests {
     }
 
     fn read(stream: &TcpStream, bytes: &DataPlaneBytes) -> io::Result<Incoming> {
-        read_frame(stream, bytes, || vec![f32::NAN; 9])
+        let mut reader = FrameReader::new();
+        loop {
+            wait_readable(stream, None);
+            if let Some(frame) = reader.read(stream, bytes, || vec![f32::NAN; 9])? {
+                return Ok(frame);
+            }
+        }
     }
 
     #[test]
@@ -271,8 +343,8 @@ mod tests {
         };
         // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
         let mut frames: Vec<Frame> = (0..64).map(new).collect();
-        let taken = frames.iter_mut().take_while(|f| f.send(&opener, SendFlags::DONTWAIT).unwrap()).count();
-        assert!(taken < frames.len(), "a socket that takes 64 MiB");
+        let is_full = |frame: &mut Frame| !frame.send(&opener, SendFlags::DONTWAIT).unwrap();
+        let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for ticket in 0..64 {
