@@ -225,6 +225,15 @@ impl Links {
         }
     }
 
+    /// Takes what the only peer has sent meanwhile, as [`take_finished`](Self::take_finished) does: while the training
+    /// thread talks to it, no other thread has to wake up.
+    pub(super) fn read_arrived<'a>(&'a self, reader: &mut Option<MutexGuard<'a, FrameReader>>) {
+        *reader = reader.take().or_else(|| self.only_reader());
+        if let Some(held) = reader {
+            while let Reading::Taken = self.read_one(1 - self.place.rank, held) {}
+        }
+    }
+
     /// The reader of the only peer, unless that peer's own thread is reading at this moment.
     fn only_reader(&self) -> Option<MutexGuard<'_, FrameReader>> {
         let mut peers = self.peers.iter().flatten();

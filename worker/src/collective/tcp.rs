@@ -26,7 +26,7 @@ use protocol::tree::TreeNode;
 
 use super::links::{self, Links, Piece};
 use super::mesh::Mesh;
-use super::reduce::{BLOCK_FLOATS, Refused, block_count, blocks, slice};
+use super::reduce::{BLOCK_FLOATS, Refused, block_count, block_range, blocks, slice};
 use super::wire::{Address, Payload};
 use super::{AbortHandle, Collective, Result, Ticket};
 
@@ -125,11 +125,14 @@ impl<D: Device> Collective<D> for TcpCollective {
         let cover = self.links.plan.nodes_of(self.rank()).map(|(node, _)| node);
         assert!(cover.eq(nodes.iter().map(|(node, _)| *node)), "begin_reduce: nodes are not the cover");
 
-        // Peers' slices first: they travel while this worker's own is copied. Block by block, so that the first
-        // frame leaves at once, and all nodes of a block together, so that its sum can be made early.
+        // One block of every slice after the other, so that the first sums can be made, and leave, while the last
+        // blocks are still copied; the peers' first, and all nodes of a block together.
         let (len, ranks) = (bucket.len(), self.ranks());
-        for owner in self.links.peers().chain([self.rank()]) {
-            for (block, range) in (0..).zip(blocks(slice(len, ranks, owner))) {
+        let owners: Vec<u32> = self.links.peers().chain([self.rank()]).collect();
+        let mut reader = None;
+        for block in 0..block_count(slice(len, ranks, ranks - 1).len()) {
+            for &owner in &owners {
+                let Some(range) = block_range(slice(len, ranks, owner), block) else { continue };
                 let range = bucket.start + range.start..bucket.start + range.end;
                 for ((_, leaf), (_, buffer)) in self.links.plan.nodes_of(self.rank()).zip(nodes) {
                     let values = self.export(device, buffer, range.clone())?;
@@ -141,6 +144,7 @@ impl<D: Device> Collective<D> for TcpCollective {
                     }
                 }
             }
+            self.links.read_arrived(&mut reader);
         }
 
         let part = |rank| {
