@@ -160,6 +160,9 @@ impl Links {
     /// Sends finished values of this worker's part to all peers.
     pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
         let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+        if self.peers.len() == 1 {
+            return; // Nobody reads its checksum.
+        }
         let frame = Frame::new(self.place.generation, address, payload.clone());
         for peer in self.peers() {
             self.send_frame(peer, frame.clone());
