@@ -32,6 +32,14 @@ impl Device for HostDevice {
         Ok(())
     }
 
+    fn host<'a>(&self, buffer: &'a Vec<f32>) -> Option<&'a [f32]> {
+        Some(buffer)
+    }
+
+    fn host_mut<'a>(&self, buffer: &'a mut Vec<f32>) -> Option<&'a mut [f32]> {
+        Some(buffer)
+    }
+
     fn step(&mut self, _: Pass, _: &Vec<f32>, _: &Batch, _: &Vec<f32>, _: &mut Vec<f32>) -> Result<()> {
         cannot("run a network")
     }

@@ -19,7 +19,7 @@ use super::mesh::{Mesh, Place};
 use super::outbox::Outbox;
 use super::reduce::{Plan, Refused, Sums};
 use super::wire::{
-    Address, DataPlaneBytes, Frame, FrameReader, Incoming, Payload, Received, wait_readable,
+    Address, DataPlaneBytes, FrameReader, Incoming, Landing, Outgoing, Payload, Received, wait_readable,
 };
 use super::{CollectiveError, Result, lock};
 
@@ -38,7 +38,8 @@ pub(super) struct Piece {
     /// Whose slice or part it is.
     pub(super) rank: u32,
     pub(super) block: u32,
-    pub(super) payload: Payload,
+    /// `None` if the values lie already where they are wanted.
+    pub(super) payload: Option<Payload>,
 }
 
 struct Peer {
@@ -154,25 +155,40 @@ impl Links {
 
     /// Sends values to one peer. What is sent to a peer that is gone vanishes; waiting finds that out.
     pub(super) fn send(&self, rank: u32, address: Address, payload: Payload) {
-        self.send_frame(rank, Frame::new(self.place.generation, address, payload));
+        let is_bytes = matches!(payload, Payload::Bytes(_));
+        let frame = Outgoing::new(self.place.generation, address, is_bytes, payload.as_bytes());
+        self.send_frame(rank, frame, payload.as_bytes(), || payload.clone());
+        self.recycle_payload(payload);
+    }
+
+    /// As [`send`](Self::send), for floats that stay where they are only for now.
+    pub(super) fn send_from(&self, rank: u32, address: Address, values: &[f32]) {
+        let bytes = bytemuck::cast_slice(values);
+        let frame = Outgoing::new(self.place.generation, address, false, bytes);
+        self.send_frame(rank, frame, bytes, || {
+            let mut kept = self.spare();
+            kept.clear();
+            kept.extend_from_slice(values);
+            Payload::Floats(Arc::new(kept))
+        });
     }
 
     /// Sends finished values of this worker's part to all peers.
     pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
-        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
         if self.peers.len() == 1 {
-            return; // Nobody reads its checksum.
+            return; // Nobody reads the checksum.
         }
-        let frame = Frame::new(self.place.generation, address, payload.clone());
+        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+        let is_bytes = matches!(payload, Payload::Bytes(_));
+        let frame = Outgoing::new(self.place.generation, address, is_bytes, payload.as_bytes());
         for peer in self.peers() {
-            self.send_frame(peer, frame.clone());
+            self.send_frame(peer, frame.clone(), payload.as_bytes(), || payload.clone());
         }
     }
 
-    fn send_frame(&self, rank: u32, frame: Frame) {
-        match self.peer(rank).outbox.send(frame) {
-            Ok(Some(sent)) => self.sent(sent),
-            Ok(None) => {}
+    fn send_frame(&self, rank: u32, frame: Outgoing, payload: &[u8], keep: impl FnOnce() -> Payload) {
+        match self.peer(rank).outbox.send(frame, payload, keep) {
+            Ok(sent) => self.bytes.add_sent(sent.unwrap_or(0)),
             Err(error) => self.lose(rank, describe(&error)),
         }
     }
@@ -191,13 +207,15 @@ impl Links {
     /// pieces that are still to come; at least one is.
     ///
     /// Where there is only one peer, there is nobody else to wait for: the training thread reads itself what the peer
-    /// sends, without a hand-over, and keeps the `reader` for as long as it waits for this operation.
+    /// sends, without a hand-over, to the `landing` if there is one. It keeps the `reader` for as long as it waits for
+    /// this operation.
     pub(super) fn take_finished<'a>(
         &'a self,
         ticket: u32,
         missing: &[u32],
         since: Instant,
         reader: &mut Option<MutexGuard<'a, FrameReader>>,
+        mut landing: Option<Landing<'_>>,
         taken: &mut Vec<Piece>,
     ) -> Result<()> {
         let mut state = lock(&self.state);
@@ -216,7 +234,7 @@ impl Links {
             if let Some(held) = reader {
                 drop(state);
                 let rank = 1 - self.place.rank;
-                match self.read_one(rank, held) {
+                match self.read_one(rank, held, landing.as_mut()) {
                     Reading::Taken => {}
                     Reading::NothingYet => wait_readable(&self.peer(rank).outbox.stream, Some(patience)),
                     Reading::Over => *reader = None,
@@ -233,7 +251,7 @@ impl Links {
     pub(super) fn read_arrived<'a>(&'a self, reader: &mut Option<MutexGuard<'a, FrameReader>>) {
         *reader = reader.take().or_else(|| self.only_reader());
         if let Some(held) = reader {
-            while let Reading::Taken = self.read_one(1 - self.place.rank, held) {}
+            while let Reading::Taken = self.read_one(1 - self.place.rank, held, None) {}
         }
     }
 
@@ -358,18 +376,13 @@ impl Links {
         let sum = self.plan.sum(pieces, |values| self.recycle(values));
         let payload = Payload::Floats(Arc::new(sum));
         self.send_to_all(ticket, block, &payload);
-        self.finish(ticket, Piece { rank: self.place.rank, block, payload });
+        self.finish(ticket, Piece { rank: self.place.rank, block, payload: Some(payload) });
         Ok(())
     }
 
     fn finish(&self, ticket: u32, piece: Piece) {
         lock(&self.state).finished.entry(ticket).or_default().push(piece);
         self.changed.notify_all();
-    }
-
-    fn sent(&self, frame: Frame) {
-        self.bytes.add_sent(frame.len());
-        self.recycle_payload(frame.into_payload());
     }
 
     /// Notes that a peer is gone, unless it has said so itself: then it is a loss only for somebody who needs it.
@@ -383,7 +396,11 @@ impl Links {
     }
 
     fn write_to(&self, rank: u32) {
-        if let Err(error) = self.peer(rank).outbox.write_queued(|frame| self.sent(frame)) {
+        let done = |sent, payload| {
+            self.bytes.add_sent(sent);
+            self.recycle_payload(payload);
+        };
+        if let Err(error) = self.peer(rank).outbox.write_queued(done) {
             self.lose(rank, describe(&error));
         }
         lock(&self.state).writers_running -= 1;
@@ -394,7 +411,7 @@ impl Links {
     fn read_from(&self, rank: u32) {
         let Peer { outbox, reader } = self.peer(rank);
         loop {
-            match try_lock(reader).map(|mut reader| self.read_one(rank, &mut reader)) {
+            match try_lock(reader).map(|mut reader| self.read_one(rank, &mut reader, None)) {
                 Some(Reading::Taken) => {}
                 Some(Reading::NothingYet) => wait_readable(&outbox.stream, None),
                 Some(Reading::Over) => return,
@@ -405,8 +422,9 @@ impl Links {
 
     /// Takes one frame of a peer, if a whole one is there. Whoever calls it holds the reader until the frame is added
     /// or finished: nothing of this peer happens meanwhile.
-    fn read_one(&self, rank: u32, reader: &mut FrameReader) -> Reading {
-        let frame = match reader.read(&self.peer(rank).outbox.stream, &self.bytes, || self.spare()) {
+    fn read_one(&self, rank: u32, reader: &mut FrameReader, landing: Option<&mut Landing<'_>>) -> Reading {
+        let stream = &self.peer(rank).outbox.stream;
+        let frame = match reader.read(stream, &self.bytes, landing, || self.spare()) {
             Ok(Some(frame)) => frame,
             Ok(None) => return Reading::NothingYet,
             Err(error) => {
@@ -446,8 +464,9 @@ impl Links {
             }
             (BulkKind::Gather, payload) if place == rank => {
                 let payload = match payload {
-                    Received::Floats(values) => Payload::Floats(Arc::new(values)),
-                    Received::Bytes(bytes) => Payload::Bytes(Arc::new(bytes)),
+                    Received::Floats(values) => Some(Payload::Floats(Arc::new(values))),
+                    Received::Bytes(bytes) => Some(Payload::Bytes(Arc::new(bytes))),
+                    Received::Landed(_) => None,
                 };
                 self.finish(ticket, Piece { rank, block, payload });
                 Ok(())

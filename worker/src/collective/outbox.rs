@@ -12,7 +12,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use rustix::net::SendFlags;
 
 use super::lock;
-use super::wire::Frame;
+use super::wire::{Outgoing, Payload};
 
 /// The frames that one peer is still to get, in the order in which they were sent.
 pub(super) struct Outbox {
@@ -24,7 +24,7 @@ pub(super) struct Outbox {
 
 #[derive(Default)]
 struct Queue {
-    frames: VecDeque<Frame>,
+    frames: VecDeque<(Outgoing, Payload)>,
     /// Whether the writing thread is in the middle of a frame.
     is_writing: bool,
     is_closed: bool,
@@ -35,14 +35,20 @@ impl Outbox {
         Self { stream, queue: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Writes a frame or queues it, without waiting. Gives it back if all of it is written.
-    pub(super) fn send(&self, mut frame: Frame) -> io::Result<Option<Frame>> {
+    /// Writes a frame or queues it, without waiting. `keep` gives the payload to keep if the socket did not take all of
+    /// it. Gives the frame's bytes if it did.
+    pub(super) fn send(
+        &self,
+        mut frame: Outgoing,
+        payload: &[u8],
+        keep: impl FnOnce() -> Payload,
+    ) -> io::Result<Option<usize>> {
         let mut queue = lock(&self.queue);
         let is_first = queue.frames.is_empty() && !queue.is_writing;
-        if is_first && frame.send(&self.stream, SendFlags::DONTWAIT)? {
-            return Ok(Some(frame));
+        if is_first && frame.send(payload, &self.stream, SendFlags::DONTWAIT)? {
+            return Ok(Some(frame.sent()));
         }
-        queue.frames.push_back(frame);
+        queue.frames.push_back((frame, keep()));
         self.changed.notify_one();
         Ok(None)
     }
@@ -53,15 +59,16 @@ impl Outbox {
         self.changed.notify_one();
     }
 
-    /// The writing thread: writes what is queued and gives each written frame to `done`, until the outbox is closed.
-    pub(super) fn write_queued(&self, mut done: impl FnMut(Frame)) -> io::Result<()> {
+    /// The writing thread: writes what is queued, until the outbox is closed. `done` gets the bytes of each frame and
+    /// its payload.
+    pub(super) fn write_queued(&self, mut done: impl FnMut(usize, Payload)) -> io::Result<()> {
         let mut queue = lock(&self.queue);
         loop {
-            if let Some(mut frame) = queue.frames.pop_front() {
+            if let Some((mut frame, payload)) = queue.frames.pop_front() {
                 queue.is_writing = true;
                 drop(queue);
-                frame.send(&self.stream, SendFlags::empty())?;
-                done(frame);
+                frame.send(payload.as_bytes(), &self.stream, SendFlags::empty())?;
+                done(frame.sent(), payload);
                 queue = lock(&self.queue);
                 queue.is_writing = false;
             } else if queue.is_closed {

@@ -15,6 +15,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,6 +24,8 @@ use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Expected};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+
+use super::reduce::block_range;
 
 const PREFIX_BYTES: usize = 4;
 const OVERHEAD_BYTES: usize = PREFIX_BYTES + BulkHeader::BYTES;
@@ -89,7 +92,7 @@ pub(super) enum Payload {
 const _: () = assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
 
 impl Payload {
-    fn as_bytes(&self) -> &[u8] {
+    pub(super) fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Floats(values) => bytemuck::cast_slice(values),
             Self::Bytes(bytes) => bytes,
@@ -97,39 +100,31 @@ impl Payload {
     }
 }
 
-/// One frame on its way out. The values stay where they are: only what precedes them is written down.
+/// One frame on its way out: what precedes its payload, and how much of both is sent. The payload stays where it is.
 #[derive(Debug, Clone)]
-pub(super) struct Frame {
+pub(super) struct Outgoing {
     overhead: [u8; OVERHEAD_BYTES],
-    payload: Payload,
     /// Bytes of both that the socket has taken.
     sent: usize,
 }
 
-impl Frame {
-    pub(super) fn new(generation: u64, address: Address, payload: Payload) -> Self {
-        let bytes = payload.as_bytes();
-        assert!(bytes.len() <= BULK_CHUNK_BYTES, "a payload of {} bytes", bytes.len());
-        let header = address.header(generation, matches!(payload, Payload::Bytes(_))).encode(bytes);
+impl Outgoing {
+    pub(super) fn new(generation: u64, address: Address, is_bytes: bool, payload: &[u8]) -> Self {
+        assert!(payload.len() <= BULK_CHUNK_BYTES, "a payload of {} bytes", payload.len());
+        let header = address.header(generation, is_bytes).encode(payload);
         let mut overhead = [0; OVERHEAD_BYTES];
-        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + bytes.len()) as u32).to_be_bytes());
+        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + payload.len()) as u32).to_be_bytes());
         overhead[PREFIX_BYTES..].copy_from_slice(&header);
-        Self { overhead, payload, sent: 0 }
-    }
-
-    /// Bytes of the whole frame.
-    pub(super) fn len(&self) -> usize {
-        OVERHEAD_BYTES + self.payload.as_bytes().len()
+        Self { overhead, sent: 0 }
     }
 
     /// Writes until all of it is sent or, with `SendFlags::DONTWAIT`, the socket takes no more for the moment. Gives
-    /// whether all of it is sent.
-    pub(super) fn send(&mut self, stream: &TcpStream, flags: SendFlags) -> io::Result<bool> {
-        while self.sent < self.len() {
-            let in_payload = self.sent.saturating_sub(OVERHEAD_BYTES);
+    /// whether all of it is sent. The payload must be the one for which the frame was made.
+    pub(super) fn send(&mut self, payload: &[u8], stream: &TcpStream, flags: SendFlags) -> io::Result<bool> {
+        while self.sent < OVERHEAD_BYTES + payload.len() {
             let parts = [
                 IoSlice::new(&self.overhead[self.sent.min(OVERHEAD_BYTES)..]),
-                IoSlice::new(&self.payload.as_bytes()[in_payload..]),
+                IoSlice::new(&payload[self.sent.saturating_sub(OVERHEAD_BYTES)..]),
             ];
             let mut nothing_else = SendAncillaryBuffer::default();
             match sendmsg(stream, &parts, &mut nothing_else, flags | SendFlags::NOSIGNAL) {
@@ -142,9 +137,9 @@ impl Frame {
         Ok(true)
     }
 
-    /// The values, for whoever can use their memory again.
-    pub(super) fn into_payload(self) -> Payload {
-        self.payload
+    /// Bytes that the socket has taken.
+    pub(super) fn sent(&self) -> usize {
+        self.sent
     }
 }
 
@@ -161,14 +156,35 @@ pub(super) struct Incoming {
 pub(super) enum Received {
     Floats(Vec<f32>),
     Bytes(Vec<u8>),
+    /// Floats that lie where a [`Landing`] wants them.
+    Landed(Range<usize>),
 }
 
 impl Received {
-    fn as_bytes_mut(&mut self) -> &mut [u8] {
+    fn as_bytes_mut<'a>(&'a mut self, landing: Option<&'a mut Landing<'_>>) -> Option<&'a mut [u8]> {
         match self {
-            Self::Floats(values) => bytemuck::cast_slice_mut(values),
-            Self::Bytes(bytes) => bytes,
+            Self::Floats(values) => Some(bytemuck::cast_slice_mut(values)),
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Landed(range) => Some(bytemuck::cast_slice_mut(&mut landing?.values[range.clone()])),
         }
+    }
+}
+
+/// Where the finished values of one operation are wanted, for a reader that can put them there itself.
+#[derive(Debug)]
+pub(super) struct Landing<'a> {
+    pub(super) ticket: u32,
+    /// By rank: which part of the values comes from it.
+    pub(super) parts: &'a [Range<usize>],
+    pub(super) values: &'a mut [f32],
+}
+
+impl Landing<'_> {
+    /// The place of a frame's floats; `None` if they belong to something else, or do not fit.
+    fn place(&self, address: Address, floats: usize) -> Option<Range<usize>> {
+        let wanted = address.kind == BulkKind::Gather && address.ticket == self.ticket;
+        let part = self.parts.get(address.place as usize).filter(|_| wanted)?;
+        block_range(part.clone(), address.block).filter(|range| range.len() == floats)
     }
 }
 
@@ -189,29 +205,33 @@ impl FrameReader {
     }
 
     /// Takes what has arrived, without waiting: one whole frame, or nothing yet. An end of stream, even between two
-    /// frames, is an error. `spare` gives memory for floats.
+    /// frames, is an error. `spare` gives memory for floats that do not belong to the landing, which must be there again
+    /// until a frame that began with it is whole.
     pub(super) fn read(
         &mut self,
         stream: &TcpStream,
         bytes: &DataPlaneBytes,
+        mut landing: Option<&mut Landing<'_>>,
         spare: impl FnOnce() -> Vec<f32>,
     ) -> io::Result<Option<Incoming>> {
         if self.begun.is_none() {
             if !fill(stream, &mut self.overhead, &mut self.filled)? {
                 return Ok(None);
             }
-            self.begun = Some(begin(&self.overhead, spare)?);
+            self.begun = Some(begin(&self.overhead, landing.as_deref(), spare)?);
             self.filled = 0;
         }
-        let (_, _, payload) = self.begun.as_mut().expect("it is there or was just put there");
-        if !fill(stream, payload.as_bytes_mut(), &mut self.filled)? {
+        let (_, expected, payload) = self.begun.as_mut().expect("it is there or was just put there");
+        let payload = payload
+            .as_bytes_mut(landing.as_deref_mut())
+            .ok_or_else(|| io::Error::other("its values are no longer waited for"))?;
+        if !fill(stream, payload, &mut self.filled)? {
             return Ok(None);
         }
-        let (header, expected, mut payload) = self.begun.take().expect("as above");
+        expected.check(payload).map_err(io::Error::other)?;
+        bytes.received.fetch_add((OVERHEAD_BYTES + payload.len()) as u64, Ordering::Relaxed);
+        let (header, _, payload) = self.begun.take().expect("as above");
         self.filled = 0;
-        let payload_bytes = payload.as_bytes_mut();
-        expected.check(payload_bytes).map_err(io::Error::other)?;
-        bytes.received.fetch_add((OVERHEAD_BYTES + payload_bytes.len()) as u64, Ordering::Relaxed);
         let (address, _) = Address::of(&header);
         Ok(Some(Incoming { generation: header.generation, address, payload }))
     }
@@ -220,6 +240,7 @@ impl FrameReader {
 /// What the first bytes of a frame announce, and the memory for it.
 fn begin(
     overhead: &[u8; OVERHEAD_BYTES],
+    landing: Option<&Landing<'_>>,
     spare: impl FnOnce() -> Vec<f32>,
 ) -> io::Result<(BulkHeader, Expected, Received)> {
     let (prefix, header) = overhead.split_first_chunk().expect("the prefix comes first");
@@ -230,16 +251,18 @@ fn begin(
         .ok_or_else(|| io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")))?;
     let header = header.try_into().expect("the header is the rest");
     let (header, expected) = BulkHeader::read(header).map_err(io::Error::other)?;
-    let (_, is_bytes) = Address::of(&header);
+    let (address, is_bytes) = Address::of(&header);
     let payload = if is_bytes {
         Received::Bytes(vec![0; length])
-    } else if length.is_multiple_of(4) {
+    } else if !length.is_multiple_of(4) {
+        return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
+    } else if let Some(range) = landing.and_then(|landing| landing.place(address, length / 4)) {
+        Received::Landed(range)
+    } else {
         let mut values = spare();
         // Nearly all blocks have the same length: there is nothing to fill in.
         values.resize(length / 4, 0.0);
         Received::Floats(values)
-    } else {
-        return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
     };
     Ok((header, expected, payload))
 }
@@ -281,7 +304,7 @@ mod tests {
         let mut reader = FrameReader::new();
         loop {
             wait_readable(stream, None);
-            if let Some(frame) = reader.read(stream, bytes, || vec![f32::NAN; 9])? {
+            if let Some(frame) = reader.read(stream, bytes, None, || vec![f32::NAN; 9])? {
                 return Ok(frame);
             }
         }
@@ -291,9 +314,10 @@ mod tests {
     fn a_frame_has_these_bytes() {
         let (opener, mut answerer) = pair();
         let address = Address { kind: BulkKind::Reduce, ticket: 5, place: 7, block: 9 };
-        let mut frame = Frame::new(3, address, Payload::Floats(Arc::new(vec![1.0])));
-        assert_eq!(frame.len(), 45);
-        assert!(frame.send(&opener, SendFlags::empty()).unwrap());
+        let payload = 1f32.to_le_bytes();
+        let mut frame = Outgoing::new(3, address, false, &payload);
+        assert!(frame.send(&payload, &opener, SendFlags::empty()).unwrap());
+        assert_eq!(frame.sent(), 45);
         let mut got = [0; 45];
         answerer.read_exact(&mut got).unwrap();
         let golden = [
@@ -316,9 +340,10 @@ mod tests {
             (address, Payload::Floats(Arc::new(vec![f32::NAN, -0.0]))),
             (Address::GOODBYE, Payload::Bytes(Arc::default())),
         ] {
-            let mut frame = Frame::new(1, address, payload.clone());
-            assert!(frame.send(&opener, SendFlags::empty()).unwrap());
-            sent += frame.len() as u64;
+            let is_bytes = matches!(payload, Payload::Bytes(_));
+            let mut frame = Outgoing::new(1, address, is_bytes, payload.as_bytes());
+            assert!(frame.send(payload.as_bytes(), &opener, SendFlags::empty()).unwrap());
+            sent += frame.sent() as u64;
             let got = read(&answerer, &bytes).unwrap();
             assert_eq!((got.generation, got.address), (1, address));
             match (payload, got.payload) {
@@ -339,11 +364,14 @@ mod tests {
         let values: Vec<f32> = (0..BULK_CHUNK_BYTES / 4).map(|i| i as f32).collect();
         let new = |ticket| {
             let address = Address { kind: BulkKind::Gather, ticket, place: 0, block: 0 };
-            Frame::new(1, address, Payload::Floats(Arc::new(values.clone())))
+            Outgoing::new(1, address, false, bytemuck::cast_slice(&values))
         };
         // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
-        let mut frames: Vec<Frame> = (0..64).map(new).collect();
-        let is_full = |frame: &mut Frame| !frame.send(&opener, SendFlags::DONTWAIT).unwrap();
+        let mut frames: Vec<Outgoing> = (0..64).map(new).collect();
+        let send = |frame: &mut Outgoing, flags| {
+            frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap()
+        };
+        let is_full = |frame: &mut Outgoing| !send(frame, SendFlags::DONTWAIT);
         let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -354,7 +382,7 @@ mod tests {
                 }
             });
             for frame in &mut frames[taken..] {
-                assert!(frame.send(&opener, SendFlags::empty()).unwrap());
+                assert!(send(frame, SendFlags::empty()));
             }
         });
     }
