@@ -207,6 +207,14 @@ impl Device for CpuDevice {
         Ok(())
     }
 
+    fn host<'a>(&self, buffer: &'a Vec<f32>) -> Option<&'a [f32]> {
+        Some(buffer)
+    }
+
+    fn host_mut<'a>(&self, buffer: &'a mut Vec<f32>) -> Option<&'a mut [f32]> {
+        Some(buffer)
+    }
+
     fn step(
         &mut self,
         pass: Pass,
