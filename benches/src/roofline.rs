@@ -145,7 +145,7 @@ impl Rate {
         }
         if *share < LEAST_SHARE {
             let hint = format!(
-                "at least {:.0} % are expected: measure again while the machine does nothing else, then look at kernels/src/cpu/micro.rs",
+                "at least {:.0} % are expected: measure again while the machine does nothing else",
                 100.0 * LEAST_SHARE
             );
             return Err(Problem::failed(sentence).hint(hint));

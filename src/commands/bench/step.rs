@@ -29,7 +29,7 @@ pub(crate) struct StepArgs {
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Go on for at least this long
-    #[arg(long, value_name = "SECONDS", default_value_t = 6.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 6.0, allow_negative_numbers = true)]
     seconds: f64,
     #[command(flatten)]
     simd: SimdArg,
@@ -46,6 +46,11 @@ pub(crate) struct StepArgs {
 
 /// `started` is when the process began.
 pub(super) fn run(args: &StepArgs, started: Instant) -> Result<Exit, Problem> {
+    // Infinity would end at the most steps; less than nothing is a mistake.
+    if args.seconds.is_nan() || args.seconds < 0.0 {
+        return Err(Problem::usage(format!("--seconds {} is no time to measure for", args.seconds))
+            .hint("for example --seconds 6"));
+    }
     let options = StepOptions {
         simd: args.simd.resolve()?,
         workers: args.workers,
