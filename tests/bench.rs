@@ -33,8 +33,7 @@ fn the_roofline_has_all_rates_and_ends_as_the_shares_say() {
     assert!(rates.len() >= 2 && threads(&rates[..2]) == [1, 2], "{objects:?}");
     assert!(memory.iter().all(|object| object["read_gb_s"].as_f64() > Some(0.0)), "{objects:?}");
     rates.iter().for_each(|rate| expect_share(rate));
-    let good = |rate: &&Value| (0.85..=1.0).contains(&rate["of_fma_rate"].as_f64().unwrap());
-    if rates.iter().all(|rate| good(&rate)) {
+    if rates.iter().all(|rate| (0.85..=1.0).contains(&rate["of_fma_rate"].as_f64().unwrap())) {
         ended.expect_exit(0);
     } else {
         ended.expect_failure(1, &["the product of two 1024 x 1024 matrices runs at ", "hint: "]);

@@ -172,29 +172,25 @@ impl Meter {
         let (units, multiply_adds) = per_unit(shape, Cell::Lstm);
         let recurrent_activation = RecurrentActivation::Sigmoid;
         let options = LstmOptions { recurrent_activation, cell_clip: None, peepholes: None };
-        let [mut gates, mut d_gates] = [(); 2].map(|()| every_step(shape, 4));
+        let (mut gates, d_out) = (every_step(shape, 4), every_step(shape, 1));
         let [mut h, mut c] = [(); 2].map(|()| states(shape));
         let [mut d_h, mut d_c] = [(); 2].map(|()| one_step(shape, 1));
-        let d_out = every_step(shape, 1);
         let mut packed = PackedMatrix::new(hidden, 4 * hidden);
         self.kernel("lstm forward", units, multiply_adds, || {
             let (gates, h, c) = (&mut gates, &mut h, &mut c);
             let args = LstmForward { shape, options, weight_hh: &packed, projection: None, gates, h, c };
             lstm_forward(simd, args);
         });
-        packed.reset(4 * hidden, hidden);
+        packed.reshape(4 * hidden, hidden);
         self.kernel("lstm backward", units, multiply_adds, || {
-            // It would grow from call to call.
-            d_c.fill(0.0);
             let args = LstmBackward {
                 shape,
                 options,
                 weight_hh: &packed,
                 projection: None,
-                gates: &gates,
+                gates: &mut gates,
                 c: &c,
                 d_out: &d_out,
-                d_gates: &mut d_gates,
                 d_h: &mut d_h,
                 d_c: &mut d_c,
             };
@@ -206,31 +202,28 @@ impl Meter {
         let (simd, hidden, recurrent_activation) =
             (self.simd, shape.hidden_size, RecurrentActivation::Sigmoid);
         let (units, multiply_adds) = per_unit(shape, Cell::Gru);
-        let [x_part, mut d_x_part, mut d_h_part] = [(); 3].map(|()| every_step(shape, 3));
-        let (mut gates, d_out, bias_hh) = (every_step(shape, 4), every_step(shape, 1), vec![0.0; 3 * hidden]);
-        let (mut h, mut h_part, mut d_h) = (states(shape), one_step(shape, 3), one_step(shape, 1));
+        let (d_out, bias_hh) = (every_step(shape, 1), vec![0.0; 3 * hidden]);
+        let (mut gates, mut h) = (every_step(shape, 4), states(shape));
+        let (mut h_part, mut d_h_part, mut d_h) =
+            (one_step(shape, 3), one_step(shape, 3), one_step(shape, 1));
         let mut packed = PackedMatrix::new(hidden, 3 * hidden);
         self.kernel("gru forward", units, multiply_adds, || {
             let weight_hh = GruWeights::After(&packed);
-            let (bias_hh, x_part) = (&bias_hh, &x_part);
-            let (h_part, gates, h) = (&mut h_part, &mut gates, &mut h);
-            let args =
-                GruForward { shape, recurrent_activation, weight_hh, bias_hh, x_part, h_part, gates, h };
+            let (bias_hh, h_part, gates, h) = (&bias_hh, &mut h_part, &mut gates, &mut h);
+            let args = GruForward { shape, recurrent_activation, weight_hh, bias_hh, h_part, gates, h };
             gru_forward(simd, args);
         });
-        packed.reset(3 * hidden, hidden);
+        packed.reshape(3 * hidden, hidden);
         self.kernel("gru backward", units, multiply_adds, || {
             let args = GruBackward {
                 shape,
                 recurrent_activation,
                 weight_hh: GruWeights::After(&packed),
-                gates: &gates,
+                gates: &mut gates,
                 h: &h,
                 d_out: &d_out,
-                d_x_part: &mut d_x_part,
-                d_h_part: &mut d_h_part,
                 d_h: &mut d_h,
-                h_scratch: &mut [],
+                d_h_part: &mut d_h_part,
             };
             gru_backward(simd, args);
         });
@@ -260,8 +253,8 @@ impl Meter {
             gemm_transposed(simd, &left, &right, black_box(&mut gradient), hidden, false);
         });
         self.kernel("weight gradient packing", ("element", pairs * (gates + hidden)), 0, || {
-            left.pack_row_iter(black_box(&outputs).chunks(gates).take(pairs));
-            right.pack_row_iter(black_box(&inputs).chunks(hidden).take(pairs));
+            left.pack_row_iter(simd, black_box(&outputs).chunks(gates).take(pairs));
+            right.pack_row_iter(simd, black_box(&inputs).chunks(hidden).take(pairs));
         });
     }
 
@@ -272,7 +265,7 @@ impl Meter {
         let mut packed = PackedMatrix::new(hidden, gates);
         let units = ("weight", gates * hidden);
         self.kernel("weight packing, forward", units, 0, || packed.pack_columns(black_box(&weights), hidden));
-        packed.reset(gates, hidden);
+        packed.reshape(gates, hidden);
         self.kernel("weight packing, backward", units, 0, || packed.pack_rows(black_box(&weights), hidden));
     }
 
@@ -314,19 +307,22 @@ fn per_unit(shape: SequenceShape<'_>, cell: Cell) -> ((&'static str, usize), usi
     (("unit", units), units * cell.gates() * shape.hidden_size)
 }
 
+// Zeros, because kernels that change their operands would drive other numbers out of the range in which arithmetic has
+// the same speed. No kernel looks at a value to decide what it does.
+
 /// `[N, width · H]`
 fn every_step(shape: SequenceShape<'_>, width: usize) -> Vec<f32> {
-    vec![0.1; shape.steps() * width * shape.hidden_size]
+    vec![0.0; shape.steps() * width * shape.hidden_size]
 }
 
 /// `[B + N, H]`
 fn states(shape: SequenceShape<'_>) -> Vec<f32> {
-    vec![0.1; (shape.rows() + shape.steps()) * shape.hidden_size]
+    vec![0.0; (shape.rows() + shape.steps()) * shape.hidden_size]
 }
 
 /// `[B, width · H]`
 fn one_step(shape: SequenceShape<'_>, width: usize) -> Vec<f32> {
-    vec![0.1; shape.rows() * width * shape.hidden_size]
+    vec![0.0; shape.rows() * width * shape.hidden_size]
 }
 
 #[cfg(test)]

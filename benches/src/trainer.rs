@@ -5,7 +5,7 @@ use model::cpu::{CpuBackend, CpuDevice};
 use model::device::{Backend, Device, DeviceError, Pass, Result, Update};
 use protocol::job::Clip;
 use protocol::sums::StepSums;
-use protocol::tree::{Addition, tree};
+use protocol::tree::{self, Addition, TreeNode};
 use worker::replica::Replica;
 
 use crate::workload::Workload;
@@ -15,8 +15,10 @@ pub struct Trainer<'a> {
     workload: &'a Workload,
     device: CpuDevice,
     replica: Replica<CpuDevice>,
-    /// One summed gradient per shard, `[P]` each; the first holds their sum after a step.
-    partials: Vec<Vec<f32>>,
+    /// The nodes whose gradients the device sums: the root of the tree or, where shards are clipped, its leaves.
+    nodes: Vec<TreeNode>,
+    /// Their gradients, `[P]` each; the first is that of the batch after a step.
+    sums: Vec<Vec<f32>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -28,8 +30,12 @@ impl<'a> Trainer<'a> {
         let Workload { job, data, layout, .. } = workload;
         let device = CpuBackend::new(simd, threads).open(layout, job, data, false)?;
         let replica = Replica::initial(&device, layout.clone(), job)?;
-        let partials = (0..job.shards).map(|_| device.zeros(layout.parameters())).collect::<Result<_>>()?;
-        Ok(Self { workload, device, replica, partials })
+        let nodes: Vec<TreeNode> = match job.clip {
+            Clip::Shard => (0..job.shards).map(|index| TreeNode { level: 0, index }).collect(),
+            Clip::Global | Clip::None => tree::cover(job.shards, 0..job.shards),
+        };
+        let sums = nodes.iter().map(|_| device.zeros(layout.parameters())).collect::<Result<_>>()?;
+        Ok(Self { workload, device, replica, nodes, sums })
     }
 
     /// One whole training step: forward, backward, the tree over the shards, clip, optimizer. Gives the mean loss.
@@ -37,45 +43,39 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// The gradient is not finite, which no time should be reported of.
     pub fn step(&mut self) -> Result<f64> {
-        let Self { workload, device, replica, partials } = self;
+        let Self { workload, device, replica, nodes, sums } = self;
         let (job, step) = (&workload.job, replica.progress.step);
         let Replica { parameters, first_moment, second_moment, state, next_state, .. } = replica;
 
         device.step(Pass::Train { step }, parameters, workload.batch(step), state, next_state)?;
         let buckets = workload.layout.buckets();
         for bucket in 0..buckets.len() {
-            device.finish_bucket(bucket, partials)?;
-            if job.clip != Clip::Shard {
-                add_shards(device, partials, &buckets[bucket..=bucket])?;
-            }
+            device.finish_bucket(bucket, nodes, sums)?;
         }
         let by_shard = device.read_sums()?.to_vec();
         if job.clip == Clip::Shard {
-            for (partial, sums) in partials.iter_mut().zip(&by_shard) {
-                device.clip_shard(partial, sums.weight, job.clip_norm)?;
+            for (gradient, of_shard) in sums.iter_mut().zip(&by_shard) {
+                device.clip_shard(gradient, of_shard.weight, job.clip_norm)?;
             }
-            add_shards(device, partials, &buckets)?;
+            add_shards(device, sums, &buckets)?;
         }
+        let gradient = &sums[0];
         let sums = StepSums::total(&by_shard);
-        let norm = device.mean_norm(&partials[0], sums.weight)?;
+        let norm = device.mean_norm(gradient, sums.weight)?;
         if !sums.is_finite(norm) {
             return Err(DeviceError(format!("step {step} is not finite: gradient norm {norm}")));
         }
         let update = Update::new(job, step, sums.weight, job.learning_rate);
-        device.update(&update, norm, &partials[0], parameters, first_moment, second_moment)?;
+        device.update(&update, norm, gradient, parameters, first_moment, second_moment)?;
         replica.commit(workload.data.schedule.steps_per_epoch);
         Ok(sums.mean_loss())
     }
 }
 
-/// Adds all shards' gradients in these ranges along the tree.
-fn add_shards(
-    device: &CpuDevice,
-    partials: &mut [Vec<f32>],
-    buckets: &[std::ops::Range<usize>],
-) -> Result<()> {
-    for Addition { left, right } in tree(partials.len() as u32) {
-        let [destination, source] = partials
+/// Adds all shards' gradients along the tree.
+fn add_shards(device: &CpuDevice, shards: &mut [Vec<f32>], buckets: &[std::ops::Range<usize>]) -> Result<()> {
+    for Addition { left, right } in tree::tree(shards.len() as u32) {
+        let [destination, source] = shards
             .get_disjoint_mut([left as usize, right as usize])
             .expect("an addition has two distinct operands");
         for bucket in buckets {

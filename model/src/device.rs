@@ -12,6 +12,7 @@ use protocol::batch::{Batch, DataShape};
 use protocol::job::{Clip, EpsilonPlacement, JobSpec, Optimizer};
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
+use protocol::tree::TreeNode;
 
 /// What a device was asked to do and could not.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -176,9 +177,10 @@ pub trait Device: Send {
     fn read(&mut self, reader: &mut Self::Reader, input: StepInput<'_>, logits: &mut [f32]) -> Result<()>;
 
     /// Completes one bucket (see [`StateLayout::buckets`](protocol::layout::StateLayout::buckets)) of the last
-    /// training step: `partials[i][range of the bucket]` becomes the gradient of the *sum* of the losses of the
-    /// batch's i-th shard. Buckets must be finished in order, so that one can travel while the next is computed.
-    fn finish_bucket(&mut self, bucket: usize, partials: &mut [Self::Buffer]) -> Result<()>;
+    /// training step: `sums[i][range of the bucket]` becomes the gradient of the *sum* of the losses of the shards below
+    /// `nodes[i]`, added along the tree; these are shards of the batch. Buckets must be finished in order, each once, so
+    /// that one can travel while the next is computed.
+    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Self::Buffer]) -> Result<()>;
 
     /// The sums of each shard of the last step, in the batch's order.
     fn read_sums(&mut self) -> Result<&[StepSums]>;

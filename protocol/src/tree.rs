@@ -22,6 +22,14 @@ impl TreeNode {
         let (start, end) = (u64::from(self.index) << self.level, u64::from(self.index + 1) << self.level);
         (start.min(u64::from(shards)) as u32)..(end.min(u64::from(shards)) as u32)
     }
+
+    /// The two nodes whose values are added to give this one's, in a tree of `shards` leaves. The second is missing
+    /// where the first passes through; a leaf has none.
+    pub fn children(self, shards: u32) -> Option<(TreeNode, Option<TreeNode>)> {
+        let level = self.level.checked_sub(1)?;
+        let [left, right] = [0, 1].map(|side| TreeNode { level, index: 2 * self.index + side });
+        Some((left, Some(right).filter(|right| !right.range(shards).is_empty())))
+    }
 }
 
 /// One addition of the tree: the value held at leaf `right` is added to the value held at leaf `left`.
@@ -127,6 +135,24 @@ mod tests {
         assert_eq!(written(5), "(((0+1)+(2+3))+4)");
         assert_eq!(written(7), "(((0+1)+(2+3))+((4+5)+6))");
         assert_eq!(written(8), "(((0+1)+(2+3))+((4+5)+(6+7)))");
+    }
+
+    #[test]
+    fn children_are_the_operands_of_the_additions() {
+        fn written(node: TreeNode, shards: u32) -> String {
+            match node.children(shards) {
+                None => node.index.to_string(),
+                Some((left, None)) => written(left, shards),
+                Some((left, Some(right))) => {
+                    format!("({}+{})", written(left, shards), written(right, shards))
+                }
+            }
+        }
+        for shards in 1..40 {
+            let mut places = leaves(shards);
+            execute(&tree(shards), &mut places);
+            assert_eq!(written(TreeNode { level: levels(shards), index: 0 }, shards), places[0]);
+        }
     }
 
     #[test]

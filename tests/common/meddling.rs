@@ -10,6 +10,7 @@ use protocol::batch::{Batch, DataShape, Inputs};
 use protocol::job::JobSpec;
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
+use protocol::tree::TreeNode;
 
 /// Which rows the kernels get; all rows of such tests have one length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,10 +151,10 @@ impl Device for MeddlingDevice {
         self.cpu.read(reader, input, logits)
     }
 
-    fn finish_bucket(&mut self, bucket: usize, partials: &mut [Self::Buffer]) -> Result<()> {
-        self.cpu.finish_bucket(bucket, partials)?;
-        for partial in partials.iter_mut().filter(|_| self.breaks_gradients) {
-            partial.fill(f32::NAN);
+    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Self::Buffer]) -> Result<()> {
+        self.cpu.finish_bucket(bucket, nodes, sums)?;
+        for sum in sums.iter_mut().filter(|_| self.breaks_gradients) {
+            sum.fill(f32::NAN);
         }
         Ok(())
     }

@@ -52,12 +52,13 @@ pub struct Generation<D: Device> {
     outbox: Outbox,
     /// The gradient's buckets in the order in which the backward pass finishes them.
     buckets: Vec<Range<usize>>,
-    /// The additions that this worker can do alone, as positions among its own shards.
-    own_additions: Vec<(usize, usize)>,
-    /// The tree nodes that cover its shards, each with the position of the shard that holds its value.
+    /// The nodes whose gradients the device sums: those that cover this worker's shards, or, where shards are clipped,
+    /// each of its shards.
+    nodes: Vec<TreeNode>,
+    /// Their gradients, `[P]` each.
+    sums: Vec<D::Buffer>,
+    /// The nodes that cover this worker's shards, which is what it sends, each with the position of its sum.
     cover: Vec<(TreeNode, usize)>,
-    /// One summed gradient per own shard, `[P]` each.
-    partials: Vec<D::Buffer>,
     /// The part of the recurrent state buffer that each rank computes.
     state_parts: Vec<Range<usize>>,
 }
@@ -76,15 +77,14 @@ impl<D: Device> Generation<D> {
         links: (Box<dyn Collective<D>>, Feed, Outbox),
     ) -> Result<Self, DeviceError> {
         let shards = form.members[form.rank as usize].shards.clone();
-        let position = |shard: u32| (shard - shards.start) as usize;
-        let own_additions = tree::subtree(job.shards, shards.clone())
-            .into_iter()
-            .map(|Addition { left, right }| (position(left), position(right)))
-            .collect();
-        let cover = tree::cover(job.shards, shards.clone())
-            .into_iter()
-            .map(|node| (node, position(node.range(job.shards).start)))
-            .collect();
+        let cover = tree::cover(job.shards, shards.clone());
+        let nodes: Vec<TreeNode> = match job.clip {
+            Clip::Shard => shards.map(|index| TreeNode { level: 0, index }).collect(),
+            Clip::Global | Clip::None => cover.clone(),
+        };
+        let first_shard = |node: TreeNode| node.range(job.shards).start;
+        let place = |node| nodes.iter().position(|held| first_shard(*held) == first_shard(node));
+        let cover = cover.into_iter().map(|node| (node, place(node).expect("it is held"))).collect();
         let state_size = replica.layout.shape.state_size();
         let state_parts = form
             .members
@@ -92,7 +92,8 @@ impl<D: Device> Generation<D> {
             .map(|member| slots_of(job.batch_size, job.shards, member.shards.clone()))
             .map(|slots| slots.start as usize * state_size..slots.end as usize * state_size)
             .collect();
-        let partials = shards.map(|_| device.zeros(replica.layout.parameters())).collect::<Result<_, _>>()?;
+        let sums =
+            nodes.iter().map(|_| device.zeros(replica.layout.parameters())).collect::<Result<_, _>>()?;
         let buckets = replica.layout.buckets();
         let (collective, feed, outbox) = links;
         Ok(Self {
@@ -104,9 +105,9 @@ impl<D: Device> Generation<D> {
             feed,
             outbox,
             buckets,
-            own_additions,
+            nodes,
+            sums,
             cover,
-            partials,
             state_parts,
         })
     }
@@ -210,16 +211,14 @@ impl<D: Device> Generation<D> {
         let clip_shards = self.job.clip == Clip::Shard;
         let mut tickets = Vec::with_capacity(self.buckets.len());
         for bucket in 0..self.buckets.len() {
-            device.finish_bucket(bucket, &mut self.partials)?;
+            device.finish_bucket(bucket, &self.nodes, &mut self.sums)?;
             if !clip_shards {
                 tickets.push(self.begin_reduce(device, bucket)?);
             }
         }
         let own_sums = device.read_sums()?.to_vec();
         if clip_shards {
-            for (partial, sums) in self.partials.iter_mut().zip(&own_sums) {
-                device.clip_shard(partial, sums.weight, self.job.clip_norm)?;
-            }
+            self.clip_shards(device, &own_sums)?;
             for bucket in 0..self.buckets.len() {
                 tickets.push(self.begin_reduce(device, bucket)?);
             }
@@ -227,17 +226,28 @@ impl<D: Device> Generation<D> {
         Ok((own_sums, tickets))
     }
 
-    /// Adds this worker's shards along the tree and begins to reduce one bucket.
-    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<Ticket, StepError> {
-        let range = self.buckets[bucket].clone();
-        for &(left, right) in &self.own_additions {
-            let [destination, source] =
-                self.partials.get_disjoint_mut([left, right]).expect("an addition has two distinct operands");
-            device.tree_add(destination, source, range.clone())?;
+    /// Clips each shard's gradient and adds them along the tree; each node's sum is then in the place of its first shard.
+    fn clip_shards(&mut self, device: &D, own_sums: &[StepSums]) -> Result<(), StepError> {
+        for (gradient, sums) in self.sums.iter_mut().zip(own_sums) {
+            device.clip_shard(gradient, sums.weight, self.job.clip_norm)?;
         }
+        let shards = self.form.members[self.form.rank as usize].shards.clone();
+        for Addition { left, right } in tree::subtree(self.job.shards, shards.clone()) {
+            let places = [left, right].map(|shard| (shard - shards.start) as usize);
+            let [sum, addend] =
+                self.sums.get_disjoint_mut(places).expect("an addition has two distinct operands");
+            for bucket in &self.buckets {
+                device.tree_add(sum, addend, bucket.clone())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to reduce one bucket.
+    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<Ticket, StepError> {
         let nodes: Vec<(TreeNode, &D::Buffer)> =
-            self.cover.iter().map(|&(node, place)| (node, &self.partials[place])).collect();
-        Ok(self.collective.begin_reduce(device, range, &nodes)?)
+            self.cover.iter().map(|&(node, place)| (node, &self.sums[place])).collect();
+        Ok(self.collective.begin_reduce(device, self.buckets[bucket].clone(), &nodes)?)
     }
 
     /// Evaluates the validation data with the same shards, rules and sums. Only an epoch's end enters the control

@@ -210,7 +210,7 @@ mod tests {
                     packed.pack_rows(&b, n);
                     let mut left = PackedLeft::new(k, m);
                     let a_transposed = transpose(m, k, &a);
-                    left.pack_row_iter(a_transposed.chunks(m));
+                    left.pack_row_iter(Simd::detect(), a_transposed.chunks(m));
                     for accumulate in [false, true] {
                         let want = chain(m, n, k, &a, &b, accumulate.then_some(&c[..]));
                         for simd in Simd::available() {

@@ -42,11 +42,9 @@ pub struct GruForward<'a> {
     pub weight_hh: GruWeights<'a>,
     /// `[3·H]`.
     pub bias_hh: &'a [f32],
-    /// `[N][3·H]`.
-    pub x_part: &'a [f32],
     /// `[rows][3·H]`, scratch.
     pub h_part: &'a mut [f32],
-    /// `[N][4·H]`, written.
+    /// `[N][4·H]`: input part in, gates out.
     pub gates: &'a mut [f32],
     /// `[rows + N][H]`, the starts given.
     pub h: &'a mut [f32],
@@ -58,39 +56,37 @@ pub struct GruForward<'a> {
 /// |---|---|---|---|
 /// | `weight_hh` | see [`GruWeights`], packed by columns | in | shared by all blocks |
 /// | `bias_hh` | `[3·H]` | in | |
-/// | `x_part` | `[N][3·H]` | in | `W_ih x + b_ih` |
 /// | `h_part` | `[rows][3·H]` | scratch | |
-/// | `gates` | `[N][4·H]` | out | r, z, n, and q or, with the reset before the product, `r·h_{t-1}`; kept for backward |
+/// | `gates` | `[N][4·H]` | in and out | in: `W_ih x + b_ih` in the first 3·H of each row; out: r, z, n, and q or, with the reset before the product, `r·h_{t-1}`; kept for backward |
 /// | `h` | `[rows + N][H]` | starts in, rest out | kept for backward; the rest is the layer's output |
 ///
 /// Cost: N · (6·H² FLOPs + 2 sigmoid and 1 tanh per unit). Numerics: the row rule; the product is summed first,
-/// then `+ b_hh`, then `+ x_part`. Reference: `oracle::gru::gru_forward`.
+/// then `+ b_hh`, then the input part. Reference: `oracle::gru::gru_forward`.
 pub fn gru_forward(simd: Simd, args: GruForward<'_>) {
-    let GruForward { shape, recurrent_activation, weight_hh, bias_hh, x_part, h_part, gates, h } = args;
+    let GruForward { shape, recurrent_activation, weight_hh, bias_hh, h_part, gates, h } = args;
     let hidden = shape.hidden_size;
     let check = shape.check_unprojected("gru_forward");
     check_weights(&check, weight_hh, |gates| (hidden, gates * hidden));
     check.vector("bias_hh", bias_hh, 3 * hidden);
-    check.steps("x_part", x_part, 3 * hidden);
     check.carry("h_part", h_part, 3 * hidden);
     check.steps("gates", gates, 4 * hidden);
     check.states("h", h, hidden);
     let hard = recurrent_activation == RecurrentActivation::HardSigmoid;
     for step in shape.forward() {
         let (h_before, h_after) = step.split(h, hidden);
-        let (x, y) = (&x_part[step.range(3 * hidden)], &mut h_part[step.carry(3 * hidden)]);
+        let y = &mut h_part[step.carry(3 * hidden)];
         let gates = &mut gates[step.range(4 * hidden)];
         match weight_hh {
             GruWeights::After(weight) => {
                 gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, false);
-                with_constants!(after_forward[hard](simd, hidden, x, y, bias_hh, h_before, gates, h_after));
+                with_constants!(after_forward[hard](simd, hidden, y, bias_hh, h_before, gates, h_after));
             }
             GruWeights::Before { gates: weight, candidate } => {
                 gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, false);
-                with_constants!(reset_forward[hard](simd, hidden, x, y, bias_hh, h_before, gates));
+                with_constants!(reset_forward[hard](simd, hidden, y, bias_hh, h_before, gates));
                 let (reset, y_n) = (&gates[3 * hidden..], &mut y[2 * hidden..]);
                 gemm(simd, step.rows, reset, 4 * hidden, candidate, y_n, 3 * hidden, false);
-                candidate_forward(simd, hidden, x, y, bias_hh, h_before, gates, h_after);
+                candidate_forward(simd, hidden, y, bias_hh, h_before, gates, h_after);
             }
         }
     }
@@ -105,80 +101,60 @@ pub struct GruBackward<'a> {
     pub recurrent_activation: RecurrentActivation,
     /// `weight_hh` by rows.
     pub weight_hh: GruWeights<'a>,
-    /// `[N][4·H]`, as the forward pass left it.
-    pub gates: &'a [f32],
+    /// `[N][4·H]`: gates in, as the forward pass left them; their gradients out.
+    pub gates: &'a mut [f32],
     /// `[rows + N][H]`, as the forward pass left it.
     pub h: &'a [f32],
     /// `[N][H]`.
     pub d_out: &'a [f32],
-    /// `[N][3·H]`, written.
-    pub d_x_part: &'a mut [f32],
-    /// `[N][3·H]`, written.
-    pub d_h_part: &'a mut [f32],
     /// `[rows][H]`, the carry.
     pub d_h: &'a mut [f32],
-    /// `[rows][H]`, scratch of a reset before the product: the gradient of `r·h_{t-1}`. Else not looked at.
-    pub h_scratch: &'a mut [f32],
+    /// `[rows][3·H]`, scratch.
+    pub d_h_part: &'a mut [f32],
 }
 
 /// Back through time. With `d_h += d_out_t`: `d_n = d_h·(1-z)·(1-n²)`, `d_z = d_h·(h_{t-1} - n)·σ'(z)`, and
-/// - reset after the product: `d_r = d_n·q·σ'(r)`, `d_h_part = (d_r, d_z, d_n·r)`, then
-///   `d_h = d_h·z + W_hhᵀ d_h_part`;
-/// - reset before it: with `d_s = W_hnᵀ d_n`, `d_r = d_s·h_{t-1}·σ'(r)`, `d_h_part = (d_r, d_z, d_n)`, then
+/// - reset after the product: `d_r = d_n·q·σ'(r)`, then `d_h = d_h·z + W_hhᵀ (d_r, d_z, d_n·r)`;
+/// - reset before it: with `d_s = W_hnᵀ d_n`, `d_r = d_s·h_{t-1}·σ'(r)`, then
 ///   `d_h = d_h·z + d_s·r + W_h(r,z)ᵀ (d_r, d_z)`.
 ///
 /// | arg | shape | in/out | notes |
 /// |---|---|---|---|
 /// | `weight_hh` | see [`GruWeights`], packed by rows | in | |
-/// | `gates`, `h` | as left by [`gru_forward`] | in | |
+/// | `gates` | `[N][4·H]` | in and out | in: as left by [`gru_forward`]; out: d_r, d_z, d_n, which are the gradients of W_ih x and b_ih; and d_n·r, which replaces d_n in those of W_hh h and b_hh, or, with the reset before the product, still `r·h_{t-1}`, which W_hn has multiplied |
+/// | `h` | as left by [`gru_forward`] | in | |
 /// | `d_out` | `[N][H]` | in | from the layer above or the head, for every step |
-/// | `d_x_part` | `[N][3·H]` | out | `(d_r, d_z, d_n)`: of W_ih x and b_ih |
-/// | `d_h_part` | `[N][3·H]` | out | of W_hh h and b_hh; with the reset before the product W_hn multiplied `r·h_{t-1}` |
 /// | `d_h` | `[rows][H]` | in and out | in: gradient of each row's final state beside `d_out` (zeros if none); out: of its start |
+/// | `d_h_part` | `[rows][3·H]` | scratch | |
 ///
 /// Cost: N · 6·H² FLOPs. Numerics: the row rule. Reference: `oracle::gru::gru_backward`.
 pub fn gru_backward(simd: Simd, args: GruBackward<'_>) {
-    let GruBackward {
-        shape,
-        recurrent_activation,
-        weight_hh,
-        gates,
-        h,
-        d_out,
-        d_x_part,
-        d_h_part,
-        d_h,
-        h_scratch,
-    } = args;
+    let GruBackward { shape, recurrent_activation, weight_hh, gates, h, d_out, d_h, d_h_part } = args;
     let hidden = shape.hidden_size;
     let check = shape.check_unprojected("gru_backward");
     check_weights(&check, weight_hh, |gates| (gates * hidden, hidden));
     check.steps("gates", gates, 4 * hidden);
     check.states("h", h, hidden);
     check.steps("d_out", d_out, hidden);
-    check.steps("d_x_part", d_x_part, 3 * hidden);
-    check.steps("d_h_part", d_h_part, 3 * hidden);
     check.carry("d_h", d_h, hidden);
-    if let GruWeights::Before { .. } = weight_hh {
-        check.carry("h_scratch", h_scratch, hidden);
-    }
+    check.carry("d_h_part", d_h_part, 3 * hidden);
     let hard = recurrent_activation == RecurrentActivation::HardSigmoid;
     for step in shape.backward() {
-        let (gates, h, d_out) =
-            (&gates[step.range(4 * hidden)], &h[step.before(hidden)], &d_out[step.range(hidden)]);
-        let (d_x, d_y) = (&mut d_x_part[step.range(3 * hidden)], &mut d_h_part[step.range(3 * hidden)]);
+        let (h, d_out) = (&h[step.before(hidden)], &d_out[step.range(hidden)]);
+        let gates = &mut gates[step.range(4 * hidden)];
         let d_h = &mut d_h[step.carry(hidden)];
         match weight_hh {
             GruWeights::After(weight) => {
-                with_constants!(after_backward[hard](simd, hidden, gates, h, d_out, d_x, d_y, d_h));
+                let d_y = &mut d_h_part[step.carry(3 * hidden)];
+                with_constants!(after_backward[hard](simd, hidden, h, d_out, gates, d_y, d_h));
                 gemm(simd, step.rows, d_y, 3 * hidden, weight, d_h, hidden, true);
             }
             GruWeights::Before { gates: weight, candidate } => {
-                let d_reset = &mut h_scratch[step.carry(hidden)];
-                with_constants!(candidate_backward[hard](simd, hidden, gates, h, d_out, d_x, d_y, d_h));
-                gemm(simd, step.rows, &d_y[2 * hidden..], 3 * hidden, candidate, d_reset, hidden, false);
-                with_constants!(reset_backward[hard](simd, hidden, gates, h, d_reset, d_x, d_y, d_h));
-                gemm(simd, step.rows, d_y, 3 * hidden, weight, d_h, hidden, true);
+                let d_reset = &mut d_h_part[step.carry(hidden)];
+                with_constants!(candidate_backward[hard](simd, hidden, h, d_out, gates, d_h));
+                gemm(simd, step.rows, &gates[2 * hidden..], 4 * hidden, candidate, d_reset, hidden, false);
+                with_constants!(reset_backward[hard](simd, hidden, h, d_reset, gates, d_h));
+                gemm(simd, step.rows, gates, 4 * hidden, weight, d_h, hidden, true);
             }
         }
     }
@@ -280,6 +256,9 @@ mod tests {
                 packed
             });
             let mut gates = Tensor::unset(block, "gates", Layout::Steps, 4 * hidden);
+            for (gates, x) in gates.values.chunks_mut(4 * hidden).zip(x.values.chunks(3 * hidden)) {
+                gates[..3 * hidden].copy_from_slice(x);
+            }
             let mut h = Tensor::started(block, "h", h0);
             gru_forward(
                 simd,
@@ -288,7 +267,6 @@ mod tests {
                     recurrent_activation,
                     weight_hh: self.weights(&forward),
                     bias_hh: &bias_hh,
-                    x_part: &x.values,
                     h_part: &mut vec![f32::NAN; shape.rows() * 3 * hidden],
                     gates: &mut gates.values,
                     h: &mut h.values,
@@ -299,8 +277,7 @@ mod tests {
                 packed.pack_rows(rows, hidden);
                 packed
             });
-            let mut d_x = Tensor::unset(block, "d_x_part", Layout::Steps, 3 * hidden);
-            let mut d_y = d_x.named("d_h_part");
+            let mut d_gates = gates.named("d_gates");
             let mut d_h = d_h.named("d_h0");
             gru_backward(
                 simd,
@@ -308,15 +285,21 @@ mod tests {
                     shape,
                     recurrent_activation,
                     weight_hh: self.weights(&backward),
-                    gates: &gates.values,
+                    gates: &mut d_gates.values,
                     h: &h.values,
                     d_out: &d_out.values,
-                    d_x_part: &mut d_x.values,
-                    d_h_part: &mut d_y.values,
                     d_h: &mut d_h.values,
-                    h_scratch: &mut vec![f32::NAN; shape.rows() * hidden],
+                    d_h_part: &mut vec![f32::NAN; shape.rows() * 3 * hidden],
                 },
             );
+            let mut d_x = Tensor::unset(block, "d_x_part", Layout::Steps, 3 * hidden);
+            let mut d_y = d_x.named("d_h_part");
+            for (at, d_gates) in d_gates.values.chunks(4 * hidden).enumerate() {
+                let [d_r, d_z, d_n, d_nr] = crate::cpu::sequence::parts(d_gates);
+                let of_h = if self.reset == Reset::After { d_nr } else { d_n };
+                d_x.values[3 * hidden * at..][..3 * hidden].copy_from_slice(&[d_r, d_z, d_n].concat());
+                d_y.values[3 * hidden * at..][..3 * hidden].copy_from_slice(&[d_r, d_z, of_h].concat());
+            }
             vec![gates, h, d_x, d_y, d_h]
         }
 

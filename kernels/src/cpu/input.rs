@@ -9,15 +9,9 @@ use super::simd::Simd;
 
 /// `out[row] = bias` for every row: the start of an accumulating GEMM.
 ///
-/// `bias` is `[n]`, `out` `[rows][n]`.
-pub fn broadcast_rows(bias: &[f32], out: &mut [f32]) {
-    assert!(
-        out.len().is_multiple_of(bias.len()),
-        "broadcast_rows: out has {} elements, expected rows of {}",
-        out.len(),
-        bias.len()
-    );
-    for row in out.chunks_exact_mut(bias.len()) {
+/// `bias` is `[n]`, `out` `[rows][n]`, its rows `stride` apart; what lies between them is left alone.
+pub fn broadcast_rows(bias: &[f32], out: &mut [f32], stride: usize) {
+    for row in rows_of("broadcast_rows", out, stride, bias.len()) {
         row.copy_from_slice(bias);
     }
 }
@@ -43,49 +37,52 @@ pub fn token_table(weight: &[f32], bias: &[f32], table: &mut [f32]) {
 
 /// `out[row] = table[tokens[row]]`.
 ///
-/// `table` is `[V][n]`, `tokens` `[rows]` below V, `out` `[rows][n]`. Cost: a copy.
+/// `table` is `[V][n]`, `tokens` `[rows]` below V, `out` `[rows][n]`, its rows `stride` apart; what lies between them is
+/// left alone. Cost: a copy.
 ///
 /// # Panics
 /// If a token is not below V.
-pub fn gather_rows(table: &[f32], tokens: &[u32], out: &mut [f32]) {
-    let width = out.len().checked_div(tokens.len()).unwrap_or(0);
+pub fn gather_rows(table: &[f32], width: usize, tokens: &[u32], out: &mut [f32], stride: usize) {
     assert!(
-        out.len() == width * tokens.len(),
-        "gather_rows: out has {} elements, rows {}",
+        out.len() == stride * tokens.len(),
+        "gather_rows: out has {} elements, expected {} rows of {stride}",
         out.len(),
         tokens.len()
     );
-    for (row, token) in out.chunks_exact_mut(width.max(1)).zip(tokens) {
+    for (row, token) in rows_of("gather_rows", out, stride, width).zip(tokens) {
         row.copy_from_slice(&table[*token as usize * width..][..width]);
     }
 }
 
-/// The gradient of `weight_ih` under one-hot inputs: `d_w[j, v] = Σ d[row][j]` over the rows whose token is v.
+/// The first `width` elements of each row of `stride`.
+fn rows_of<'a>(
+    kernel: &str,
+    out: &'a mut [f32],
+    stride: usize,
+    width: usize,
+) -> impl Iterator<Item = &'a mut [f32]> {
+    assert!(
+        width <= stride && out.len().is_multiple_of(stride),
+        "{kernel}: out has {} elements, expected rows of {stride} with {width} to be written",
+        out.len()
+    );
+    out.chunks_exact_mut(stride).map(move |row| &mut row[..width])
+}
+
+/// `weight[j][v] = table[v][j]`: a gradient by token turned into that of the weights which [`token_table`] read.
 ///
-/// | arg | shape | in/out | notes |
-/// |---|---|---|---|
-/// | `rows` | (token, `[G·H]`) | in | in the order of the sum: the (step, row) pairs of one shard |
-/// | `d_table` | `[V][G·H]` | scratch | holds the transpose afterwards |
-/// | `d_weight` | `[G·H, V]` | out | |
-///
-/// Cost: one sweep over the rows and one transposition. Numerics: the sum rule; from 0, one row after the other.
-pub fn scatter_add_rows<'a>(
-    simd: Simd,
-    rows: impl Iterator<Item = (u32, &'a [f32])>,
-    gates: usize,
-    d_table: &mut [f32],
-    d_weight: &mut [f32],
-) {
-    let vocabulary = check_transpose("scatter_add_rows", gates, d_weight.len(), d_table.len());
-    embedding_gradient(simd, rows, gates, d_table);
-    for (v, row) in d_table.chunks_exact(gates).enumerate() {
+/// `table` is `[V][m]`, `weight` `[m][V]`. Cost: one sweep, no arithmetic.
+pub fn table_weight(table: &[f32], rows: usize, weight: &mut [f32]) {
+    let vocabulary = check_transpose("table_weight", rows, weight.len(), table.len());
+    for (v, row) in table.chunks_exact(rows).enumerate() {
         for (j, value) in row.iter().enumerate() {
-            d_weight[j * vocabulary + v] = *value;
+            weight[j * vocabulary + v] = *value;
         }
     }
 }
 
-/// The gradient of a table of which rows were gathered: `d_table[v] = Σ d[row]` over the rows whose token is v.
+/// The gradient of a table of which rows were gathered: `d_table[v] = Σ d[row]` over the rows whose token is v. A one-hot
+/// input is such a gather too, see [`table_weight`].
 ///
 /// | arg | shape | in/out | notes |
 /// |---|---|---|---|
@@ -130,7 +127,7 @@ mod tests {
         let mut table = vec![f32::NAN; weight.len()];
         token_table(&weight, &bias, &mut table);
         let mut gathered = vec![f32::NAN; tokens.len() * gates];
-        gather_rows(&table, &tokens, &mut gathered);
+        gather_rows(&table, gates, &tokens, &mut gathered, gates);
 
         let mut one_hot = vec![0.0; tokens.len() * vocabulary];
         for (row, token) in tokens.iter().enumerate() {
@@ -139,9 +136,18 @@ mod tests {
         let mut packed = PackedMatrix::new(vocabulary, gates);
         packed.pack_columns(&weight, vocabulary);
         let mut product = vec![f32::NAN; gathered.len()];
-        broadcast_rows(&bias, &mut product);
+        broadcast_rows(&bias, &mut product, gates);
         gemm(Simd::detect(), tokens.len(), &one_hot, vocabulary, &packed, &mut product, gates, true);
         assert_eq!(bits(&gathered), bits(&product));
+    }
+
+    #[test]
+    fn what_lies_between_the_rows_is_left_alone() {
+        let mut out = [9.0; 8];
+        broadcast_rows(&[1.0, 2.0, 3.0], &mut out, 4);
+        assert_eq!(out, [1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 3.0, 9.0]);
+        gather_rows(&[5.0, 6.0, 7.0, 8.0], 2, &[1, 0], &mut out, 4);
+        assert_eq!(out, [7.0, 8.0, 3.0, 9.0, 5.0, 6.0, 3.0, 9.0]);
     }
 
     #[test]
@@ -156,8 +162,8 @@ mod tests {
         }
         for simd in Simd::available() {
             let (mut d_table, mut d_weight) = (vec![f32::NAN; want.len()], vec![f32::NAN; want.len()]);
-            let rows = tokens.iter().copied().zip(d.chunks(gates));
-            scatter_add_rows(simd, rows, gates, &mut d_table, &mut d_weight);
+            embedding_gradient(simd, tokens.iter().copied().zip(d.chunks(gates)), gates, &mut d_table);
+            table_weight(&d_table, gates, &mut d_weight);
             assert!(distance(&widen(&d_weight), &want) < 1e-6);
             let three = d[..gates][0] + d[3 * gates..][0] + d[4 * gates..][0];
             assert_eq!(d_weight[3].to_bits(), three.to_bits());

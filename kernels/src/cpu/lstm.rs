@@ -132,14 +132,12 @@ pub struct LstmBackward<'a> {
     pub weight_hh: &'a PackedMatrix,
     /// From h back to m, where the forward pass had one.
     pub projection: Option<LstmProjectionBackward<'a>>,
-    /// `[N][4·H]`, activated, as the forward pass left it.
-    pub gates: &'a [f32],
+    /// `[N][4·H]`: activated gates in, as the forward pass left them; their gradients out.
+    pub gates: &'a mut [f32],
     /// `[rows + N][H]`, as the forward pass left it.
     pub c: &'a [f32],
     /// `[N][R]`.
     pub d_out: &'a [f32],
-    /// `[N][4·H]`, written.
-    pub d_gates: &'a mut [f32],
     /// `[rows][R]`, the carry of h.
     pub d_h: &'a mut [f32],
     /// `[rows][H]`, the carry of c.
@@ -165,15 +163,15 @@ pub struct LstmProjectionBackward<'a> {
 /// |---|---|---|---|
 /// | `weight_hh` | `[4·H, R]` packed by rows | in | |
 /// | `weight_hr` | `[R, H]` packed by rows | in | |
-/// | `gates`, `c` | as left by [`lstm_forward`] | in | tanh(c) is computed again: one tanh against a third stored array; so is c before the clip |
+/// | `gates` | `[N][4·H]` | in and out | in: as left by [`lstm_forward`]; out: their gradients before activation: of W_ih x, W_hh h and both biases alike, and with c of the peepholes |
+/// | `c` | as left by [`lstm_forward`] | in | tanh(c) is computed again: one tanh against a third stored array; so is c before the clip |
 /// | `d_out` | `[N][R]` | in | from the layer above or the head, for every step |
-/// | `d_gates` | `[N][4·H]` | out | before activation: of W_ih x, W_hh h and both biases alike, and with c of the peepholes |
 /// | `d_projected` | `[N][R]` | out | with m: of W_hr |
 /// | `d_h`, `d_c` | `[rows][R]`, `[rows][H]` | in and out | in: gradients of each row's final state beside `d_out` (zeros if none); out: of its start |
 ///
 /// Cost: N · (8·H·R FLOPs + 1 tanh per unit), 2·H·R more for a projection. Reference: `oracle::lstm::lstm_backward`.
 pub fn lstm_backward(simd: Simd, args: LstmBackward<'_>) {
-    let LstmBackward { shape, options, weight_hh, mut projection, gates, c, d_out, d_gates, d_h, d_c } = args;
+    let LstmBackward { shape, options, weight_hh, mut projection, gates, c, d_out, d_h, d_c } = args;
     let SequenceShape { hidden_size: hidden, output_size: output, .. } = shape;
     let check = match &projection {
         Some(_) => shape.check("lstm_backward"),
@@ -189,7 +187,6 @@ pub fn lstm_backward(simd: Simd, args: LstmBackward<'_>) {
     check.steps("gates", gates, 4 * hidden);
     check.states("c", c, hidden);
     check.steps("d_out", d_out, output);
-    check.steps("d_gates", d_gates, 4 * hidden);
     check.carry("d_h", d_h, output);
     check.carry("d_c", d_c, hidden);
     for step in shape.backward() {
@@ -204,15 +201,10 @@ pub fn lstm_backward(simd: Simd, args: LstmBackward<'_>) {
                 d_m
             }
         };
-        let cells = CellsBackward {
-            gates: &gates[step.range(4 * hidden)],
-            c_previous: &c[step.before(hidden)],
-            c: &c[step.after(hidden)],
-            d_m,
-        };
-        let d_gates = &mut d_gates[step.range(4 * hidden)];
-        backward_units(simd, hidden, options, cells, d_gates, &mut d_c[step.carry(hidden)]);
-        gemm(simd, step.rows, d_gates, 4 * hidden, weight_hh, d_h, output, false);
+        let cells = CellsBackward { c_previous: &c[step.before(hidden)], c: &c[step.after(hidden)], d_m };
+        let gates = &mut gates[step.range(4 * hidden)];
+        backward_units(simd, hidden, options, cells, gates, &mut d_c[step.carry(hidden)]);
+        gemm(simd, step.rows, gates, 4 * hidden, weight_hh, d_h, output, false);
     }
 }
 
@@ -355,13 +347,13 @@ mod tests {
                     c: &mut c.values,
                 },
             );
-            weight_hh.reset(4 * hidden, output);
+            weight_hh.reshape(4 * hidden, output);
             weight_hh.pack_rows(&parameters.weight_hh, output);
-            weight_hr.reset(output, hidden);
+            weight_hr.reshape(output, hidden);
             if let Some(values) = &parameters.weight_hr {
                 weight_hr.pack_rows(values, hidden);
             }
-            let mut d_gates = Tensor::unset(block, "d_gates", Layout::Steps, 4 * hidden);
+            let mut d_gates = gates.named("d_gates");
             let mut d_projected = Tensor::unset(block, "d_projected", Layout::Steps, output);
             let (mut d_h, mut d_c) = (d_h.named("d_h0"), d_c.named("d_c0"));
             let mut d_m = vec![f32::NAN; shape.rows() * hidden];
@@ -376,10 +368,9 @@ mod tests {
                         d_projected: &mut d_projected.values,
                         d_m: &mut d_m,
                     }),
-                    gates: &gates.values,
+                    gates: &mut d_gates.values,
                     c: &c.values,
                     d_out: &d_out.values,
-                    d_gates: &mut d_gates.values,
                     d_h: &mut d_h.values,
                     d_c: &mut d_c.values,
                 },

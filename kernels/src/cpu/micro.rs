@@ -107,7 +107,9 @@ unsafe fn portable(rows: usize, tile: Tile) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Tile, left};
+    use super::super::pack::PANEL_ROWS;
+    use super::Tile;
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// Calls `$function::<rows, $vectors, $panel>(tile)` with `rows` turned into a constant.
@@ -133,6 +135,58 @@ mod x86 {
         }
     }
 
+    /// Steps of k between two advances of the pointers: within them every address is a register and a constant.
+    const UNROLL: usize = 4;
+
+    /// Where a tile reads A: one pointer for three rows, which reach from it at the scales that an address can have
+    /// (0, 1 and 2 strides), so that no instruction of the inner loop computes an address. A panel needs only one.
+    #[derive(Clone, Copy)]
+    struct LeftRows<const PANEL: bool> {
+        firsts: [*const f32; 4],
+        stride: usize,
+    }
+
+    impl<const PANEL: bool> LeftRows<PANEL> {
+        #[inline(always)]
+        fn of(tile: &Tile) -> Self {
+            let first = |third: usize| tile.a.wrapping_add(if PANEL { 0 } else { 3 * third * tile.a_stride });
+            Self { firsts: std::array::from_fn(first), stride: tile.a_stride }
+        }
+
+        /// Element (row, ahead) from where the pointers stand.
+        #[inline(always)]
+        fn at(&self, row: usize, ahead: usize) -> *const f32 {
+            if PANEL {
+                self.firsts[0].wrapping_add(ahead * PANEL_ROWS + row)
+            } else {
+                self.firsts[row / 3].wrapping_add(row % 3 * self.stride + ahead)
+            }
+        }
+
+        /// Moves on by so many steps of k.
+        #[inline(always)]
+        #[allow(clippy::pointers_in_nomem_asm_block)] // there is no instruction in it
+        fn advance(&mut self, steps: usize) {
+            let elements = if PANEL { steps * PANEL_ROWS } else { steps };
+            for first in &mut self.firsts {
+                *first = first.wrapping_add(elements);
+            }
+            let [a, b, c, d] = &mut self.firsts;
+            // SAFETY: no instruction. It only hides where the pointers came from: the compiler would otherwise replace
+            // them by one pointer and eleven additions in every step, which take the multipliers' issue slots.
+            unsafe {
+                asm!(
+                    "/* {} {} {} {} */",
+                    inout(reg) * a,
+                    inout(reg) * b,
+                    inout(reg) * c,
+                    inout(reg) * d,
+                    options(pure, nomem, nostack, preserves_flags)
+                );
+            }
+        }
+    }
+
     /// `ROWS` × (16 · `VECTORS`) accumulators: at most 24 of the 32 registers.
     ///
     /// # Safety
@@ -140,19 +194,20 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        for p in 0..tile.k {
-            let mut b = [_mm512_setzero_ps(); VECTORS];
-            for vector in 0..VECTORS {
-                // SAFETY: p < k and 16 · VECTORS is the panel's width.
-                b[vector] = unsafe { _mm512_loadu_ps(tile.b.add((p * VECTORS + vector) * 16)) };
+        let (mut left, mut b) = (LeftRows::<PANEL>::of(&tile), tile.b);
+        for _ in 0..tile.k / UNROLL {
+            for ahead in 0..UNROLL {
+                // SAFETY: UNROLL steps of k are left, and 16 · VECTORS is the panel's width.
+                unsafe { avx512_step(&left, ahead, b.wrapping_add(ahead * 16 * VECTORS), &mut acc) };
             }
-            for row in 0..ROWS {
-                // SAFETY: row and p lie in the tile.
-                let a = unsafe { _mm512_set1_ps(*left::<PANEL>(&tile, row, p)) };
-                for vector in 0..VECTORS {
-                    acc[row][vector] = _mm512_fmadd_ps(a, b[vector], acc[row][vector]);
-                }
-            }
+            left.advance(UNROLL);
+            b = b.wrapping_add(UNROLL * 16 * VECTORS);
+        }
+        for _ in 0..tile.k % UNROLL {
+            // SAFETY: a step of k is left, and 16 · VECTORS is the panel's width.
+            unsafe { avx512_step(&left, 0, b, &mut acc) };
+            left.advance(1);
+            b = b.wrapping_add(16 * VECTORS);
         }
         for vector in 0..VECTORS {
             let columns = tile.columns.saturating_sub(16 * vector).min(16);
@@ -168,6 +223,32 @@ mod x86 {
                     }
                     _mm512_mask_storeu_ps(c, mask, value);
                 }
+            }
+        }
+    }
+
+    /// One step of k, `ahead` of where `left` stands.
+    ///
+    /// # Safety
+    /// A is readable at every row of this step, B for 16 · VECTORS elements.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn avx512_step<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(
+        left: &LeftRows<PANEL>,
+        ahead: usize,
+        b: *const f32,
+        acc: &mut [[__m512; VECTORS]; ROWS],
+    ) {
+        let mut row_of_b = [_mm512_setzero_ps(); VECTORS];
+        for vector in 0..VECTORS {
+            // SAFETY: the caller's promise.
+            row_of_b[vector] = unsafe { _mm512_loadu_ps(b.add(16 * vector)) };
+        }
+        for row in 0..ROWS {
+            // SAFETY: the caller's promise.
+            let a = unsafe { _mm512_set1_ps(*left.at(row, ahead)) };
+            for vector in 0..VECTORS {
+                acc[row][vector] = _mm512_fmadd_ps(a, row_of_b[vector], acc[row][vector]);
             }
         }
     }
@@ -198,18 +279,20 @@ mod x86 {
     unsafe fn avx2_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
         const { assert!(VECTORS == 2) };
         let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];
-        for p in 0..tile.k {
-            // SAFETY: p < k, and sixteen columns of the panel start at tile.b.
-            let b = unsafe {
-                let b = tile.b.add(p * tile.width);
-                [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))]
-            };
-            for row in 0..ROWS {
-                // SAFETY: row and p lie in the tile.
-                let a = unsafe { _mm256_set1_ps(*left::<PANEL>(&tile, row, p)) };
-                acc[row][0] = _mm256_fmadd_ps(a, b[0], acc[row][0]);
-                acc[row][1] = _mm256_fmadd_ps(a, b[1], acc[row][1]);
+        let (mut left, mut b) = (LeftRows::<PANEL>::of(&tile), tile.b);
+        for _ in 0..tile.k / UNROLL {
+            for ahead in 0..UNROLL {
+                // SAFETY: UNROLL steps of k are left, and sixteen columns of the panel start at b.
+                unsafe { avx2_step(&left, ahead, b.wrapping_add(ahead * tile.width), &mut acc) };
             }
+            left.advance(UNROLL);
+            b = b.wrapping_add(UNROLL * tile.width);
+        }
+        for _ in 0..tile.k % UNROLL {
+            // SAFETY: a step of k is left, and sixteen columns of the panel start at b.
+            unsafe { avx2_step(&left, 0, b, &mut acc) };
+            left.advance(1);
+            b = b.wrapping_add(tile.width);
         }
         for row in 0..ROWS {
             let c = tile.c.wrapping_add(row * tile.c_stride);
@@ -240,6 +323,28 @@ mod x86 {
                     }
                 }
             }
+        }
+    }
+
+    /// One step of k, `ahead` of where `left` stands.
+    ///
+    /// # Safety
+    /// A is readable at every row of this step, B for 16 elements.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2_step<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(
+        left: &LeftRows<PANEL>,
+        ahead: usize,
+        b: *const f32,
+        acc: &mut [[__m256; VECTORS]; ROWS],
+    ) {
+        // SAFETY: the caller's promise.
+        let row_of_b = unsafe { [_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8))] };
+        for row in 0..ROWS {
+            // SAFETY: the caller's promise.
+            let a = unsafe { _mm256_set1_ps(*left.at(row, ahead)) };
+            acc[row][0] = _mm256_fmadd_ps(a, row_of_b[0], acc[row][0]);
+            acc[row][1] = _mm256_fmadd_ps(a, row_of_b[1], acc[row][1]);
         }
     }
 }

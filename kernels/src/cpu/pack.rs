@@ -2,6 +2,7 @@
 //!
 //! Both formats are the same at every SIMD level. Packing moves numbers and computes none.
 
+use super::simd::{Simd, simd_kernel};
 use std::slice;
 
 /// Columns of a full panel of [`PackedMatrix`].
@@ -18,8 +19,8 @@ struct Line([f32; GRANULE]);
 
 /// The right-hand side `B[k, n]` of a product, in panels of 32 columns.
 ///
-/// Layout `[panel][k][width]`: width is 32, of the last panel 16 if that is enough; missing columns are zeros.
-/// Repacking a matrix of the same or a smaller size allocates nothing.
+/// Layout `[panel][k][width]`: width is 32, of the last panel 16 if that is enough; missing columns are never
+/// looked at. Repacking a matrix of the same or a smaller size allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct PackedMatrix {
     k: usize,
@@ -31,15 +32,23 @@ impl PackedMatrix {
     /// Zeros of shape `[k, n]`.
     pub fn new(k: usize, n: usize) -> PackedMatrix {
         let mut packed = PackedMatrix::default();
-        packed.reset(k, n);
+        packed.reshape(k, n);
         packed
     }
 
-    /// Zeros of shape `[k, n]` in the memory already held, if it is enough.
-    pub fn reset(&mut self, k: usize, n: usize) {
+    /// Makes it `[k, n]`, in the memory already held if that is enough. Its elements are not specified until it is packed.
+    pub fn reshape(&mut self, k: usize, n: usize) {
         (self.k, self.n) = (k, n);
-        self.lines.clear();
-        self.lines.resize(k * n.div_ceil(GRANULE), Line([0.0; GRANULE]));
+        let lines = k * n.div_ceil(GRANULE);
+        if self.lines.len() < lines {
+            self.lines.reserve_exact(lines - self.lines.len());
+            self.lines.resize(lines, Line([0.0; GRANULE]));
+        }
+    }
+
+    /// Bytes that it holds.
+    pub fn held_bytes(&self) -> usize {
+        self.lines.capacity() * size_of::<Line>()
     }
 
     /// Bytes of a matrix of shape `[k, n]`, with the padding.
@@ -60,21 +69,16 @@ impl PackedMatrix {
     /// Fills from `b`, row-major `[k, n]` with `ldb` elements from row to row.
     pub fn pack_rows(&mut self, b: &[f32], ldb: usize) {
         assert_extent("pack_rows", "b", b.len(), self.k, self.n, ldb);
-        for p in 0..self.k {
-            self.set_row(p, &b[p * ldb..][..self.n]);
-        }
+        let (k, n) = (self.k, self.n);
+        self.pack_row_iter(Simd::PORTABLE, (0..k).map(|p| &b[p * ldb..][..n]));
     }
 
     /// Fills from `rows`, which yields the k rows of B, each of n elements.
-    pub fn pack_row_iter<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) {
-        let mut count = 0;
-        for row in rows {
-            assert!(count < self.k, "pack_row_iter: more than k = {} rows", self.k);
-            assert!(row.len() == self.n, "pack_row_iter: row has {} elements, needs {}", row.len(), self.n);
-            self.set_row(count, row);
-            count += 1;
-        }
-        assert!(count == self.k, "pack_row_iter: {count} rows, needs k = {}", self.k);
+    pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
+        let (k, n) = (self.k, self.n);
+        for_bursts(rows, k, n, |first, burst| {
+            pack_burst::<PANEL_COLUMNS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
+        });
     }
 
     /// Fills from the transpose: `b` is row-major `[n, k]` with `ldb` elements from row to row, as PyTorch stores
@@ -105,28 +109,20 @@ impl PackedMatrix {
         (&as_floats(&self.lines)[start..start + self.k * width], width)
     }
 
-    fn set_row(&mut self, p: usize, row: &[f32]) {
-        let (panels, rest) = row.as_chunks::<PANEL_COLUMNS>();
-        let data = as_floats_mut(&mut self.lines);
-        for (panel, values) in panels.iter().enumerate() {
-            let start = (panel * self.k + p) * PANEL_COLUMNS;
-            data[start..start + PANEL_COLUMNS].copy_from_slice(values);
-        }
-        if !rest.is_empty() {
-            let (start, width) = self.panel_place(panels.len() * PANEL_COLUMNS);
-            as_floats_mut(&mut self.lines)[start + p * width..][..rest.len()].copy_from_slice(rest);
-        }
-    }
-
     fn panel_place(&self, first_column: usize) -> (usize, usize) {
-        let width = if self.n - first_column > GRANULE { PANEL_COLUMNS } else { GRANULE };
-        (first_column * self.k, width)
+        (first_column * self.k, panel_width(self.n - first_column))
     }
+}
+
+/// Width of the panel of a [`PackedMatrix`] that has so many columns left.
+#[inline(always)]
+fn panel_width(columns: usize) -> usize {
+    if columns > GRANULE { PANEL_COLUMNS } else { GRANULE }
 }
 
 /// The transposed left-hand side of a weight gradient: `A[k, m]`, used as `Aᵀ`, in panels of 12 of its columns.
 ///
-/// Layout `[panel][k][12]`; missing columns of the last panel are zeros. Repacking a matrix of the same or a smaller
+/// Layout `[panel][k][12]`; missing columns of the last panel are never looked at. Repacking a matrix of the same or a smaller
 /// size allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct PackedLeft {
@@ -139,15 +135,23 @@ impl PackedLeft {
     /// Zeros of shape `[k, m]`.
     pub fn new(k: usize, m: usize) -> PackedLeft {
         let mut packed = PackedLeft::default();
-        packed.reset(k, m);
+        packed.reshape(k, m);
         packed
     }
 
-    /// Zeros of shape `[k, m]` in the memory already held, if it is enough.
-    pub fn reset(&mut self, k: usize, m: usize) {
+    /// Makes it `[k, m]`, in the memory already held if that is enough. Its elements are not specified until it is packed.
+    pub fn reshape(&mut self, k: usize, m: usize) {
         (self.k, self.m) = (k, m);
-        self.data.clear();
-        self.data.resize(k * m.next_multiple_of(PANEL_ROWS), 0.0);
+        let len = k * m.next_multiple_of(PANEL_ROWS);
+        if self.data.len() < len {
+            self.data.reserve_exact(len - self.data.len());
+            self.data.resize(len, 0.0);
+        }
+    }
+
+    /// Bytes that it holds.
+    pub fn held_bytes(&self) -> usize {
+        self.data.capacity() * size_of::<f32>()
     }
 
     /// Bytes of a matrix of shape `[k, m]`, with the padding.
@@ -166,30 +170,90 @@ impl PackedLeft {
     }
 
     /// Fills from `rows`, which yields k rows of m elements each, in the order of the sum.
-    pub fn pack_row_iter<'a>(&mut self, rows: impl Iterator<Item = &'a [f32]>) {
-        let stride = self.k * PANEL_ROWS;
-        let mut count = 0;
-        for row in rows {
-            assert!(count < self.k, "pack_row_iter: more than k = {} rows", self.k);
-            assert!(row.len() == self.m, "pack_row_iter: row has {} elements, needs {}", row.len(), self.m);
-            // Whole panels apart from the rest: a copy of a constant length is three moves, any other is a call.
-            let (panels, rest) = row.as_chunks::<PANEL_ROWS>();
-            let mut start = count * PANEL_ROWS;
-            for values in panels {
-                self.data[start..start + PANEL_ROWS].copy_from_slice(values);
-                start += stride;
-            }
-            if !rest.is_empty() {
-                self.data[start..start + rest.len()].copy_from_slice(rest);
-            }
-            count += 1;
-        }
-        assert!(count == self.k, "pack_row_iter: {count} rows, needs k = {}", self.k);
+    pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
+        let (k, m) = (self.k, self.m);
+        for_bursts(rows, k, m, |first, burst| {
+            pack_burst::<PANEL_ROWS>(simd, burst, k, first, &mut self.data);
+        });
     }
 
     /// The panel that starts at column `first` (a multiple of 12) of A: elements `[k][12]`.
     pub(crate) fn panel(&self, first: usize) -> &[f32] {
         &self.data[first * self.k..][..self.k * PANEL_ROWS]
+    }
+}
+
+/// Rows that are packed together: what they write to a panel is adjacent, so that each panel's cache lines and page are
+/// visited once for all of them.
+const BURST: usize = 8;
+
+/// Takes `k` rows of `width` elements, at most [`BURST`] at a time: `pack(first, rows)`. The rows of the next burst are
+/// asked of the memory meanwhile.
+#[inline(always)]
+fn for_bursts<'a>(
+    mut rows: impl Iterator<Item = &'a [f32]>,
+    k: usize,
+    width: usize,
+    mut pack: impl FnMut(usize, &[&'a [f32]]),
+) {
+    let mut next = || {
+        let (mut burst, mut count): ([&[f32]; BURST], usize) = ([&[]; BURST], 0);
+        for row in rows.by_ref().take(BURST) {
+            assert!(row.len() == width, "pack_row_iter: row has {} elements, needs {width}", row.len());
+            prefetch(row);
+            burst[count] = row;
+            count += 1;
+        }
+        (burst, count)
+    };
+    let (mut packed, mut ahead) = (0, next());
+    while ahead.1 > 0 {
+        let (burst, count) = ahead;
+        ahead = next();
+        assert!(packed + count <= k, "pack_row_iter: more than k = {k} rows");
+        pack(packed, &burst[..count]);
+        packed += count;
+    }
+    assert!(packed == k, "pack_row_iter: {packed} rows, needs k = {k}");
+}
+
+/// Asks the memory for a row.
+#[inline(always)]
+fn prefetch(row: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in row.chunks(GRANULE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program could see, from any address; every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+}
+
+simd_kernel! {
+    /// Writes rows of equal length to the places `first..` of panels `[k][PANEL]`; of the last panel, if all of it is
+    /// in the granule of a [`PackedMatrix`], to `[k][GRANULE]`.
+    fn pack_burst<const PANEL: usize>(
+        simd: Simd,
+        rows: &[&[f32]],
+        k: usize,
+        first: usize,
+        panels: &mut [f32],
+    ) {
+        let n = rows[0].len();
+        for first_column in (0..n / PANEL * PANEL).step_by(PANEL) {
+            let panel = &mut panels[first_column * k + first * PANEL..];
+            for (into, row) in panel.chunks_exact_mut(PANEL).zip(rows) {
+                // A copy of a constant length is a few moves, any other is a call.
+                into.copy_from_slice(&row[first_column..first_column + PANEL]);
+            }
+        }
+        let (last, columns) = (n / PANEL * PANEL, n % PANEL);
+        if columns > 0 {
+            let width = if PANEL == PANEL_COLUMNS { panel_width(columns) } else { PANEL };
+            let panel = &mut panels[last * k + first * width..];
+            for (into, row) in panel.chunks_exact_mut(width).zip(rows) {
+                into[..columns].copy_from_slice(&row[last..]);
+            }
+        }
     }
 }
 
@@ -242,7 +306,7 @@ mod tests {
             let mut by_columns = PackedMatrix::new(k, n);
             by_columns.pack_columns(&columns, k);
             let mut by_iterator = PackedMatrix::new(k, n);
-            by_iterator.pack_row_iter(rows.chunks(n));
+            by_iterator.pack_row_iter(Simd::detect(), rows.chunks(n));
             assert_eq!(as_floats(&by_rows.lines), as_floats(&by_columns.lines));
             assert_eq!(as_floats(&by_rows.lines), as_floats(&by_iterator.lines));
             for first in (0..n).step_by(PANEL_COLUMNS) {
@@ -260,8 +324,8 @@ mod tests {
         let mut right = PackedMatrix::new(70, 50);
         let mut left = PackedLeft::new(70, 50);
         let (right_start, left_start) = (right.lines.as_ptr(), left.data.as_ptr());
-        right.reset(50, 64);
-        left.reset(60, 58);
+        right.reshape(50, 64);
+        left.reshape(60, 58);
         assert_eq!((right.lines.as_ptr(), left.data.as_ptr()), (right_start, left_start));
     }
 

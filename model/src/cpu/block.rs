@@ -18,7 +18,7 @@ use protocol::layout::{Head, Input, LayerShape, ModelShape};
 
 use crate::device::StepInput;
 
-use super::direction::{Direction, Trace, Workspace, resize_exactly};
+use super::direction::{Direction, Trace, Workspace, gate_width, resize_exactly};
 use super::runs::{BatchRows, Runs};
 use super::weights::{InputWeights, Weights};
 
@@ -180,7 +180,7 @@ impl RowBlock {
     fn embed(&mut self, network: &Network<'_>) {
         if let Input::Embedding { size, .. } = network.shape.input {
             resize_exactly(&mut self.dense, self.tokens.len() * size);
-            gather_rows(&network.weights.embedding, &self.tokens, &mut self.dense);
+            gather_rows(&network.weights.embedding, size, &self.tokens, &mut self.dense, size);
         }
     }
 
@@ -352,6 +352,7 @@ impl RowBlock {
         pre: &mut [f32],
     ) {
         let (layer, weights) = (network.shape.layer(index), &network.weights.layers[index][at]);
+        let (gates, stride) = (layer.gate_size(), gate_width(&layer, network.shape.cell));
         let mut room = std::mem::take(&mut self.room);
         let reads_backwards = at == 1;
         match &weights.input {
@@ -359,9 +360,9 @@ impl RowBlock {
                 let mirrored = (0..self.tokens.len()).map(|place| self.tokens[self.runs.mirrored(place)]);
                 resize_exactly(&mut room.tokens, mirrored.len());
                 room.tokens.iter_mut().zip(mirrored).for_each(|(own, token)| *own = token);
-                gather_rows(table, &room.tokens, pre);
+                gather_rows(table, gates, &room.tokens, pre, stride);
             }
-            InputWeights::Table(table) => gather_rows(table, &self.tokens, pre),
+            InputWeights::Table(table) => gather_rows(table, gates, &self.tokens, pre, stride),
             InputWeights::Dense { forward, .. } => {
                 let width = layer.input_size;
                 let mut x = copied.unwrap_or_else(|| match index {
@@ -375,8 +376,8 @@ impl RowBlock {
                     }
                     x = &room.input;
                 }
-                broadcast_rows(&weights.bias, pre);
-                gemm(network.simd, self.runs.steps(), x, width, forward, pre, layer.gate_size(), true);
+                broadcast_rows(&weights.bias, pre, stride);
+                gemm(network.simd, self.runs.steps(), x, width, forward, pre, stride, true);
             }
         }
         self.room = room;
@@ -442,7 +443,7 @@ impl RowBlock {
         }
         self.features = features;
         let mut logits = std::mem::take(&mut self.logits);
-        broadcast_rows(&network.weights.head_bias, &mut logits);
+        broadcast_rows(&network.weights.head_bias, &mut logits, shape.classes);
         let (x, width) = (self.head_input(network), shape.output_width());
         let targets = self.targets.len();
         gemm(network.simd, targets, x, width, &network.weights.head, &mut logits, shape.classes, true);

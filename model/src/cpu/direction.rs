@@ -28,27 +28,24 @@ pub(super) struct Trace {
 /// What lies between a direction's forward pass and the gradients of its weights.
 #[derive(Default)]
 pub(super) struct Workspace {
-    /// The input's part of the gates, `[N][G·H]`; for RNN and LSTM the activated gates in the end.
-    pub(super) pre: Vec<f32>,
-    /// GRU: r, z, n and what the reset gate made, `[N][4·H]`.
+    /// The input's part of the gates, then the gates, then their gradients: `[N][gate_width]`.
     pub(super) gates: Vec<f32>,
     /// LSTM with a projection: what is projected, `[N][H]`.
     pub(super) unprojected: Vec<f32>,
-    /// Gradient of the input's part of the gates, `[N][G·H]`.
-    pub(super) d_pre: Vec<f32>,
-    /// GRU: gradient of the state's part, `[N][3·H]`.
-    pub(super) d_h_part: Vec<f32>,
     /// LSTM with a projection: gradient of h, `[N][R]`.
     pub(super) d_projected: Vec<f32>,
     /// Gradient of each run's end, then of its start, `[runs][R]`.
     pub(super) d_h: Vec<f32>,
     /// The same of c, `[runs][H]`.
     pub(super) d_c: Vec<f32>,
-    /// GRU, room for one step: the state's part of the gates, `[runs][3·H]`.
-    h_part: Vec<f32>,
-    /// Room for one step, `[runs][H]`. LSTM with a projection: gradient of what is projected. GRU: gradient of the reset
-    /// state.
-    d_state: Vec<f32>,
+    /// Room for one step. GRU: the state's part of the gates, or its gradient, `[runs][3·H]`. LSTM with a projection:
+    /// gradient of what is projected, `[runs][H]`.
+    step: Vec<f32>,
+}
+
+/// Floats of a step's gates: `G·H`, and `H` more for what a GRU's reset gate has made.
+pub(super) fn gate_width(layer: &LayerShape, cell: Cell) -> usize {
+    layer.gate_size() + if cell == Cell::Gru { layer.hidden_size } else { 0 }
 }
 
 /// A direction as its kernels see it.
@@ -93,36 +90,32 @@ impl Workspace {
         runs: usize,
         steps: usize,
     ) -> [usize; Self::BUFFERS] {
-        let (hidden, gates) = (layer.hidden_size, layer.gate_size());
-        let if_gru = |size| if model.cell == Cell::Gru { size } else { 0 };
+        let hidden = layer.hidden_size;
         let if_projected = |size| if is_projected(model) { size } else { 0 };
+        let step = if model.cell == Cell::Gru { 3 * hidden } else { if_projected(hidden) };
         [
-            steps * gates,
-            if_gru(steps * 4 * hidden),
+            steps * gate_width(layer, model.cell),
             if_projected(steps * hidden),
-            steps * gates,
-            if_gru(steps * gates),
             if_projected(steps * layer.output_size),
             runs * layer.output_size,
             runs * layer.cell_size,
-            if_gru(runs * 3 * hidden),
-            if_gru(runs * hidden) + if_projected(runs * hidden),
+            runs * step,
         ]
     }
 
     /// Number of buffers.
-    pub(super) const BUFFERS: usize = 10;
+    pub(super) const BUFFERS: usize = 6;
 
-    /// The buffers in the order of [`sizes`](Self::sizes): the first three for the forward pass.
+    /// The buffers in the order of [`sizes`](Self::sizes).
     fn buffers(&mut self) -> [&mut Vec<f32>; Self::BUFFERS] {
-        let Self { pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state } = self;
-        [pre, gates, unprojected, d_pre, d_h_part, d_projected, d_h, d_c, h_part, d_state]
+        let Self { gates, unprojected, d_projected, d_h, d_c, step } = self;
+        [gates, unprojected, d_projected, d_h, d_c, step]
     }
 
     /// Makes room for a pass over the runs, forward or both ways.
     fn resize(&mut self, model: &ModelShape, layer: &LayerShape, runs: &Runs, backward: bool) {
         let sizes = Self::sizes(model, layer, runs.len(), runs.steps());
-        let is_needed = |at: usize| backward || !(3..8).contains(&at);
+        let is_needed = |at: usize| backward || !(2..5).contains(&at);
         for (at, (buffer, size)) in self.buffers().into_iter().zip(sizes).enumerate() {
             if is_needed(at) {
                 resize_exactly(buffer, size);
@@ -151,21 +144,23 @@ impl Direction<'_> {
         SequenceShape { active: runs.active(), hidden_size, output_size }
     }
 
-    /// Makes room for a forward pass, and hands out that for the input's part of the gates, `[N][G·H]`.
+    /// Makes room for a forward pass, and hands out that for the input's part of the gates: the first `G·H` of each row
+    /// of `[N][gate_width]`.
     pub(super) fn room_for_input<'w>(&self, runs: &Runs, work: &'w mut Workspace) -> &'w mut [f32] {
         work.resize(self.model, &self.layer, runs, false);
-        &mut work.pre
+        &mut work.gates
     }
 
     /// Through all steps, from the input's part of the gates and the start of every run.
     pub(super) fn forward(&self, runs: &Runs, trace: &mut Trace, work: &mut Workspace) {
         let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
         let Trace { h, c } = trace;
-        let Workspace { pre, gates, unprojected, h_part, .. } = work;
+        let Workspace { gates, unprojected, step, .. } = work;
         match self.model.cell {
             Cell::Rnn => {
                 let weight_hh = self.weights.hidden.whole();
-                rnn_forward(simd, RnnForward { shape, activation: options.activation, weight_hh, pre, h });
+                let activation = options.activation;
+                rnn_forward(simd, RnnForward { shape, activation, weight_hh, pre: gates, h });
             }
             Cell::Lstm => {
                 let projection = self.weights.projection.as_ref();
@@ -175,7 +170,7 @@ impl Direction<'_> {
                     weight_hh: self.weights.hidden.whole(),
                     projection: projection
                         .map(|weights| LstmProjection { weight_hr: &weights.forward, m: unprojected }),
-                    gates: pre,
+                    gates,
                     h,
                     c,
                 };
@@ -187,8 +182,7 @@ impl Direction<'_> {
                     recurrent_activation: options.recurrent_activation,
                     weight_hh: self.weights.hidden.of_gru(),
                     bias_hh: &self.weights.bias_hh,
-                    x_part: pre,
-                    h_part,
+                    h_part: step,
                     gates,
                     h,
                 };
@@ -202,11 +196,13 @@ impl Direction<'_> {
         work.resize(self.model, &self.layer, runs, true);
         let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
         let Trace { h, c } = trace;
-        let Workspace { pre, gates, d_pre, d_h_part, d_projected, d_h, d_c, d_state, .. } = work;
+        let Workspace { gates, d_projected, d_h, d_c, step, .. } = work;
         match self.model.cell {
             Cell::Rnn => {
                 let weight_hh = self.weights.hidden_backward.whole();
                 let activation = options.activation;
+                // The sums before the activation are not needed again: their gradients take their place.
+                let d_pre = gates;
                 rnn_backward(simd, RnnBackward { shape, activation, weight_hh, h, d_out, d_pre, d_h });
             }
             Cell::Lstm => {
@@ -218,12 +214,11 @@ impl Direction<'_> {
                     projection: projection.map(|weights| LstmProjectionBackward {
                         weight_hr: &weights.backward,
                         d_projected,
-                        d_m: d_state,
+                        d_m: step,
                     }),
-                    gates: pre,
+                    gates,
                     c,
                     d_out,
-                    d_gates: d_pre,
                     d_h,
                     d_c,
                 };
@@ -237,10 +232,8 @@ impl Direction<'_> {
                     gates,
                     h,
                     d_out,
-                    d_x_part: d_pre,
-                    d_h_part,
                     d_h,
-                    h_scratch: d_state,
+                    d_h_part: step,
                 };
                 gru_backward(simd, args);
             }

@@ -3,6 +3,7 @@
 use protocol::job::JobSpec;
 use protocol::layout::StateLayout;
 use protocol::slots::{slots, slots_of};
+use protocol::tree;
 use std::ops::Range;
 
 use super::block::{RowBlock, has_droppable_output};
@@ -16,7 +17,7 @@ pub struct Footprint {
     pub weights: usize,
     /// Rows on their way through all steps and back.
     pub blocks: usize,
-    /// Room for packed operands of the weight gradients, of all threads that compute some.
+    /// Room for packed operands and sums of the weight gradients, of all threads.
     pub scratch: usize,
 }
 
@@ -34,13 +35,13 @@ impl Footprint {
         let shape = &layout.shape;
         let rows = slots_of(job.batch_size, job.shards, shards.clone()).len();
         let largest = shards.clone().map(|shard| slots(job.batch_size, job.shards, shard).len()).max();
-        let busy = threads.min(shards.len());
+        let levels = tree::cover(job.shards, shards).iter().map(|node| node.level).max().unwrap_or(0);
         let keep_probs = job.layer_keep_probs();
         let drops = |layer: usize| keep_probs[layer] < 1.0 && has_droppable_output(shape, layer);
         Self {
             weights: Weights::bytes_of(layout),
             blocks: RowBlock::bytes_of(shape, seq_len, rows, drops, recompute),
-            scratch: busy * Scratch::bytes_of(shape, seq_len, largest.unwrap_or(0)),
+            scratch: threads * Scratch::bytes_of(shape, largest.unwrap_or(0) * seq_len, levels, threads),
         }
     }
 
@@ -64,7 +65,7 @@ mod tests {
     struct Trained {
         device: CpuDevice,
         shards: Range<u32>,
-        /// The most bytes of it that were in use at a time.
+        /// Bytes that one thread's room holds.
         scratch: usize,
     }
 
@@ -104,11 +105,12 @@ mod tests {
         let parameters = initial_parameters(layout, job);
         let state = vec![0.0; layout.recurrent()];
         device.step(Pass::Train { step: 0 }, &parameters, &batch, &state, &mut state.clone()).unwrap();
-        let mut partials = vec![vec![0.0; layout.parameters()]; shards.len()];
+        let nodes = tree::cover(job.shards, shards.clone());
+        let mut sums = vec![vec![0.0; layout.parameters()]; nodes.len()];
         for bucket in 0..layout.buckets().len() {
-            device.finish_bucket(bucket, &mut partials).unwrap();
+            device.finish_bucket(bucket, &nodes, &mut sums).unwrap();
         }
-        let scratch = device.scratch[0].lock().unwrap().most_bytes;
+        let scratch = device.scratch[0].lock().unwrap().held_bytes();
         Trained { device, shards, scratch }
     }
 

@@ -1,75 +1,348 @@
-//! Weight gradients: for each shard, sums over its (step, row) pairs in that order.
+//! Weight gradients: for each shard, sums over its (step, row) pairs in that order, then along the tree over the shards.
 //!
-//! A shard's rows may lie in several blocks; they are read in row order, so the sums do not depend on the blocks.
+//! A task owns some rows of the weights: some gates' rows of `weight_ih` and `weight_hh` with their biases, for example.
+//! It sums them for one shard after the other and adds up on the way, so that no shard's gradient of everything is ever
+//! stored. How rows are dealt to tasks changes no bit, nor does it matter in which blocks a shard's rows lie.
 
 use std::ops::Range;
 
-use kernels::cpu::input::{embedding_gradient, scatter_add_rows};
-use kernels::cpu::reduce::{column_sum, product_column_sum};
+use kernels::cpu::gemm::K_BLOCK;
+use kernels::cpu::input::{embedding_gradient, table_weight};
+use kernels::cpu::reduce::{column_sum, product_column_sum, tree_add};
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
 use protocol::cell::{Cell, Reset};
-use protocol::layout::{DirectionRanges, Head, Input, LayerShape, ModelShape, Part, StateLayout};
+use protocol::layout::{DirectionRanges, Head, LayerShape, ModelShape, Part, StateLayout};
+use protocol::tree::TreeNode;
 
 use super::block::{Network, RowBlock};
+use super::direction::{Trace, Workspace, gate_width, resize_exactly};
+use super::pairs::{Pair, ShardPairs};
 use super::weights::reads_one_hot;
 
-/// Room for packed operands, kept from task to task.
-pub(super) struct Scratch {
-    left: PackedLeft,
-    right: PackedMatrix,
-    /// Gradient of a one-hot input's weights, `[V][G·H]`.
-    table: Vec<f32>,
-    /// The most bytes that were in use at a time.
-    #[cfg(test)]
-    pub(super) most_bytes: usize,
-}
+/// Most weight rows of a task: more would share each packing of what they are multiplied with among more rows, fewer
+/// keep the sums in the second-level cache. Changes no bit.
+const MOST_ROWS: usize = 132;
 
-impl Default for Scratch {
-    fn default() -> Self {
-        Self {
-            left: PackedLeft::new(0, 0),
-            right: PackedMatrix::new(0, 0),
-            table: Vec::new(),
-            #[cfg(test)]
-            most_bytes: 0,
-        }
-    }
-}
-
-/// One bucket's gradient for one shard.
-pub(super) struct GradientTask<'a> {
+/// What the gradient of a bucket is computed from.
+#[derive(Clone, Copy)]
+pub(super) struct Gradient<'a> {
     pub(super) network: Network<'a>,
     pub(super) layout: &'a StateLayout,
     pub(super) blocks: &'a [RowBlock],
+    pub(super) pairs: &'a ShardPairs,
+    /// Shards of the job.
+    pub(super) shards: u32,
     pub(super) part: Part,
-    /// Rows of the shard, counted from the batch's first.
-    pub(super) rows: Range<usize>,
 }
 
-/// The step of a row, which lies at a place of its block.
+/// A piece of one node's gradient.
+pub(super) struct Task<'b> {
+    node: TreeNode,
+    sum: Sum,
+    /// Where its parts go, in order. Empty slices stand for parts that it does not have.
+    into: [&'b mut [f32]; MOST_PARTS],
+}
+
+/// Parts of the largest sum: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`.
+const MOST_PARTS: usize = 4;
+
+/// What is summed over the pairs of a shard.
+#[derive(Clone)]
+enum Sum {
+    /// Rows of the head: weight, bias.
+    Head(Range<usize>),
+    /// Rows of a direction's gates: both weights, both biases.
+    Gates(Place, Range<usize>),
+    /// Rows of an LSTM's projection.
+    Projection(Place, Range<usize>),
+    /// An LSTM's peephole to one gate.
+    Peephole(Place, Gate),
+    /// The initial h, where it is learnt.
+    InitialH(Place),
+    /// The initial c.
+    InitialC(Place),
+    /// The embedding's table.
+    Embedding,
+}
+
+/// A direction of a layer.
 #[derive(Clone, Copy)]
-struct Pair<'a> {
-    block: &'a RowBlock,
-    /// Counted from the block's first.
-    row: usize,
-    place: usize,
+struct Place {
+    layer: usize,
+    at: usize,
 }
 
-impl<'a> GradientTask<'a> {
-    /// Computes the sums; `gradient` is the bucket's range of the flat gradient and is overwritten.
-    pub(super) fn run(&self, scratch: &mut Scratch, gradient: &mut [f32]) {
-        match self.part {
-            Part::Head => self.head(scratch, gradient),
-            Part::Layer(layer) => {
-                let directions = self.layout.layer(layer);
-                let start = directions[0].weight_ih.start;
-                for (at, ranges) in directions.iter().enumerate() {
-                    let gradients = Gradients { start, bucket: &mut *gradient };
-                    self.direction(scratch, layer, at, ranges, gradients);
+/// The LSTM's gates that have peepholes, by their places in a row of gates.
+#[derive(Clone, Copy, PartialEq)]
+enum Gate {
+    I = 0,
+    F = 1,
+    O = 3,
+}
+
+/// Room of one thread, kept from task to task.
+#[derive(Default)]
+pub(super) struct Scratch {
+    left: PackedLeft,
+    right: PackedMatrix,
+    /// Sums of the nodes under way, at most one for each level of the tree and one more.
+    sums: Vec<Vec<f32>>,
+}
+
+impl<'a> Gradient<'a> {
+    /// Cuts the bucket's sum over some nodes into tasks, for so many threads. `buckets` has the bucket of each node, to be
+    /// overwritten.
+    pub(super) fn tasks<'b>(
+        &self,
+        nodes: &[TreeNode],
+        buckets: impl Iterator<Item = &'b mut [f32]>,
+        threads: usize,
+    ) -> Vec<Task<'b>> {
+        let mut tasks = Vec::new();
+        for (&node, bucket) in nodes.iter().zip(buckets) {
+            assert!(
+                self.pairs.holds(node, self.shards),
+                "the gradient of {node:?} needs shards that are elsewhere"
+            );
+            match self.part {
+                Part::Head => self.head_tasks(node, bucket, threads, &mut tasks),
+                Part::Layer(layer) => self.layer_tasks(node, layer, bucket, threads, &mut tasks),
+                Part::Embedding => tasks.push(Task::new(node, Sum::Embedding, [bucket])),
+            }
+        }
+        tasks
+    }
+
+    fn head_tasks<'b>(
+        &self,
+        node: TreeNode,
+        bucket: &'b mut [f32],
+        threads: usize,
+        tasks: &mut Vec<Task<'b>>,
+    ) {
+        let (mut weight, mut bias) = bucket.split_at_mut(self.layout.head().0.len());
+        for rows in dealt(0..self.shape().classes, threads) {
+            let into =
+                [take(&mut weight, rows.len() * self.shape().output_width()), take(&mut bias, rows.len())];
+            tasks.push(Task::new(node, Sum::Head(rows), into));
+        }
+    }
+
+    fn layer_tasks<'b>(
+        &self,
+        node: TreeNode,
+        index: usize,
+        bucket: &'b mut [f32],
+        threads: usize,
+        tasks: &mut Vec<Task<'b>>,
+    ) {
+        let (directions, layer) = (self.layout.layer(index), self.shape().layer(index));
+        let mut tensors = Tensors { start: directions[0].weight_ih.start, rest: bucket };
+        for (at, ranges) in directions.iter().enumerate() {
+            let place = Place { layer: index, at };
+            let DirectionRanges { weight_ih, weight_hh, bias_ih, bias_hh, .. } = ranges;
+            let mut into = [weight_ih, weight_hh, bias_ih, bias_hh].map(|range| tensors.next(range));
+            let widths = [layer.input_size, layer.output_size, 1, 1];
+            for rows in self.dealt_gates(&layer, threads) {
+                let mut widths = widths.iter();
+                let into = into.each_mut().map(|rest| take(rest, rows.len() * widths.next().expect("four")));
+                tasks.push(Task::new(node, Sum::Gates(place, rows), into));
+            }
+            if let Some(weight_hr) = &ranges.weight_hr {
+                let mut weight = tensors.next(weight_hr);
+                for rows in dealt(0..layer.output_size, threads) {
+                    let into = [take(&mut weight, rows.len() * layer.hidden_size)];
+                    tasks.push(Task::new(node, Sum::Projection(place, rows), into));
                 }
             }
-            Part::Embedding => self.embedding(gradient),
+            let peepholes = ranges.peepholes.iter().flatten().zip([Gate::I, Gate::F, Gate::O]);
+            let initial =
+                [(&ranges.initial_h, Sum::InitialH(place)), (&ranges.initial_c, Sum::InitialC(place))];
+            let vectors = peepholes
+                .map(|(range, gate)| (range, Sum::Peephole(place, gate)))
+                .chain(initial.into_iter().filter_map(|(range, sum)| Some((range.as_ref()?, sum))));
+            for (range, sum) in vectors {
+                tasks.push(Task::new(node, sum, [tensors.next(range)]));
+            }
         }
+    }
+
+    /// The rows of a direction's gates, dealt so that no task has rows of a GRU's candidate beside others: `h` enters it
+    /// in another way.
+    fn dealt_gates(&self, layer: &LayerShape, threads: usize) -> Vec<Range<usize>> {
+        let gates = layer.gate_size();
+        if self.shape().cell == Cell::Gru {
+            let candidate = 2 * layer.hidden_size;
+            dealt(0..candidate, threads).chain(dealt(candidate..gates, threads)).collect()
+        } else {
+            dealt(0..gates, threads).collect()
+        }
+    }
+
+    /// Computes a task's sum over all shards below its node.
+    pub(super) fn run(&self, task: Task<'_>, scratch: &mut Scratch) {
+        let Task { node, sum, into } = task;
+        let mut sums = std::mem::take(&mut scratch.sums);
+        let len: usize = into.iter().map(|part| part.len()).sum();
+        sums.resize_with(sums.len().max(node.level as usize + 1), Vec::new);
+        for place in &mut sums[..=node.level as usize] {
+            resize_exactly(place, len.max(place.len()));
+        }
+        self.add_up(node, &mut sums, len, &mut |shard, place| self.of_shard(&sum, shard, scratch, place));
+        let mut rest = &sums[0][..len];
+        for (at, part) in into.into_iter().enumerate() {
+            let (values, behind) = rest.split_at(part.len());
+            match &sum {
+                Sum::Gates(place, rows) if at == 0 && reads_one_hot(self.shape(), place.layer) => {
+                    table_weight(values, rows.len(), part);
+                }
+                _ => part.copy_from_slice(values),
+            }
+            rest = behind;
+        }
+        scratch.sums = sums;
+    }
+
+    /// Puts the sum of a node into the first of `sums`; the others are room for the nodes below it.
+    fn add_up(
+        &self,
+        node: TreeNode,
+        sums: &mut [Vec<f32>],
+        len: usize,
+        of_shard: &mut impl FnMut(u32, &mut [f32]),
+    ) {
+        match node.children(self.shards) {
+            None => of_shard(node.index, &mut sums[0][..len]),
+            Some((left, right)) => {
+                self.add_up(left, sums, len, of_shard);
+                if let Some(right) = right {
+                    self.add_up(right, &mut sums[1..], len, of_shard);
+                    let (sum, rest) = sums.split_at_mut(1);
+                    tree_add(self.simd(), &mut sum[0][..len], &rest[0][..len]);
+                }
+            }
+        }
+    }
+
+    /// One shard's sum, its parts one behind the other.
+    fn of_shard(&self, sum: &Sum, shard: u32, scratch: &mut Scratch, into: &mut [f32]) {
+        match sum {
+            Sum::Head(rows) => self.head(rows, shard, scratch, into),
+            Sum::Gates(place, rows) => self.gates(*place, rows, shard, scratch, into),
+            Sum::Projection(place, rows) => {
+                let LayerShape { hidden_size, output_size, .. } = self.shape().layer(place.layer);
+                let d = |step: &Step<'a>| &row(&step.work.d_projected, output_size, step.own)[rows.clone()];
+                let x = |step: &Step<'a>| row(&step.work.unprojected, hidden_size, step.own);
+                scratch.product(self.simd(), self.steps(*place, shard), d, x, into);
+            }
+            Sum::Peephole(place, gate) => {
+                let hidden = self.shape().layer(place.layer).hidden_size;
+                let products = self.steps(*place, shard).map(|step| {
+                    let c = if *gate == Gate::O { step.after() } else { step.before() };
+                    (row(step.gates(), hidden, *gate as usize), row(&step.trace.c, hidden, c))
+                });
+                product_column_sum(self.simd(), products, into);
+            }
+            Sum::InitialH(place) => {
+                let size = self.shape().layer(place.layer).output_size;
+                let d = self.starts(*place, shard).map(|(work, run)| row(&work.d_h, size, run));
+                column_sum(self.simd(), d, into);
+            }
+            Sum::InitialC(place) => {
+                let size = self.shape().layer(place.layer).hidden_size;
+                let d = self.starts(*place, shard).map(|(work, run)| row(&work.d_c, size, run));
+                column_sum(self.simd(), d, into);
+            }
+            Sum::Embedding => {
+                let width = self.shape().input.size();
+                let rows = self.pairs.of_shard(shard).iter().map(|pair| {
+                    let block = self.block(pair);
+                    (block.token(pair.place as usize), block.d_embedded(width, pair.place as usize))
+                });
+                embedding_gradient(self.simd(), rows, width, into);
+            }
+        }
+    }
+
+    fn head(&self, rows: &Range<usize>, shard: u32, scratch: &mut Scratch, into: &mut [f32]) {
+        let (shape, network) = (self.shape(), self.network);
+        let width = shape.output_width();
+        // Where the final state is read there is one target a row.
+        let is_final = shape.head == Head::Final;
+        let pairs = if is_final { self.pairs.first_steps(shard) } else { self.pairs.of_shard(shard) };
+        let targets = pairs
+            .iter()
+            .map(|pair| (self.block(pair), if is_final { pair.row } else { pair.place } as usize));
+        let d =
+            |&(block, target): &(&'a RowBlock, usize)| &block.d_logits(shape.classes, target)[rows.clone()];
+        let features = |&(block, target): &(&'a RowBlock, usize)| block.features(&network, target);
+        let (d_weight, d_bias) = into.split_at_mut(rows.len() * width);
+        scratch.product(self.simd(), targets.clone(), d, features, d_weight);
+        column_sum(self.simd(), targets.map(|target| d(&target)), d_bias);
+    }
+
+    /// Some gates' rows of both weights and both biases.
+    fn gates(&self, place: Place, rows: &Range<usize>, shard: u32, scratch: &mut Scratch, into: &mut [f32]) {
+        let (simd, shape, network) = (self.simd(), self.shape(), self.network);
+        let LayerShape { input_size, hidden_size, output_size, .. } = shape.layer(place.layer);
+        let steps = || self.steps(place, shard);
+        let (d_weight_ih, rest) = into.split_at_mut(rows.len() * input_size);
+        let (d_weight_hh, biases) = rest.split_at_mut(rows.len() * output_size);
+        let (d_bias_ih, d_bias_hh) = biases.split_at_mut(rows.len());
+
+        let d = |step: &Step<'a>| &step.gates()[rows.clone()];
+        if reads_one_hot(shape, place.layer) {
+            let rows_of_tokens = steps().map(|step| (step.block.token(step.place), d(&step)));
+            embedding_gradient(simd, rows_of_tokens, rows.len(), d_weight_ih);
+        } else {
+            let x = |step: &Step<'a>| step.block.input(&network, place.layer, step.place);
+            scratch.product(simd, steps(), d, x, d_weight_ih);
+        }
+        column_sum(simd, steps().map(|step| d(&step)), d_bias_ih);
+
+        // h enters a GRU's candidate through the reset gate. After the product, the gradient of the product is another
+        // one and stands behind the others; before it, there stands what was multiplied in place of h.
+        let is_candidate = shape.cell == Cell::Gru && rows.start >= 2 * hidden_size;
+        let is_reset_after = is_candidate && shape.options.reset == Reset::After;
+        let behind = if is_reset_after { hidden_size } else { 0 };
+        let d = |step: &Step<'a>| &step.gates()[rows.start + behind..rows.end + behind];
+        let h = |step: &Step<'a>| match is_candidate && !is_reset_after {
+            true => row(step.gates(), hidden_size, 3),
+            false => row(&step.trace.h, output_size, step.before()),
+        };
+        scratch.product(simd, steps(), d, h, d_weight_hh);
+        if is_reset_after {
+            column_sum(simd, steps().map(|step| d(&step)), d_bias_hh);
+        } else {
+            d_bias_hh.copy_from_slice(d_bias_ih);
+        }
+    }
+
+    /// The pairs of a shard as a direction stores them.
+    fn steps(&self, place: Place, shard: u32) -> impl Iterator<Item = Step<'a>> + Clone + use<'a> {
+        let Place { layer, at } = place;
+        let (blocks, width) = (self.blocks, gate_width(&self.shape().layer(layer), self.shape().cell));
+        self.pairs.of_shard(shard).iter().map(move |pair| {
+            let block = &blocks[pair.block as usize];
+            let place = pair.place as usize;
+            let own = if at == 1 { block.runs.mirrored(place) } else { place };
+            let (trace, work) = block.direction_of(layer, at);
+            Step { block, trace, work, place, own, width }
+        })
+    }
+
+    /// The runs of a shard that start from the initial state.
+    fn starts(&self, place: Place, shard: u32) -> impl Iterator<Item = (&'a Workspace, usize)> + use<'a> {
+        let blocks = self.blocks;
+        self.pairs.first_steps(shard).iter().flat_map(move |pair| {
+            let block = &blocks[pair.block as usize];
+            let work = block.direction_of(place.layer, place.at).1;
+            block.runs.fresh(pair.row as usize).map(move |run| (work, run))
+        })
+    }
+
+    fn block(&self, pair: &Pair) -> &'a RowBlock {
+        &self.blocks[pair.block as usize]
     }
 
     fn simd(&self) -> Simd {
@@ -79,201 +352,26 @@ impl<'a> GradientTask<'a> {
     fn shape(&self) -> &'a ModelShape {
         self.network.shape
     }
-
-    /// Steps of the longest row.
-    fn seq_len(&self) -> usize {
-        self.blocks.iter().map(|block| block.runs.seq_len()).max().unwrap_or(0)
-    }
-
-    /// All (step, row) pairs of the shard in the order of every sum: step by step, and in a step row by row.
-    fn pairs(&self) -> impl Iterator<Item = Pair<'a>> + use<'a> {
-        self.pairs_of(0..self.seq_len())
-    }
-
-    /// Those of some steps.
-    fn pairs_of(&self, steps: Range<usize>) -> impl Iterator<Item = Pair<'a>> + use<'a> {
-        let blocks = self.blocks;
-        let rows = self.rows.clone();
-        steps.flat_map(move |t| {
-            let rows = rows.clone();
-            blocks.iter().flat_map(move |block| {
-                let pair = move |row| Some(Pair { block, row, place: block.runs.place(t, row)? });
-                rows_within(block, &rows).filter_map(pair)
-            })
-        })
-    }
-
-    /// All rows of the shard, with their blocks.
-    fn rows(&self) -> impl Iterator<Item = (&'a RowBlock, usize)> + use<'a> {
-        let rows = self.rows.clone();
-        self.blocks.iter().flat_map(move |block| rows_within(block, &rows).map(move |row| (block, row)))
-    }
-
-    fn head(&self, scratch: &mut Scratch, gradient: &mut [f32]) {
-        let (shape, network) = (self.shape(), self.network);
-        let (classes, width) = (shape.classes, shape.output_width());
-        let (d_weight, d_bias) = gradient.split_at_mut(self.layout.head().0.len());
-        // Where the final state is read there is one target a row.
-        let is_final = shape.head == Head::Final;
-        let targets = || {
-            let pairs = self.pairs_of(0..if is_final { 1 } else { self.seq_len() });
-            pairs.map(move |pair| (pair.block, if is_final { pair.row } else { pair.place }))
-        };
-        let count = targets().count();
-        let d = || targets().map(|(block, target)| block.d_logits(classes, target));
-        scratch.pack_left((count, classes), d());
-        let features = targets().map(move |(block, target)| block.features(&network, target));
-        scratch.product(self.simd(), (count, width), features, d_weight);
-        column_sum(self.simd(), d(), d_bias);
-    }
-
-    fn direction(
-        &self,
-        scratch: &mut Scratch,
-        layer: usize,
-        at: usize,
-        ranges: &DirectionRanges,
-        mut gradients: Gradients<'_>,
-    ) {
-        let (simd, shape, network) = (self.simd(), self.shape(), self.network);
-        let of_layer = shape.layer(layer);
-        let LayerShape { input_size, hidden_size, output_size, .. } = of_layer;
-        let gates = of_layer.gate_size();
-        let count = self.pairs().count();
-        let pairs = || self.pairs().map(move |pair| pair.of_direction(layer, at));
-        let d_pre = || pairs().map(move |pair| row(&pair.work().d_pre, gates, pair.own));
-        let h_before = || pairs().map(move |pair| row(&pair.trace().h, output_size, pair.before()));
-
-        let is_one_hot = reads_one_hot(shape, layer);
-        let is_split = shape.cell == Cell::Gru;
-        if !(is_one_hot && is_split) {
-            scratch.pack_left((count, gates), d_pre());
-        }
-        let d_weight_ih = gradients.of(&ranges.weight_ih);
-        if is_one_hot {
-            let tokens = pairs().map(|pair| pair.block.token(pair.place));
-            scratch.scatter(simd, gates, tokens.zip(d_pre()), d_weight_ih);
-        } else {
-            let x = pairs().map(move |pair| pair.block.input(&network, layer, pair.place));
-            scratch.product(simd, (count, input_size), x, d_weight_ih);
-        }
-        column_sum(simd, d_pre(), gradients.of(&ranges.bias_ih));
-
-        if !is_split {
-            scratch.product(simd, (count, output_size), h_before(), gradients.of(&ranges.weight_hh));
-            // Both parts of the gates are plainly added: their gradients are the same.
-            gradients.copy(&ranges.bias_ih, &ranges.bias_hh);
-        } else {
-            let d_h_part = || pairs().map(move |pair| row(&pair.work().d_h_part, gates, pair.own));
-            column_sum(simd, d_h_part(), gradients.of(&ranges.bias_hh));
-            let d_weight_hh = gradients.of(&ranges.weight_hh);
-            if shape.options.reset == Reset::After {
-                scratch.pack_left((count, gates), d_h_part());
-                scratch.product(simd, (count, hidden_size), h_before(), d_weight_hh);
-            } else {
-                // r and z have multiplied h, n has multiplied the reset h.
-                let (of_gates, of_candidate) = d_weight_hh.split_at_mut(2 * hidden_size * hidden_size);
-                scratch.pack_left((count, 2 * hidden_size), d_h_part().map(|d| &d[..2 * hidden_size]));
-                scratch.product(simd, (count, hidden_size), h_before(), of_gates);
-                let reset = pairs()
-                    .map(move |pair| &row(&pair.work().gates, 4 * hidden_size, pair.own)[3 * hidden_size..]);
-                scratch.pack_left((count, hidden_size), d_h_part().map(|d| &d[2 * hidden_size..]));
-                scratch.product(simd, (count, hidden_size), reset, of_candidate);
-            }
-        }
-
-        if let Some(weight_hr) = &ranges.weight_hr {
-            let d = pairs().map(move |pair| row(&pair.work().d_projected, output_size, pair.own));
-            scratch.pack_left((count, output_size), d);
-            let projected = pairs().map(move |pair| row(&pair.work().unprojected, hidden_size, pair.own));
-            scratch.product(simd, (count, hidden_size), projected, gradients.of(weight_hr));
-        }
-        if let Some([of_i, of_f, of_o]) = &ranges.peepholes {
-            let gate = |gate: usize| d_pre().map(move |d| row(d, hidden_size, gate));
-            let c_before = || pairs().map(move |pair| row(&pair.trace().c, hidden_size, pair.before()));
-            let c_after = pairs().map(move |pair| row(&pair.trace().c, hidden_size, pair.after()));
-            product_column_sum(simd, gate(Gate::I as usize).zip(c_before()), gradients.of(of_i));
-            product_column_sum(simd, gate(Gate::F as usize).zip(c_before()), gradients.of(of_f));
-            product_column_sum(simd, gate(Gate::O as usize).zip(c_after), gradients.of(of_o));
-        }
-        let starts = || {
-            self.rows().flat_map(move |(block, row)| {
-                block.runs.fresh(row).map(move |run| (block.direction_of(layer, at).1, run))
-            })
-        };
-        if let Some(initial_h) = &ranges.initial_h {
-            let d = starts().map(move |(work, run)| row(&work.d_h, output_size, run));
-            column_sum(simd, d, gradients.of(initial_h));
-        }
-        if let Some(initial_c) = &ranges.initial_c {
-            let d = starts().map(move |(work, run)| row(&work.d_c, hidden_size, run));
-            column_sum(simd, d, gradients.of(initial_c));
-        }
-    }
-
-    fn embedding(&self, gradient: &mut [f32]) {
-        let width = self.shape().input.size();
-        let rows = self
-            .pairs()
-            .map(move |Pair { block, place, .. }| (block.token(place), block.d_embedded(width, place)));
-        embedding_gradient(self.simd(), rows, width, gradient);
-    }
-}
-
-/// The LSTM's gates by their places in a row of gates.
-#[derive(Clone, Copy)]
-enum Gate {
-    I = 0,
-    F = 1,
-    O = 3,
-}
-
-/// The tensors' parts of a bucket.
-struct Gradients<'a> {
-    /// Where the bucket lies in the flat gradient.
-    start: usize,
-    bucket: &'a mut [f32],
-}
-
-impl Gradients<'_> {
-    fn of(&mut self, range: &Range<usize>) -> &mut [f32] {
-        &mut self.bucket[range.start - self.start..range.end - self.start]
-    }
-
-    fn copy(&mut self, from: &Range<usize>, to: &Range<usize>) {
-        let start = self.start;
-        self.bucket.copy_within(from.start - start..from.end - start, to.start - start);
-    }
-}
-
-impl<'a> Pair<'a> {
-    /// The pair as a direction of a layer stores it.
-    fn of_direction(self, layer: usize, at: usize) -> DirectionPair<'a> {
-        let runs = &self.block.runs;
-        let own = if at == 1 { runs.mirrored(self.place) } else { self.place };
-        DirectionPair { block: self.block, place: self.place, layer, at, own }
-    }
 }
 
 /// The step of a row in one direction of a layer.
 #[derive(Clone, Copy)]
-struct DirectionPair<'a> {
+struct Step<'a> {
     block: &'a RowBlock,
+    trace: &'a Trace,
+    work: &'a Workspace,
     /// In the forward direction.
     place: usize,
-    layer: usize,
-    at: usize,
     /// In this direction.
     own: usize,
+    /// Of a row of gates.
+    width: usize,
 }
 
-impl<'a> DirectionPair<'a> {
-    fn trace(&self) -> &'a super::direction::Trace {
-        self.block.direction_of(self.layer, self.at).0
-    }
-
-    fn work(&self) -> &'a super::direction::Workspace {
-        self.block.direction_of(self.layer, self.at).1
+impl<'a> Step<'a> {
+    /// The gradients of its gates.
+    fn gates(&self) -> &'a [f32] {
+        row(&self.work.gates, self.width, self.own)
     }
 
     /// Of the state before it, among the runs' starts followed by all places.
@@ -287,77 +385,99 @@ impl<'a> DirectionPair<'a> {
     }
 }
 
-/// Row `at` of rows of equal width.
-fn row(values: &[f32], width: usize, at: usize) -> &[f32] {
-    &values[at * width..][..width]
-}
-
-/// The rows of a block that are among these of the batch, counted from the block's first.
-fn rows_within(block: &RowBlock, rows: &Range<usize>) -> Range<usize> {
-    let start = rows.start.max(block.rows.start);
-    let end = rows.end.min(block.rows.end).max(start);
-    start - block.rows.start..end - block.rows.start
+impl<'b> Task<'b> {
+    fn new<const PARTS: usize>(node: TreeNode, sum: Sum, into: [&'b mut [f32]; PARTS]) -> Self {
+        let mut parts = into.into_iter();
+        Self { node, sum, into: std::array::from_fn(|_| parts.next().unwrap_or_default()) }
+    }
 }
 
 impl Scratch {
-    /// The most bytes of the room for a shard of `rows` rows of `seq_len` steps.
-    pub(super) fn bytes_of(shape: &ModelShape, seq_len: usize, rows: usize) -> usize {
-        let pairs = seq_len * rows;
-        let head_pairs = if shape.head == Head::EveryStep { pairs } else { rows };
-        let layers = || shape.layers().enumerate();
-        let lefts = layers().map(|(_, layer)| PackedLeft::bytes_of(pairs, layer.gate_size()));
-        let left = lefts.max().unwrap_or(0).max(PackedLeft::bytes_of(head_pairs, shape.classes));
-        let rights = layers().map(|(index, layer)| {
+    /// The most bytes for tasks over shards of so many pairs at most, whose sums reach so many levels above the leaves.
+    pub(super) fn bytes_of(shape: &ModelShape, pairs: usize, levels: u32, threads: usize) -> usize {
+        let most = |rows: usize| dealt(0..rows, threads).map(|rows| rows.len()).max().unwrap_or(0);
+        // Rows of left operands, widths of right ones and floats of sums: of the head, then of the layers.
+        let head = (most(shape.classes), shape.output_width());
+        let mut rows = head.0;
+        let mut widest = head.1;
+        let mut sum = head.0 * (head.1 + 1);
+        for (index, layer) in shape.layers().enumerate() {
+            let of_gates = most(layer.gate_size());
             let input = if reads_one_hot(shape, index) { 0 } else { layer.input_size };
-            let unprojected = if shape.options.projection.is_some() { layer.hidden_size } else { 0 };
-            PackedMatrix::bytes_of(pairs, input.max(layer.output_size).max(unprojected))
-        });
-        let right = rights.max().unwrap_or(0).max(PackedMatrix::bytes_of(head_pairs, shape.output_width()));
-        let table = match shape.input {
-            Input::OneHot(width) => width * shape.layer(0).gate_size(),
-            Input::Embedding { .. } | Input::Bytes(_) => 0,
-        };
-        left + right + size_of::<f32>() * table
-    }
-
-    /// Packs the left operand of the products that follow: `pairs` rows of `outputs` numbers.
-    fn pack_left<'a>(&mut self, (pairs, outputs): (usize, usize), d: impl Iterator<Item = &'a [f32]>) {
-        if (self.left.k(), self.left.m()) != (pairs, outputs) {
-            self.left.reset(pairs, outputs);
+            let projected = shape.options.projection.map_or(0, |_| layer.hidden_size);
+            rows = rows.max(of_gates).max(if projected > 0 { most(layer.output_size) } else { 0 });
+            widest = widest.max(input).max(layer.output_size).max(projected);
+            sum = sum.max(of_gates * (layer.input_size + layer.output_size + 2));
         }
-        self.left.pack_row_iter(d);
+        let (k, sums) = (pairs.min(K_BLOCK), levels as usize + 1);
+        PackedLeft::bytes_of(k, rows) + PackedMatrix::bytes_of(k, widest) + sums * size_of::<f32>() * sum
     }
 
-    /// `d_weight[outputs][inputs] = Σ_pairs d ⊗ x`, where d was packed before.
-    fn product<'a>(
+    /// Bytes that are held.
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        let sums: usize = self.sums.iter().map(Vec::capacity).sum();
+        self.left.held_bytes() + self.right.held_bytes() + 4 * sums
+    }
+
+    /// `into[rows][inputs] = Σ d ⊗ x` over the steps, one block of k after the other. Both operands are packed block by
+    /// block, so that they stay in the second-level cache however long a shard's rows are.
+    fn product<'a, S>(
         &mut self,
         simd: Simd,
-        (pairs, inputs): (usize, usize),
-        x: impl Iterator<Item = &'a [f32]>,
-        d_weight: &mut [f32],
+        steps: impl Iterator<Item = S>,
+        d: impl Fn(&S) -> &'a [f32],
+        x: impl Fn(&S) -> &'a [f32],
+        into: &mut [f32],
     ) {
-        if (self.right.k(), self.right.n()) != (pairs, inputs) {
-            self.right.reset(pairs, inputs);
+        let mut steps = steps.peekable();
+        let Some(first) = steps.peek() else { return into.fill(0.0) };
+        let (rows, inputs) = (d(first).len(), x(first).len());
+        let mut is_first = true;
+        let mut block: Vec<S> = Vec::with_capacity(K_BLOCK);
+        while steps.peek().is_some() {
+            block.clear();
+            block.extend(steps.by_ref().take(K_BLOCK));
+            self.left.reshape(block.len(), rows);
+            self.left.pack_row_iter(simd, block.iter().map(&d));
+            self.right.reshape(block.len(), inputs);
+            self.right.pack_row_iter(simd, block.iter().map(&x));
+            gemm_transposed(simd, &self.left, &self.right, into, inputs, !is_first);
+            is_first = false;
         }
-        self.right.pack_row_iter(x);
-        #[cfg(test)]
-        {
-            let packed =
-                PackedLeft::bytes_of(self.left.k(), self.left.m()) + PackedMatrix::bytes_of(pairs, inputs);
-            self.most_bytes = self.most_bytes.max(packed + 4 * self.table.len());
-        }
-        gemm_transposed(simd, &self.left, &self.right, d_weight, inputs, false);
     }
+}
 
-    /// The same for a one-hot input, which needs no product.
-    fn scatter<'a>(
-        &mut self,
-        simd: Simd,
-        gates: usize,
-        rows: impl Iterator<Item = (u32, &'a [f32])>,
-        d_weight: &mut [f32],
-    ) {
-        self.table.resize(d_weight.len(), 0.0);
-        scatter_add_rows(simd, rows, gates, &mut self.table, d_weight);
+/// Deals rows to tasks: as many as keep all threads busy, of nearly equal size, none above [`MOST_ROWS`].
+fn dealt(rows: Range<usize>, threads: usize) -> impl Iterator<Item = Range<usize>> {
+    let tasks = rows.len().div_ceil(MOST_ROWS).next_multiple_of(threads).min(rows.len());
+    (0..tasks).map(move |task| {
+        let bound = |task| rows.start + task * rows.len() / tasks;
+        bound(task)..bound(task + 1)
+    })
+}
+
+/// The tensors of a bucket, taken one after the other.
+struct Tensors<'b> {
+    /// Where the rest begins in the flat gradient.
+    start: usize,
+    rest: &'b mut [f32],
+}
+
+impl<'b> Tensors<'b> {
+    fn next(&mut self, range: &Range<usize>) -> &'b mut [f32] {
+        assert_eq!(range.start, self.start, "a layer's tensors lie one behind the other");
+        self.start = range.end;
+        take(&mut self.rest, range.len())
     }
+}
+
+/// The first `len` numbers of the rest.
+fn take<'b>(rest: &mut &'b mut [f32], len: usize) -> &'b mut [f32] {
+    rest.split_off_mut(..len).expect("a bucket holds all of its tensors")
+}
+
+/// Row `at` of rows of equal width.
+fn row(values: &[f32], width: usize, at: usize) -> &[f32] {
+    &values[at * width..][..width]
 }

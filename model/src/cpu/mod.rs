@@ -11,6 +11,7 @@ mod block;
 mod direction;
 pub mod footprint;
 mod gradient;
+mod pairs;
 mod reader;
 mod runs;
 pub mod speed;
@@ -26,11 +27,13 @@ use protocol::batch::{Batch, DataShape};
 use protocol::job::JobSpec;
 use protocol::layout::{ModelShape, Part, StateLayout};
 use protocol::sums::{StepSums, row_hash};
+use protocol::tree::TreeNode;
 use rayon::prelude::*;
 
 use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update, UpdateRule};
 use block::{Dropout, Network, RowBlock};
-use gradient::{GradientTask, Scratch};
+use gradient::{Gradient, Scratch};
+use pairs::ShardPairs;
 use runs::{BatchRows, row_starts};
 use weights::Weights;
 
@@ -103,8 +106,10 @@ pub struct CpuDevice {
     row_starts: Vec<usize>,
     /// Dropout of the last training step.
     dropout: Option<Dropout>,
-    /// Rows of each shard of the last batch.
-    shard_rows: Vec<Range<usize>>,
+    /// Shards of the job.
+    shards: u32,
+    /// The last batch of a training step, as sums go over it.
+    pairs: ShardPairs,
     sums: Vec<StepSums>,
     /// One per thread.
     scratch: Vec<std::sync::Mutex<Scratch>>,
@@ -142,7 +147,8 @@ impl CpuDevice {
             blocks: Vec::new(),
             row_starts: Vec::new(),
             dropout: None,
-            shard_rows: Vec::new(),
+            shards: job.shards,
+            pairs: ShardPairs::default(),
             sums: Vec::new(),
             scratch: (0..threads).map(|_| Default::default()).collect(),
         })
@@ -210,8 +216,6 @@ impl Device for CpuDevice {
         state_out: &mut Vec<f32>,
     ) -> Result<()> {
         self.cut(batch.rows());
-        self.shard_rows.clear();
-        self.shard_rows.extend(batch.shards.iter().map(|shard| shard.rows.clone()));
         row_starts(batch, self.layout.shape.input.size(), &mut self.row_starts);
         let backward = pass != Pass::Evaluate;
         self.dropout = match pass {
@@ -253,6 +257,9 @@ impl Device for CpuDevice {
                 }
             });
         });
+        if backward {
+            self.pairs.take(batch, &self.blocks);
+        }
         for block in &mut self.blocks {
             let start = first + block.rows.start * state_size;
             block.store_state(shape, &mut state_out[start..]);
@@ -275,23 +282,24 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn finish_bucket(&mut self, bucket: usize, partials: &mut [Vec<f32>]) -> Result<()> {
-        assert_eq!(partials.len(), self.shard_rows.len(), "finish_bucket: one partial per shard of the step");
+    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Vec<f32>]) -> Result<()> {
+        assert_eq!(nodes.len(), sums.len(), "finish_bucket: one buffer for each node");
         let range = self.buckets[bucket].clone();
         let (layout, part) = (&self.layout, self.layout.part(bucket));
         let dropout = self.dropout.as_ref();
         let network = Network { simd: self.simd, shape: &layout.shape, weights: &self.weights, dropout };
-        let (blocks, scratch, recompute) = (&mut self.blocks, &self.scratch, self.recompute);
-        self.pool.install(|| {
-            if let (Part::Layer(layer), true) = (part, recompute) {
+        let Self { pool, blocks, scratch, recompute, pairs, shards, .. } = self;
+        pool.install(|| {
+            if let (Part::Layer(layer), true) = (part, *recompute) {
                 blocks.par_iter_mut().for_each(|block| block.layer_backward(&network, layer));
             }
-            let blocks = &blocks[..];
-            partials.par_iter_mut().zip(&self.shard_rows).for_each(|(partial, rows)| {
+            let gradient = Gradient { network, layout, blocks, pairs, shards: *shards, part };
+            let buckets = sums.iter_mut().map(|sum| &mut sum[range.clone()]);
+            let tasks = gradient.tasks(nodes, buckets, rayon::current_num_threads());
+            tasks.into_par_iter().with_max_len(1).for_each(|task| {
                 let thread = rayon::current_thread_index().unwrap_or(0);
                 let mut scratch = scratch[thread].lock().expect("a kernel panicked");
-                let task = GradientTask { network, layout, blocks, part, rows: rows.clone() };
-                task.run(&mut scratch, &mut partial[range.clone()]);
+                gradient.run(task, &mut scratch);
             });
         });
         Ok(())

@@ -24,6 +24,8 @@ pub(super) struct Runs {
     places: Vec<u32>,
     /// For a direction that reads backwards: where the step at each place is, `[N]`.
     mirrored: Vec<u32>,
+    /// Where the state before the step at each place is, among the runs' starts followed by all places, `[N]`.
+    before: Vec<u32>,
 }
 
 /// An unbroken sequence of a row's steps.
@@ -95,6 +97,12 @@ impl Runs {
         self.places.resize(steps * rows, NOWHERE);
         self.mirrored.clear();
         self.mirrored.resize(place, 0);
+        self.before.clear();
+        self.before.extend(0..self.active.first().map_or(0, |&active| active as u32));
+        for t in 1..longest {
+            let (start, active) = ((self.runs.len() + self.offsets[t - 1]) as u32, self.active[t] as u32);
+            self.before.extend(start..start + active);
+        }
         for (at, run) in self.runs.iter().enumerate() {
             for t in 0..run.length {
                 let place = self.offsets[t] + at;
@@ -163,23 +171,15 @@ impl Runs {
         all.map(move |(at, &place)| (place as usize, at / rows, at % rows))
     }
 
-    /// The step within its run of what is at `place`, and the position of that run among all.
-    fn within(&self, place: usize) -> (usize, usize) {
-        let t = self.offsets.partition_point(|&offset| offset <= place) - 1;
-        (t, place - self.offsets[t])
-    }
-
     /// The position among all runs of the one whose step is at `place`.
     pub(super) fn run_at(&self, place: usize) -> usize {
-        self.within(place).1
+        let t = self.offsets.partition_point(|&offset| offset <= place) - 1;
+        place - self.offsets[t]
     }
 
     /// Where the state before the step at `place` is, among the runs' starts followed by all places.
     pub(super) fn state_before(&self, place: usize) -> usize {
-        match self.within(place) {
-            (0, run) => run,
-            (t, run) => self.runs.len() + self.offsets[t - 1] + run,
-        }
+        self.before[place] as usize
     }
 }
 

@@ -195,34 +195,45 @@ impl<D: Device> Worker<D> {
         sums
     }
 
-    /// The partial gradients as they left the device, and the values of the nodes that cover them.
+    /// The shards' gradients as they left the device, and the values of the nodes that cover them.
     fn gradient(&mut self, setup: &Setup, sums: &[StepSums]) -> (Vec<Vec<f32>>, Nodes) {
         let (shards, len) = (setup.job.shards, setup.layout.parameters());
         let device = &mut self.device;
+        let leaves = self.shards.clone().map(|index| TreeNode { level: 0, index });
+        let cover = tree::cover(shards, self.shards.clone());
+        let nodes: Vec<TreeNode> = leaves.chain(cover.iter().copied()).collect();
         // Old numbers must not shine through.
         let old = vec![f32::NAN; len];
-        let mut partials: Vec<D::Buffer> = self.shards.clone().map(|_| on(device, &old)).collect();
+        let mut gradients: Vec<D::Buffer> = nodes.iter().map(|_| on(device, &old)).collect();
         for bucket in 0..setup.layout.buckets().len() {
-            device.finish_bucket(bucket, &mut partials).unwrap();
+            device.finish_bucket(bucket, &nodes, &mut gradients).unwrap();
         }
-        let unclipped = partials.iter().map(|partial| off(device, partial, len)).collect();
+        let of_cover = gradients.split_off(self.shards.len());
+        let unclipped = gradients.iter().map(|gradient| off(device, gradient, len)).collect();
         if setup.job.clip == Clip::Shard {
-            for (partial, sums) in partials.iter_mut().zip(sums) {
-                device.clip_shard(partial, sums.weight, setup.job.clip_norm).unwrap();
+            for (gradient, sums) in gradients.iter_mut().zip(sums) {
+                device.clip_shard(gradient, sums.weight, setup.job.clip_norm).unwrap();
             }
         }
         let place = |shard: u32| (shard - self.shards.start) as usize;
         for Addition { left, right } in tree::subtree(shards, self.shards.clone()) {
-            let [left, right] = partials.get_disjoint_mut([place(left), place(right)]).unwrap();
+            let [left, right] = gradients.get_disjoint_mut([place(left), place(right)]).unwrap();
             for range in setup.layout.buckets() {
                 device.tree_add(left, right, range).unwrap();
             }
         }
-        let nodes = tree::cover(shards, self.shards.clone())
-            .into_iter()
-            .map(|node| (node, off(device, &partials[place(node.range(shards).start)], len)))
-            .collect();
-        (unclipped, nodes)
+        let added = |node: &TreeNode| off(device, &gradients[place(node.range(shards).start)], len);
+        let added: Nodes = cover.iter().map(|node| (*node, added(node))).collect();
+        if setup.job.clip != Clip::Shard {
+            for ((node, added), own) in added.iter().zip(&of_cover) {
+                assert_eq!(
+                    bits(&off(device, own, len)),
+                    bits(added),
+                    "{node:?} is not the sum of its shards"
+                );
+            }
+        }
+        (unclipped, added)
     }
 }
 

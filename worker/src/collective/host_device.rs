@@ -5,6 +5,7 @@ use std::ops::Range;
 use model::device::{Device, DeviceError, Pass, Result, StepInput, Update};
 use protocol::batch::Batch;
 use protocol::sums::StepSums;
+use protocol::tree::TreeNode;
 
 /// Host memory as a device; it cannot compute.
 #[derive(Debug, Clone, Copy, Default)]
@@ -44,7 +45,7 @@ impl Device for HostDevice {
         cannot("run a network")
     }
 
-    fn finish_bucket(&mut self, _: usize, _: &mut [Vec<f32>]) -> Result<()> {
+    fn finish_bucket(&mut self, _: usize, _: &[TreeNode], _: &mut [Vec<f32>]) -> Result<()> {
         cannot("run a network")
     }
 

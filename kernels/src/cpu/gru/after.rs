@@ -6,11 +6,10 @@ use crate::cpu::sequence::{parts, parts_mut};
 use crate::cpu::simd::{map_units, simd_kernel};
 
 simd_kernel! {
-    /// From the parts x and y `[rows][3·H]` to the gates and h.
+    /// From the part x, in the places of r, z and n, and the part y `[rows][3·H]` to the gates and h.
     pub(super) fn after_forward<const HARD: bool>(
         simd: Simd,
         hidden: usize,
-        x_part: &[f32],
         h_part: &[f32],
         bias_hh: &[f32],
         h_previous: &[f32],
@@ -20,10 +19,9 @@ simd_kernel! {
         let [b_r, b_z, b_n] = parts(bias_hh);
         for (row, gates) in gates.chunks_exact_mut(4 * hidden).enumerate() {
             let units = row * hidden..(row + 1) * hidden;
-            let [x_r, x_z, x_n] = parts(&x_part[3 * units.start..3 * units.end]);
             let [y_r, y_z, y_n] = parts(&h_part[3 * units.start..3 * units.end]);
             let [r, z, n, q] = parts_mut(gates);
-            let input = [x_r, x_z, x_n, y_r, y_z, y_n, b_r, b_z, b_n, &h_previous[units.clone()]];
+            let input = [y_r, y_z, y_n, b_r, b_z, b_n, &h_previous[units.clone()]];
             map_units(input, [r, z, n, q, &mut h[units]], forward_unit::<HARD>);
         }
     }
@@ -31,8 +29,8 @@ simd_kernel! {
 
 #[inline(always)]
 fn forward_unit<const HARD: bool>(
-    [x_r, x_z, x_n, y_r, y_z, y_n, b_r, b_z, b_n, h_previous]: [f32; 10],
-    _: [f32; 5],
+    [y_r, y_z, y_n, b_r, b_z, b_n, h_previous]: [f32; 7],
+    [x_r, x_z, x_n, _, _]: [f32; 5],
 ) -> [f32; 5] {
     let r = gate::<HARD>(x_r + (y_r + b_r));
     let z = gate::<HARD>(x_z + (y_z + b_z));
@@ -43,38 +41,36 @@ fn forward_unit<const HARD: bool>(
 
 simd_kernel! {
     /// From the gradient of h after the step (`d_h` and `d_out`) to those of x and y, and to the part of the gradient of
-    /// h before it that no product brings.
+    /// h before it that no product brings. The gates r, z, n, q give way to d_r, d_z, d_n and, for y, d_n·r.
     pub(super) fn after_backward<const HARD: bool>(
         simd: Simd,
         hidden: usize,
-        gates: &[f32],
         h_previous: &[f32],
         d_out: &[f32],
-        d_x_part: &mut [f32],
+        gates: &mut [f32],
         d_h_part: &mut [f32],
         d_h: &mut [f32],
     ) {
-        let d_parts = d_x_part.chunks_exact_mut(3 * hidden).zip(d_h_part.chunks_exact_mut(3 * hidden));
-        for (row, (d_x_part, d_h_part)) in d_parts.enumerate() {
+        let rows = gates.chunks_exact_mut(4 * hidden).zip(d_h_part.chunks_exact_mut(3 * hidden));
+        for (row, (gates, d_h_part)) in rows.enumerate() {
             let units = row * hidden..(row + 1) * hidden;
-            let [r, z, n, q] = parts(&gates[4 * units.start..4 * units.end]);
-            let [to_x_r, to_x_z, to_x_n] = parts_mut(d_x_part);
+            let [r, z, n, q] = parts_mut(gates);
             let [to_h_r, to_h_z, to_h_n] = parts_mut(d_h_part);
-            let input = [r, z, n, q, &h_previous[units.clone()], &d_out[units.clone()]];
-            let output = [to_x_r, to_x_z, to_x_n, to_h_r, to_h_z, to_h_n, &mut d_h[units]];
-            map_units(input, output, backward_unit::<HARD>);
+            let input = [&h_previous[units.clone()], &d_out[units.clone()]];
+            let inout = [r, z, n, q, to_h_r, to_h_z, to_h_n, &mut d_h[units]];
+            map_units(input, inout, backward_unit::<HARD>);
         }
     }
 }
 
 #[inline(always)]
 fn backward_unit<const HARD: bool>(
-    [r, z, n, q, h_previous, d_out]: [f32; 6],
-    [_, _, _, _, _, _, d_h]: [f32; 7],
-) -> [f32; 7] {
+    [h_previous, d_out]: [f32; 2],
+    [r, z, n, q, _, _, _, d_h]: [f32; 8],
+) -> [f32; 8] {
     let d_h = d_out + d_h;
     let d_n = d_h * (1.0 - z) * (-n).mul_add(n, 1.0);
     let d_z = d_h * (h_previous - n) * gate_slope::<HARD>(z);
     let d_r = d_n * q * gate_slope::<HARD>(r);
-    [d_r, d_z, d_n, d_r, d_z, d_n * r, d_h * z]
+    [d_r, d_z, d_n, d_n * r, d_r, d_z, d_n * r, d_h * z]
 }

@@ -3,7 +3,7 @@
 use super::{LstmOptions, Peepholes};
 use crate::cpu::activation::{gate, gate_slope};
 use crate::cpu::math::tanh;
-use crate::cpu::sequence::{parts, parts_mut};
+use crate::cpu::sequence::parts_mut;
 use crate::cpu::simd::{Simd, map_units, simd_kernel, with_constants};
 use protocol::cell::RecurrentActivation;
 
@@ -15,10 +15,9 @@ struct Peephole {
     o: f32,
 }
 
-/// What a backward step reads: `[rows][4·H]` of gates, `[rows][H]` of the rest.
+/// What a backward step reads, `[rows][H]`.
 #[derive(Clone, Copy)]
 pub(super) struct CellsBackward<'a> {
-    pub(super) gates: &'a [f32],
     pub(super) c_previous: &'a [f32],
     pub(super) c: &'a [f32],
     /// The whole gradient of m.
@@ -43,20 +42,20 @@ pub(super) fn forward_units(
     ));
 }
 
-/// Computes `d_gates` `[rows][4·H]`, and turns the gradient of c after the step into that of c before it.
+/// Turns the gates `[rows][4·H]` into their gradients, and the gradient of c after the step into that of c before it.
 pub(super) fn backward_units(
     simd: Simd,
     hidden: usize,
     options: LstmOptions<'_>,
     cells: CellsBackward<'_>,
-    d_gates: &mut [f32],
+    gates: &mut [f32],
     d_c: &mut [f32],
 ) {
     let LstmOptions { recurrent_activation, cell_clip, peepholes } = options;
     let hard = recurrent_activation == RecurrentActivation::HardSigmoid;
     let limit = cell_clip.unwrap_or(f32::INFINITY);
     with_constants!(backward_rows[hard, cell_clip.is_some()](
-        simd, hidden, limit, peepholes, cells, d_gates, d_c
+        simd, hidden, limit, peepholes, cells, gates, d_c
     ));
 }
 
@@ -125,29 +124,28 @@ simd_kernel! {
         limit: f32,
         peepholes: Option<Peepholes<'_>>,
         cells: CellsBackward<'_>,
-        d_gates: &mut [f32],
+        gates: &mut [f32],
         d_c: &mut [f32],
     ) {
-        for (row, d_gates) in d_gates.chunks_exact_mut(4 * hidden).enumerate() {
+        for (row, gates) in gates.chunks_exact_mut(4 * hidden).enumerate() {
             let units = row * hidden..(row + 1) * hidden;
-            let [i, f, g, o] = parts(&cells.gates[4 * units.start..4 * units.end]);
             let [c_previous, c, d_m] =
                 [cells.c_previous, cells.c, cells.d_m].map(|cells| &cells[units.clone()]);
-            let [d_i, d_f, d_g, d_o] = parts_mut(d_gates);
-            let inout = [d_i, d_f, d_g, d_o, &mut d_c[units]];
+            let [i, f, g, o] = parts_mut(gates);
+            let inout = [i, f, g, o, &mut d_c[units]];
             match peepholes {
                 None => {
-                    let input = [i, f, g, o, c_previous, c, d_m];
+                    let input = [c_previous, c, d_m];
                     map_units(input, inout, #[inline(always)] |input, inout| {
                         backward_unit::<HARD, CLIP>(limit, None, input, inout)
                     });
                 }
                 Some(p) => {
-                    let input = [i, f, g, o, c_previous, c, d_m, p.i, p.f, p.o];
+                    let input = [c_previous, c, d_m, p.i, p.f, p.o];
                     map_units(input, inout, #[inline(always)] |input, inout| {
-                        let [i, f, g, o, c_previous, c, d_m, p_i, p_f, p_o] = input;
+                        let [c_previous, c, d_m, p_i, p_f, p_o] = input;
                         let peephole = Some(Peephole { i: p_i, f: p_f, o: p_o });
-                        backward_unit::<HARD, CLIP>(limit, peephole, [i, f, g, o, c_previous, c, d_m], inout)
+                        backward_unit::<HARD, CLIP>(limit, peephole, [c_previous, c, d_m], inout)
                     });
                 }
             }
@@ -159,8 +157,8 @@ simd_kernel! {
 fn backward_unit<const HARD: bool, const CLIP: bool>(
     limit: f32,
     peephole: Option<Peephole>,
-    [i, f, g, o, c_previous, c, d_m]: [f32; 7],
-    [_, _, _, _, d_c]: [f32; 5],
+    [c_previous, c, d_m]: [f32; 3],
+    [i, f, g, o, d_c]: [f32; 5],
 ) -> [f32; 5] {
     let tanh_c = tanh(c);
     let d_o = d_m * tanh_c * gate_slope::<HARD>(o);

@@ -5,7 +5,7 @@ use kernels::gemm;
 use protocol::layout::{Head, LayerShape};
 
 use super::{LayerWork, Network, RowBlock};
-use crate::cpu::direction::resize_exactly;
+use crate::cpu::direction::{gate_width, resize_exactly};
 use crate::cpu::weights::{InputWeights, input_has_gradient};
 
 impl RowBlock {
@@ -88,17 +88,18 @@ impl RowBlock {
         d_input: &mut [f32],
     ) {
         let layer = network.shape.layer(index);
-        let (steps, gates, width) = (self.runs.steps(), layer.gate_size(), layer.input_size);
+        let (steps, width) = (self.runs.steps(), layer.input_size);
+        let stride = gate_width(&layer, network.shape.cell);
         for (at, work) in work.directions.iter().enumerate() {
             let InputWeights::Dense { backward, .. } = &network.weights.layers[index][at].input else {
                 unreachable!("a one-hot input has no gradient")
             };
             if at == 0 {
-                gemm(network.simd, steps, &work.d_pre, gates, backward, d_input, width, false);
+                gemm(network.simd, steps, &work.gates, stride, backward, d_input, width, false);
                 continue;
             }
             resize_exactly(room, steps * width);
-            gemm(network.simd, steps, &work.d_pre, gates, backward, room, width, false);
+            gemm(network.simd, steps, &work.gates, stride, backward, room, width, false);
             for (place, row) in d_input.chunks_exact_mut(width).enumerate() {
                 tree_add(network.simd, row, &room[self.runs.mirrored(place) * width..][..width]);
             }
