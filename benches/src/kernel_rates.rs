@@ -337,7 +337,7 @@ mod tests {
             let sizes = KernelSizes::of(&Workload::new(preset, &settings).unwrap());
             assert_eq!((sizes.hidden_size, sizes.batch_size, sizes.seq_len), (20, 16, 28));
             let rates = measure(Simd::detect(), &sizes).unwrap();
-            assert_eq!(rates.len(), 12);
+            assert_eq!(rates.len(), 13);
             assert_eq!(
                 [rates[0].kernel, rates[1].kernel],
                 [format!("{cell} forward"), format!("{cell} backward")]
