@@ -103,9 +103,10 @@ mod tests {
         assert_eq!(portable(64), total);
         #[cfg(target_arch = "x86_64")]
         for simd in Simd::available() {
-            // SAFETY: the level is available.
             match simd.level() {
+                // SAFETY: the level is available.
                 SimdLevel::Avx512 => assert_eq!(unsafe { x86::avx512(64) }, 2.0 * (CHAINS * 16) as f32),
+                // SAFETY: the level is available.
                 SimdLevel::Avx2 => assert_eq!(unsafe { x86::avx2(64) }, 2.0 * CHAINS as f32),
                 SimdLevel::Portable => {}
             }
