@@ -1,4 +1,5 @@
-//! Each kernel of a training step alone, on one thread, beside the multiply-adds of the same moment.
+//! Each kernel of a training step alone, on one thread, beside the multiply-adds of the same moment. Both are timed by
+//! the processor time of the thread: what else the machine does is not counted.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use protocol::cell::{Activation, Cell, RecurrentActivation};
 use protocol::job::EpsilonPlacement;
 use protocol::layout::Head;
 use protocol::problem::Problem;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::roofline::FmaProbe;
 use crate::summary::median;
@@ -117,15 +119,17 @@ impl Meter {
         let flop = 2.0 * multiply_adds as f64;
         let (mut seconds, mut shares) = (Vec::with_capacity(BURSTS), Vec::with_capacity(BURSTS));
         for _ in 0..BURSTS {
-            let (mut calls, started) = (0_u32, Instant::now());
-            while calls == 0 || started.elapsed() < BURST {
+            let (mut calls, begun, started) = (0_u32, Instant::now(), thread_time());
+            while calls == 0 || begun.elapsed() < BURST {
                 call();
                 calls += 1;
             }
-            let of_one = started.elapsed().as_secs_f64() / f64::from(calls);
+            let of_one = (thread_time() - started).as_secs_f64() / f64::from(calls);
             seconds.push(of_one);
             if multiply_adds > 0 {
-                shares.push(flop / of_one / 1e9 / self.fma.measure());
+                let started = thread_time();
+                let fma_rate = self.fma.work() as f64 / (thread_time() - started).as_secs_f64();
+                shares.push(flop / of_one / fma_rate);
             }
         }
         let seconds = median(seconds);
@@ -299,6 +303,11 @@ impl Meter {
         first.fill(0.0);
         self.kernel("tree addition", units, 0, || tree_add(simd, black_box(&mut gradient), &first));
     }
+}
+
+/// Processor time of this thread.
+fn thread_time() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().expect("no thread has run for less than no time")
 }
 
 /// Units of a cell's call, and the multiply-adds of its recurrent products.

@@ -48,9 +48,14 @@ impl FmaProbe {
         }
     }
 
+    /// What one thread does in one measurement; gives its floating-point operations.
+    pub fn work(&self) -> u64 {
+        multiply_add(self.simd, self.rounds)
+    }
+
     /// Measures once: GFLOP/s of all threads, until the slowest is done.
     pub fn measure(&self) -> f64 {
-        let (flop, time) = together(vec![|| multiply_add(self.simd, self.rounds); self.threads]);
+        let (flop, time) = together(vec![|| self.work(); self.threads]);
         giga(flop.iter().sum::<u64>() as f64, time)
     }
 
