@@ -16,6 +16,7 @@ use protocol::handshake::Token;
 use protocol::job::{JobFile, MOST_THREADS, presets};
 use protocol::problem::Problem;
 
+use crate::commands::bench::BenchArgs;
 use crate::commands::completions::CompletionsArgs;
 use crate::commands::data::DataArgs;
 use crate::commands::diff::DiffArgs;
@@ -82,6 +83,8 @@ pub(crate) enum Command {
     Data(DataArgs),
     /// Look at this machine: what a run would use, and what is in its way
     Doctor(DoctorArgs),
+    /// Measure how fast this machine is, and how much of that a training step reaches
+    Bench(BenchArgs),
     /// Print completions for a shell
     Completions(CompletionsArgs),
     /// Print the manual page, or write one for each command
@@ -146,13 +149,7 @@ impl JobArgs {
     /// The job file that these options mean, for so many workers if that is said.
     fn resolve(&self, workers: Option<u32>) -> Result<JobFile, Problem> {
         let text = self.config.as_deref().map(read_job_file).transpose()?;
-        let mut settings = Vec::new();
-        for setting in &self.settings {
-            let (key, value) = setting.split_once('=').ok_or_else(|| {
-                Problem::usage(format!("--set {setting} has no '='")).hint("write --set KEY=VALUE")
-            })?;
-            settings.push((key.trim().to_owned(), value.to_owned()));
-        }
+        let mut settings = settings_of(&self.settings)?;
         // Whoever asks for a number of steps means that number, whatever number of epochs the preset has.
         let epochs = self.epochs.or(self.steps.map(|_| 0));
         let options = [
@@ -417,6 +414,17 @@ fn check_address(address: &str) -> Result<(), Problem> {
     }
 }
 
+/// The keys and values of `--set`.
+pub(crate) fn settings_of(words: &[String]) -> Result<Vec<(String, String)>, Problem> {
+    let parse = |word: &String| {
+        let (key, value) = word.split_once('=').ok_or_else(|| {
+            Problem::usage(format!("--set {word} has no '='")).hint("write --set KEY=VALUE")
+        })?;
+        Ok((key.trim().to_owned(), value.to_owned()))
+    };
+    words.iter().map(parse).collect()
+}
+
 /// Which instructions compute.
 #[derive(Debug, Args)]
 pub(crate) struct SimdArg {
@@ -426,6 +434,11 @@ pub(crate) struct SimdArg {
 }
 
 impl SimdArg {
+    /// Whether a level was asked for.
+    pub(crate) fn is_given(&self) -> bool {
+        self.simd.is_some()
+    }
+
     /// The level that was asked for, else the best of this CPU.
     pub(crate) fn resolve(&self) -> Result<Simd, Problem> {
         self.simd.as_deref().map_or_else(

@@ -86,6 +86,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Import(args) => commands::import::run(&args),
         Command::Data(args) => commands::data::run(args),
         Command::Doctor(args) => commands::doctor::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),
     }

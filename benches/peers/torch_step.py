@@ -1,13 +1,10 @@
 """Measures whole training steps of one preset in PyTorch and prints one JSON line.
 
-    torch_step.py PRESET [--threads N] [--steps N] [--seconds S] [--malloc default|tuned]
+    torch_step.py PRESET [--threads N] [--steps N] [--seconds S] [--hidden-size H] [--seq-len T]
 
-The protocol is lockstep-step's: random batches in memory taken in turn, 8 steps to warm up, then at least STEPS steps
-and SECONDS seconds (2000 steps at most), each timed alone. A step is forward, cross-entropy, backward, clipping by the
-global norm at 5, and Adam, in f32. Characters enter one-hot, images row by row.
-
---malloc tuned starts the process again with an allocator that keeps and reuses large blocks instead of giving them
-back to the system each step; much of PyTorch's time on these sizes is page faults otherwise.
+The protocol is that of `lockstep bench step`: random batches in memory taken in turn, 8 steps to warm up, then at least
+STEPS steps and SECONDS seconds (2000 steps at most), each timed alone. A step is forward, cross-entropy, backward,
+clipping by the global norm at 5, and Adam, in f32. Characters enter one-hot, images row by row.
 """
 
 import time
@@ -19,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import sys
 
 # preset: cell, layers, hidden width, input width, time steps, rows, classes
 CHARACTERS, ROWS = "characters", "rows"
@@ -36,11 +32,6 @@ MOST_STEPS = 2000
 BATCHES = 32
 CLIP_NORM = 5.0
 LEARNING_RATE = 1e-3
-TUNED_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(1 << 26),
-}
 
 
 def arguments():
@@ -49,24 +40,20 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="time at least this many steps")
     parser.add_argument("--seconds", type=float, default=6.0, help="go on for at least this long")
-    parser.add_argument("--malloc", choices=("default", "tuned"), default="default")
+    parser.add_argument("--hidden-size", type=int, help="instead of the preset's")
+    parser.add_argument("--seq-len", type=int, help="instead of the preset's, of characters")
     return parser.parse_args()
 
 
-def tune_malloc():
-    """Restarts this process with the tuned allocator; the environment is read before main, so it must be set then."""
-    if any(os.environ.get(key) != value for key, value in TUNED_MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_MALLOC})
-
-
-def trainer(preset):
+def trainer(args):
     """The network of a preset with its data, as a function that does the step of a number and gives the loss."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     torch.manual_seed(1)
-    cell, layers, hidden, width, steps, rows, classes, kind = PRESETS[preset]
+    cell, layers, hidden, width, steps, rows, classes, kind = PRESETS[args.preset]
+    hidden, steps = args.hidden_size or hidden, args.seq_len or steps
 
     class Network(nn.Module):
         def __init__(self):
@@ -105,7 +92,7 @@ def measure(args):
     import torch
 
     torch.set_num_threads(args.threads)
-    step = trainer(args.preset)
+    step = trainer(args)
     loss = step(0)
     start_to_first_step = time.perf_counter() - STARTED
     for number in range(1, WARM_UP):
@@ -122,7 +109,6 @@ def measure(args):
         "peer": f"torch {torch.__version__}",
         "preset": args.preset,
         "threads": args.threads,
-        "malloc": args.malloc,
         "batch_size": PRESETS[args.preset][5],
         "n": len(times),
         "ms_med": round(statistics.median(times), 3),
@@ -136,7 +122,4 @@ def measure(args):
 
 
 if __name__ == "__main__":
-    args = arguments()
-    if args.malloc == "tuned":
-        tune_malloc()
-    print(json.dumps(measure(args)))
+    print(json.dumps(measure(arguments())))

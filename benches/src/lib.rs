@@ -1,18 +1,28 @@
-//! Benchmarks of Lockstep, and of its peers on the same work.
+//! What measures Lockstep: the commands `lockstep bench` are thin around this.
 //!
-//! | what | where | measures |
-//! |---|---|---|
-//! | [`workload`] | here | a preset with random batches of the right shape, and its count of operations |
-//! | [`trainer`] | here | whole training steps on the CPU device, without a fleet around it |
-//! | [`summary`] | here | the numbers that every measurement reports |
-//! | `lockstep-step` | `src/bin` | one process, one preset, one JSON line |
-//! | `torch_step.py`, `compare.py` | `peers` | the same in PyTorch; both in turn, and the ratio of their times |
-//! | `cells`, `step`, `all_reduce`, `gemm_peers` | `benches` | criterion: kernels, steps, the collective, our GEMM beside another |
+//! | module | measures |
+//! |---|---|
+//! | [`roofline`] | what the machine can do at most: multiply-adds in registers, a large product beside them, memory |
+//! | [`step`] | whole training steps of real workers |
+//! | [`kernel_rates`] | each kernel alone |
+//! | [`fleet`] | real workers in this process, with batches from memory |
+//! | [`trainer`] | the calls of the step loop on one device, without a worker around it |
+//! | [`workload`] | a preset with random batches of the right shape, and its count of operations |
+//! | [`together`] | work that threads begin at the same moment |
+//! | [`summary`] | the numbers that every measurement reports |
+//!
+//! Besides: the program `lockstep-all-reduce` has the collective alone, `peers` the same workloads in other frameworks;
+//! the scripts `compare`, `compare-all-reduce`, `compare-sample` and `sweep` run ours and theirs in turn.
 //!
 //! A time of one process on a shared machine says little. What is reported of a comparison is the median of the
-//! ratios of pairs that ran one after the other, which is `peers/compare.py`'s work.
+//! ratios of pairs that ran one after the other.
 #![forbid(unsafe_code)]
 
+pub mod fleet;
+pub mod kernel_rates;
+pub mod roofline;
+pub mod step;
 pub mod summary;
+pub mod together;
 pub mod trainer;
 pub mod workload;

@@ -1,7 +1,5 @@
 //! What a measurement reports of its samples.
 
-use std::time::Duration;
-
 /// Order statistics of the times of single steps, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Summary {
@@ -18,20 +16,32 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// The summary of at least one time.
-    pub fn of(times: &[Duration]) -> Self {
-        assert!(!times.is_empty(), "summary: there are no times");
-        let mut ms: Vec<f64> = times.iter().map(|time| 1e3 * time.as_secs_f64()).collect();
+    /// The summary of at least one time in seconds.
+    pub fn of(seconds: impl Iterator<Item = f64>) -> Self {
+        let mut ms: Vec<f64> = seconds.map(|seconds| 1e3 * seconds).collect();
+        assert!(!ms.is_empty(), "summary: there are no times");
         ms.sort_unstable_by(f64::total_cmp);
         let n = ms.len();
         Self {
             n,
-            median_ms: (ms[(n - 1) / 2] + ms[n / 2]) / 2.0,
+            median_ms: middle(&ms),
             min_ms: ms[0],
             p90_ms: ms[(9 * n).div_ceil(10) - 1],
             max_ms: ms[n - 1],
         }
     }
+}
+
+/// The median of at least one number: of an even count the mean of the two in the middle.
+pub fn median(mut numbers: Vec<f64>) -> f64 {
+    assert!(!numbers.is_empty(), "median: there are no numbers");
+    numbers.sort_unstable_by(f64::total_cmp);
+    middle(&numbers)
+}
+
+fn middle(ordered: &[f64]) -> f64 {
+    let n = ordered.len();
+    (ordered[(n - 1) / 2] + ordered[n / 2]) / 2.0
 }
 
 /// Most memory that this process has held, in MiB; `None` where the system does not say.
@@ -47,8 +57,7 @@ mod tests {
 
     #[test]
     fn order_statistics_of_few_and_many() {
-        let of =
-            |ms: &[u64]| Summary::of(&ms.iter().map(|&ms| Duration::from_millis(ms)).collect::<Vec<_>>());
+        let of = |ms: &[u32]| Summary::of(ms.iter().map(|&ms| f64::from(ms) / 1e3));
         let one = of(&[3]);
         assert_eq!((one.median_ms, one.min_ms, one.p90_ms, one.max_ms), (3.0, 3.0, 3.0, 3.0));
         let ten = of(&[10, 9, 8, 7, 6, 5, 4, 3, 2, 1]);

@@ -1,5 +1,7 @@
 //! A preset with random data of the right shape: what to measure, without files.
 
+use std::ops::Range;
+
 use model::cost::Flop;
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::job::{JobFile, JobSpec, Task};
@@ -15,6 +17,8 @@ const VOCABULARY: usize = 65;
 const IMAGE: (usize, usize, usize) = (28, 28, 10);
 /// Different batches, taken in turn: one alone would soon be known by heart, and its gradients would vanish.
 const BATCHES: u64 = 32;
+/// So many steps that no measurement sees the end of an epoch.
+const STEPS: u64 = 1 << 40;
 
 /// A job, the data shape it meets, and batches for it.
 #[derive(Debug, Clone)]
@@ -42,7 +46,7 @@ impl Workload {
             Task::Rows => (IMAGE.1, IMAGE.2, IMAGE.0),
         };
         let model = ModelShape::of(&job, input_size, classes);
-        let schedule = Schedule { steps_per_epoch: u64::MAX, evaluation_batches: 0, total_steps: u64::MAX };
+        let schedule = Schedule { steps_per_epoch: STEPS, evaluation_batches: 0, total_steps: STEPS };
         let data = DataShape { model, seq_len, schedule };
         let layout = StateLayout::new(data.model.clone(), job.batch_size as usize);
         let batches = (0..BATCHES).map(|index| random_batch(&job, &data, index)).collect();
@@ -52,6 +56,44 @@ impl Workload {
     /// The batch of a training step.
     pub fn batch(&self, step: u64) -> &Batch {
         &self.batches[(step % BATCHES) as usize]
+    }
+
+    /// The rows of these shards of the batch of a training step, as a worker gets them.
+    pub fn part(&self, step: u64, shards: Range<u32>) -> Batch {
+        let whole = self.batch(step);
+        let slots = slots_of(self.job.batch_size, self.job.shards, shards.clone());
+        let rows = slots.start as usize..slots.end as usize;
+        // All rows are equally long.
+        fn cut<T: Copy>(values: &[T], of: usize, rows: &Range<usize>) -> Vec<T> {
+            let width = values.len() / of;
+            values[rows.start * width..rows.end * width].to_vec()
+        }
+        let of = whole.rows();
+        let inputs = match &whole.inputs {
+            Inputs::Tokens(tokens) => Inputs::Tokens(cut(tokens, of, &rows)),
+            Inputs::LabelledTokens { tokens, labels } => {
+                Inputs::LabelledTokens { tokens: cut(tokens, of, &rows), labels: cut(labels, of, &rows) }
+            }
+            Inputs::Bytes { bytes, labels } => {
+                Inputs::Bytes { bytes: cut(bytes, of, &rows), labels: cut(labels, of, &rows) }
+            }
+        };
+        let shards = &whole.shards[shards.start as usize..shards.end as usize];
+        Batch {
+            work: Work::Train { step, epoch: 0, index: step },
+            first_slot: slots.start,
+            shards: shards
+                .iter()
+                .map(|&ShardBatch { shard, rows: Range { start, end } }| ShardBatch {
+                    shard,
+                    rows: start - rows.start..end - rows.start,
+                })
+                .collect(),
+            sample_ids: whole.sample_ids[rows.clone()].to_vec(),
+            lengths: whole.lengths[rows.clone()].to_vec(),
+            paddings: whole.paddings[rows].to_vec(),
+            inputs,
+        }
     }
 
     /// Floating-point operations of one training step, in units of 10⁹, as [`Flop`] counts them.
@@ -110,5 +152,23 @@ mod tests {
         assert_eq!(first.shards.last().unwrap().rows.end, 64);
         assert_ne!(first.inputs, second.inputs);
         assert_eq!(workload.batch(0), workload.batch(BATCHES));
+    }
+
+    #[test]
+    fn parts_are_batches_that_travel_and_together_the_whole() {
+        for preset in ["char-lstm", "mnist-rnn", "classify-text"] {
+            let workload = Workload::new(preset, &[("shards".to_owned(), "7".to_owned())]).unwrap();
+            assert_eq!(workload.part(2, 0..7), *workload.batch(2), "{preset}");
+            let [first, second] = [workload.part(2, 0..3), workload.part(2, 3..7)];
+            assert_eq!((second.shard_range(), second.shards[0].rows.start), (3..7, 0));
+            assert_eq!(second.first_slot as usize, first.rows());
+            assert_eq!(
+                [first.sample_ids.clone(), second.sample_ids.clone()].concat(),
+                workload.batch(2).sample_ids
+            );
+            for part in [first, second] {
+                assert_eq!(Batch::from_bytes(&part.to_bytes(), &workload.data), Some(part), "{preset}");
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The commands besides training: what a run has left, and what is around the program itself. Each file has its words
 //! and what it does.
 
+pub(crate) mod bench;
 pub(crate) mod completions;
 pub(crate) mod data;
 pub(crate) mod diff;

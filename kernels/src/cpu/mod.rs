@@ -14,6 +14,7 @@ pub mod optimizer;
 pub mod pack;
 pub mod reduce;
 pub mod rnn;
+pub mod roofline;
 pub mod sequence;
 pub mod simd;
 pub mod softmax;

@@ -117,8 +117,8 @@ pub(super) fn start(
     });
     let mut threads = Vec::with_capacity(2 * (world_size - 1));
     for rank in links.peers() {
-        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank))
-            .and_then(|writer| {
+        let started =
+            spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank)).and_then(|writer| {
                 threads.push(writer);
                 spawn(&links, format!("from-rank-{rank}"), move |links| links.read_from(rank))
             });
@@ -311,8 +311,9 @@ impl Links {
                 self.send(peer, Address::GOODBYE, Payload::Bytes(Arc::default()));
                 self.peer(peer).outbox.close();
             }
-            let drained =
-                self.changed.wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
+            let drained = self
+                .changed
+                .wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
             drop(drained);
         } else {
             drop(state);

@@ -121,7 +121,12 @@ trait Destination {
     fn landing(&mut self, ticket: u32) -> Option<Landing<'_>>;
 
     /// Takes one piece of a rank, or says why it does not fit.
-    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>>;
+    fn take(
+        &mut self,
+        rank: u32,
+        block: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>>;
 }
 
 /// The parts of a device's buffer.
@@ -137,7 +142,12 @@ impl<D: Device> Destination for Parts<'_, D> {
         Some(Landing { ticket, parts: &self.by_rank, values })
     }
 
-    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+    fn take(
+        &mut self,
+        rank: u32,
+        block: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>> {
         match (block_range(self.by_rank[rank as usize].clone(), block), payload) {
             (Some(range), Payload::Floats(values)) if values.len() == range.len() => {
                 self.device.import(self.buffer, range.start, values)?;
@@ -156,7 +166,12 @@ impl Destination for Everybodys {
         None
     }
 
-    fn take(&mut self, rank: u32, _: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+    fn take(
+        &mut self,
+        rank: u32,
+        _: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>> {
         let Payload::Bytes(bytes) = payload else {
             return Ok(Err("it sent floats where bytes are exchanged"));
         };

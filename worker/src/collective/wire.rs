@@ -89,7 +89,8 @@ pub(super) enum Payload {
     Bytes(Arc<Vec<u8>>),
 }
 
-const _: () = assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
+const _: () =
+    assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
 
 impl Payload {
     pub(super) fn as_bytes(&self) -> &[u8] {
@@ -211,7 +212,7 @@ impl FrameReader {
         &mut self,
         stream: &TcpStream,
         bytes: &DataPlaneBytes,
-        mut landing: Option<&mut Landing<'_>>,
+        landing: Option<&mut Landing<'_>>,
         spare: impl FnOnce() -> Vec<f32>,
     ) -> io::Result<Option<Incoming>> {
         if self.begun.is_none() {
@@ -223,7 +224,7 @@ impl FrameReader {
         }
         let (_, expected, payload) = self.begun.as_mut().expect("it is there or was just put there");
         let payload = payload
-            .as_bytes_mut(landing.as_deref_mut())
+            .as_bytes_mut(landing)
             .ok_or_else(|| io::Error::other("its values are no longer waited for"))?;
         if !fill(stream, payload, &mut self.filled)? {
             return Ok(None);
@@ -368,9 +369,8 @@ mod tests {
         };
         // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
         let mut frames: Vec<Outgoing> = (0..64).map(new).collect();
-        let send = |frame: &mut Outgoing, flags| {
-            frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap()
-        };
+        let send =
+            |frame: &mut Outgoing, flags| frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap();
         let is_full = |frame: &mut Outgoing| !send(frame, SendFlags::DONTWAIT);
         let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
         std::thread::scope(|scope| {
