@@ -7,7 +7,9 @@
 //! | [`summary`] | here | the numbers that every measurement reports |
 //! | `lockstep-step` | `src/bin` | one process, one preset, one JSON line |
 //! | `torch_step.py`, `compare.py` | `peers` | the same in PyTorch; both in turn, and the ratio of their times |
-//! | `cells`, `step`, `all_reduce`, `gemm_peers` | `benches` | criterion: kernels, steps, the collective, our GEMM beside another |
+//! | `lockstep-all-reduce` | `src/bin` | one of two processes that sum, ours or bare sockets |
+//! | `gloo_all_reduce.py`, `compare-all-reduce` | `peers`, here | the same with gloo; all in turn, and their ratios |
+//! | `cells`, `step`, `gemm_peers` | `benches` | criterion: kernels, steps, our GEMM beside another |
 //!
 //! A time of one process on a shared machine says little. What is reported of a comparison is the median of the
 //! ratios of pairs that ran one after the other, which is `peers/compare.py`'s work.

@@ -91,10 +91,11 @@ fn run(args: &Args) -> Result<(), Problem> {
 fn follow_orders(rank: u32, mut rounds: impl FnMut(usize, usize) -> Vec<f64>) -> Result<(), Problem> {
     for line in io::stdin().lock().lines() {
         let line = line.map_err(|error| Problem::failed(error.to_string()))?;
-        let order = line.split_once(' ').and_then(|(bytes, count)| {
-            Some((bytes.parse::<usize>().ok()?, count.parse::<usize>().ok()?))
-        });
-        let (bytes, count) = order.ok_or_else(|| Problem::usage(format!("\"{line}\" is not BYTES ROUNDS")))?;
+        let order = line
+            .split_once(' ')
+            .and_then(|(bytes, count)| Some((bytes.parse::<usize>().ok()?, count.parse::<usize>().ok()?)));
+        let (bytes, count) =
+            order.ok_or_else(|| Problem::usage(format!("\"{line}\" is not BYTES ROUNDS")))?;
         let micros = rounds(bytes / 4, count);
         if rank == 0 {
             println!("{}", json!(micros));

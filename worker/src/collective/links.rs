@@ -1,10 +1,10 @@
 //! What the threads of a [`TcpCollective`](super::tcp::TcpCollective) share, and the threads: one reader and one
 //! writer per peer.
 //!
-//! Whoever delivers the last piece of a block adds the block up and hands the sum to the writers: usually a reader,
-//! while the training thread computes the next bucket; the training thread itself if its own piece came last. So
-//! there is no engine thread and no hand-over to one. Readers never wait for writers (their queues have no bound; a
-//! step's operations are the bound), so two workers cannot block each other.
+//! Whoever delivers the last piece of a block adds the block up and sends the sum: usually a reader, while the training
+//! thread computes the next bucket; the training thread itself if its own piece came last. So there is no engine thread
+//! and no hand-over to one. Readers never wait for somebody to read (see `outbox`), so two workers cannot block each
+//! other. Where there is only one peer, the training thread reads itself while it begins or waits for an operation.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -117,8 +117,8 @@ pub(super) fn start(
     });
     let mut threads = Vec::with_capacity(2 * (world_size - 1));
     for rank in links.peers() {
-        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank))
-            .and_then(|writer| {
+        let started =
+            spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank)).and_then(|writer| {
                 threads.push(writer);
                 spawn(&links, format!("from-rank-{rank}"), move |links| links.read_from(rank))
             });
@@ -311,8 +311,9 @@ impl Links {
                 self.send(peer, Address::GOODBYE, Payload::Bytes(Arc::default()));
                 self.peer(peer).outbox.close();
             }
-            let drained =
-                self.changed.wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
+            let drained = self
+                .changed
+                .wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
             drop(drained);
         } else {
             drop(state);

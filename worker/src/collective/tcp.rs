@@ -5,13 +5,14 @@
 //! | values of a cover's nodes, one slice | each rank | the slice's owner | `Reduce` |
 //! | the finished slice | its owner | all | `Gather` |
 //!
-//! The training thread only copies values out ([`Collective::begin_reduce`]) and in ([`Collective::wait`]); sending,
-//! receiving and adding go on beside it (`links`). With one worker there is no thread and no
-//! socket, but the same additions.
+//! The training thread hands values out ([`Collective::begin_reduce`]) and takes them in ([`Collective::wait`]); what
+//! the sockets do not take at once, and what comes while it computes, is the business of other threads (`links`). With
+//! one worker there is no thread and no socket, but the same additions.
 //!
-//! **Allocation**: the values of blocks live in buffers that are used again, frames in one buffer per thread. What
-//! is still allocated is small: per operation the ranges of its parts and its list of pieces, per block the list of
-//! its nodes, a reference count, and now and then a node of a queue or a map. `exchange` allocates what it returns.
+//! **Allocation**: the values of blocks live in buffers that are used again, or stay in the device's memory if that is
+//! the host's. What is still allocated is small: per operation the ranges of its parts and its list of pieces, per block
+//! the list of its nodes, a reference count, and now and then a node of a queue or a map. `exchange` allocates what it
+//! returns.
 
 use std::collections::HashMap;
 use std::io;
@@ -121,7 +122,12 @@ trait Destination {
     fn landing(&mut self, ticket: u32) -> Option<Landing<'_>>;
 
     /// Takes one piece of a rank, or says why it does not fit.
-    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>>;
+    fn take(
+        &mut self,
+        rank: u32,
+        block: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>>;
 }
 
 /// The parts of a device's buffer.
@@ -137,7 +143,12 @@ impl<D: Device> Destination for Parts<'_, D> {
         Some(Landing { ticket, parts: &self.by_rank, values })
     }
 
-    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+    fn take(
+        &mut self,
+        rank: u32,
+        block: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>> {
         match (block_range(self.by_rank[rank as usize].clone(), block), payload) {
             (Some(range), Payload::Floats(values)) if values.len() == range.len() => {
                 self.device.import(self.buffer, range.start, values)?;
@@ -156,7 +167,12 @@ impl Destination for Everybodys {
         None
     }
 
-    fn take(&mut self, rank: u32, _: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+    fn take(
+        &mut self,
+        rank: u32,
+        _: u32,
+        payload: &Payload,
+    ) -> Result<std::result::Result<(), &'static str>> {
         let Payload::Bytes(bytes) = payload else {
             return Ok(Err("it sent floats where bytes are exchanged"));
         };

@@ -89,7 +89,8 @@ pub(super) enum Payload {
     Bytes(Arc<Vec<u8>>),
 }
 
-const _: () = assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
+const _: () =
+    assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
 
 impl Payload {
     pub(super) fn as_bytes(&self) -> &[u8] {
@@ -211,7 +212,7 @@ impl FrameReader {
         &mut self,
         stream: &TcpStream,
         bytes: &DataPlaneBytes,
-        mut landing: Option<&mut Landing<'_>>,
+        landing: Option<&mut Landing<'_>>,
         spare: impl FnOnce() -> Vec<f32>,
     ) -> io::Result<Option<Incoming>> {
         if self.begun.is_none() {
@@ -223,7 +224,7 @@ impl FrameReader {
         }
         let (_, expected, payload) = self.begun.as_mut().expect("it is there or was just put there");
         let payload = payload
-            .as_bytes_mut(landing.as_deref_mut())
+            .as_bytes_mut(landing)
             .ok_or_else(|| io::Error::other("its values are no longer waited for"))?;
         if !fill(stream, payload, &mut self.filled)? {
             return Ok(None);
@@ -368,9 +369,8 @@ mod tests {
         };
         // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
         let mut frames: Vec<Outgoing> = (0..64).map(new).collect();
-        let send = |frame: &mut Outgoing, flags| {
-            frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap()
-        };
+        let send =
+            |frame: &mut Outgoing, flags| frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap();
         let is_full = |frame: &mut Outgoing| !send(frame, SendFlags::DONTWAIT);
         let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
         std::thread::scope(|scope| {
@@ -385,6 +385,39 @@ mod tests {
                 assert!(send(frame, SendFlags::empty()));
             }
         });
+    }
+
+    #[test]
+    fn values_land_where_they_are_wanted_and_nowhere_else() {
+        let (opener, answerer) = pair();
+        let mut values = vec![0.0; 10];
+        let mut landing = Landing { ticket: 5, parts: &[0..4, 4..10], values: &mut values };
+        let block = |ticket, place, block, floats: usize| {
+            let address = Address { kind: BulkKind::Gather, ticket, place, block };
+            (address, (0..floats).map(|i| i as f32 + 1.0).collect::<Vec<f32>>())
+        };
+        let mut landed = |(address, floats): (Address, Vec<f32>)| {
+            let bytes = bytemuck::cast_slice(&floats);
+            assert!(
+                Outgoing::new(1, address, false, bytes).send(bytes, &opener, SendFlags::empty()).unwrap()
+            );
+            let mut reader = FrameReader::new();
+            loop {
+                wait_readable(&answerer, None);
+                let all = &DataPlaneBytes::default();
+                if let Some(frame) = reader.read(&answerer, all, Some(&mut landing), Vec::new).unwrap() {
+                    return matches!(frame.payload, Received::Landed(range) if range == (4..10));
+                }
+            }
+        };
+        assert!(landed(block(5, 1, 0, 6)));
+        assert!(!landed(block(6, 1, 0, 6)), "another operation");
+        assert!(!landed(block(5, 1, 1, 6)), "a block that its part does not have");
+        assert!(!landed(block(5, 1, 0, 5)), "too short");
+        assert!(!landed(block(5, 2, 0, 6)), "no such rank");
+        let (reduce, floats) = block(5, 1, 0, 6);
+        assert!(!landed((Address { kind: BulkKind::Reduce, ..reduce }, floats)), "addends");
+        assert_eq!(values, [0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }
 
     #[test]
