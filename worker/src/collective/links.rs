@@ -1,10 +1,10 @@
 //! What the threads of a [`TcpCollective`](super::tcp::TcpCollective) share, and the threads: one reader and one
 //! writer per peer.
 //!
-//! Whoever delivers the last piece of a block adds the block up and hands the sum to the writers: usually a reader,
-//! while the training thread computes the next bucket; the training thread itself if its own piece came last. So
-//! there is no engine thread and no hand-over to one. Readers never wait for writers (their queues have no bound; a
-//! step's operations are the bound), so two workers cannot block each other.
+//! Whoever delivers the last piece of a block adds the block up and sends the sum: usually a reader, while the training
+//! thread computes the next bucket; the training thread itself if its own piece came last. So there is no engine thread
+//! and no hand-over to one. Readers never wait for somebody to read (see `outbox`), so two workers cannot block each
+//! other. Where there is only one peer, the training thread reads itself while it begins or waits for an operation.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};

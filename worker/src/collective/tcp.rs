@@ -5,13 +5,14 @@
 //! | values of a cover's nodes, one slice | each rank | the slice's owner | `Reduce` |
 //! | the finished slice | its owner | all | `Gather` |
 //!
-//! The training thread only copies values out ([`Collective::begin_reduce`]) and in ([`Collective::wait`]); sending,
-//! receiving and adding go on beside it (`links`). With one worker there is no thread and no
-//! socket, but the same additions.
+//! The training thread hands values out ([`Collective::begin_reduce`]) and takes them in ([`Collective::wait`]); what
+//! the sockets do not take at once, and what comes while it computes, is the business of other threads (`links`). With
+//! one worker there is no thread and no socket, but the same additions.
 //!
-//! **Allocation**: the values of blocks live in buffers that are used again, frames in one buffer per thread. What
-//! is still allocated is small: per operation the ranges of its parts and its list of pieces, per block the list of
-//! its nodes, a reference count, and now and then a node of a queue or a map. `exchange` allocates what it returns.
+//! **Allocation**: the values of blocks live in buffers that are used again, or stay in the device's memory if that is
+//! the host's. What is still allocated is small: per operation the ranges of its parts and its list of pieces, per block
+//! the list of its nodes, a reference count, and now and then a node of a queue or a map. `exchange` allocates what it
+//! returns.
 
 use std::collections::HashMap;
 use std::io;

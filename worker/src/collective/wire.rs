@@ -388,6 +388,39 @@ mod tests {
     }
 
     #[test]
+    fn values_land_where_they_are_wanted_and_nowhere_else() {
+        let (opener, answerer) = pair();
+        let mut values = vec![0.0; 10];
+        let mut landing = Landing { ticket: 5, parts: &[0..4, 4..10], values: &mut values };
+        let block = |ticket, place, block, floats: usize| {
+            let address = Address { kind: BulkKind::Gather, ticket, place, block };
+            (address, (0..floats).map(|i| i as f32 + 1.0).collect::<Vec<f32>>())
+        };
+        let mut landed = |(address, floats): (Address, Vec<f32>)| {
+            let bytes = bytemuck::cast_slice(&floats);
+            assert!(
+                Outgoing::new(1, address, false, bytes).send(bytes, &opener, SendFlags::empty()).unwrap()
+            );
+            let mut reader = FrameReader::new();
+            loop {
+                wait_readable(&answerer, None);
+                let all = &DataPlaneBytes::default();
+                if let Some(frame) = reader.read(&answerer, all, Some(&mut landing), Vec::new).unwrap() {
+                    return matches!(frame.payload, Received::Landed(range) if range == (4..10));
+                }
+            }
+        };
+        assert!(landed(block(5, 1, 0, 6)));
+        assert!(!landed(block(6, 1, 0, 6)), "another operation");
+        assert!(!landed(block(5, 1, 1, 6)), "a block that its part does not have");
+        assert!(!landed(block(5, 1, 0, 5)), "too short");
+        assert!(!landed(block(5, 2, 0, 6)), "no such rank");
+        let (reduce, floats) = block(5, 1, 0, 6);
+        assert!(!landed((Address { kind: BulkKind::Reduce, ..reduce }, floats)), "addends");
+        assert_eq!(values, [0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
     fn damage_and_strange_lengths_are_refused() {
         let refusal = |sent: &[u8]| {
             let (mut opener, answerer) = pair();
