@@ -157,7 +157,7 @@ fn a_run_is_not_gone_on_with_by_a_build_that_computes_other_bits() {
         1,
         &[
             "error: this run was computed with cpu f32 numerics 0, worker worker-",
-            " computes with cpu f32 numerics 1: going on would change the result",
+            " computes with cpu f32 numerics 2: going on would change the result",
             "hint: build the version that wrote the run, or give --fresh to start over",
         ],
     );
@@ -169,5 +169,5 @@ fn a_run_is_not_gone_on_with_by_a_build_that_computes_other_bits() {
     assert_eq!(train_in_process(&run, "--set steps=6", old(1)), Ok(Exit::Done));
     assert_eq!(run.hashes().step, 6);
     run.train("--set steps=6 --workers 2 --fresh");
-    assert_eq!(run.inspect()["bits"], "cpu f32 numerics 1");
+    assert_eq!(run.inspect()["bits"], "cpu f32 numerics 2");
 }

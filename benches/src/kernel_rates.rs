@@ -9,8 +9,9 @@ use kernels::cpu::lstm::{LstmBackward, LstmForward, LstmOptions, lstm_backward, 
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, adam_update, squared_norm};
 use kernels::cpu::reduce::{digest, tree_add};
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
+use kernels::cpu::sequence::InputPart;
 use kernels::cpu::softmax::softmax_cross_entropy;
-use kernels::{PackedLeft, PackedMatrix, SequenceShape, Simd, gemm, gemm_transposed};
+use kernels::{PackedLeft, PackedMatrix, SequenceShape, Simd, Start, gemm, gemm_transposed};
 use protocol::cell::{Activation, Cell, RecurrentActivation};
 use protocol::job::EpsilonPlacement;
 use protocol::layout::Head;
@@ -162,8 +163,8 @@ impl Meter {
         let (mut h, mut d_h) = (states(shape), one_step(shape, 1));
         let packed = PackedMatrix::new(hidden, hidden);
         self.kernel("rnn forward", units, multiply_adds, || {
-            let args = RnnForward { shape, activation, weight_hh: &packed, pre: &mut pre, h: &mut h };
-            rnn_forward(simd, args);
+            let (weight_hh, input, pre, h) = (&packed, InputPart::InPlace, &mut pre, &mut h);
+            rnn_forward(simd, RnnForward { shape, activation, weight_hh, input, pre, h });
         });
         self.kernel("rnn backward", units, multiply_adds, || {
             let (h, d_out, d_pre, d_h) = (&h, &d_out, &mut d_pre, &mut d_h);
@@ -181,9 +182,9 @@ impl Meter {
         let [mut d_h, mut d_c] = [(); 2].map(|()| one_step(shape, 1));
         let mut packed = PackedMatrix::new(hidden, 4 * hidden);
         self.kernel("lstm forward", units, multiply_adds, || {
+            let (weight_hh, projection, input) = (&packed, None, InputPart::InPlace);
             let (gates, h, c) = (&mut gates, &mut h, &mut c);
-            let args = LstmForward { shape, options, weight_hh: &packed, projection: None, gates, h, c };
-            lstm_forward(simd, args);
+            lstm_forward(simd, LstmForward { shape, options, weight_hh, projection, input, gates, h, c });
         });
         packed.reshape(4 * hidden, hidden);
         self.kernel("lstm backward", units, multiply_adds, || {
@@ -241,12 +242,30 @@ impl Meter {
         let units = ("output", rows * gates);
         let packed = PackedMatrix::new(hidden, gates);
         self.kernel("input product", units, rows * gates * hidden, || {
-            gemm(simd, rows, black_box(&inputs), hidden, &packed, black_box(&mut outputs), gates, false);
+            gemm(
+                simd,
+                rows,
+                black_box(&inputs),
+                hidden,
+                &packed,
+                black_box(&mut outputs),
+                gates,
+                Start::Zero,
+            );
         });
         let units = ("output", rows * hidden);
         let packed = PackedMatrix::new(gates, hidden);
         self.kernel("input gradient product", units, rows * gates * hidden, || {
-            gemm(simd, rows, black_box(&outputs), gates, &packed, black_box(&mut inputs), hidden, false);
+            gemm(
+                simd,
+                rows,
+                black_box(&outputs),
+                gates,
+                &packed,
+                black_box(&mut inputs),
+                hidden,
+                Start::Zero,
+            );
         });
 
         // The (step, row) pairs of one shard.

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use kernels::cpu::roofline::multiply_add;
-use kernels::{PackedMatrix, Simd, SimdLevel, gemm};
+use kernels::{PackedMatrix, Simd, SimdLevel, Start, gemm};
 use protocol::problem::Problem;
 
 use crate::summary::median;
@@ -89,7 +89,7 @@ impl GemmProbe {
         let jobs = self.left.chunks(part).zip(self.product.chunks_mut(part)).map(|(left, product)| {
             move || {
                 let rows = left.len() / GEMM_SIZE;
-                gemm(simd, rows, left, GEMM_SIZE, right, product, GEMM_SIZE, false);
+                gemm(simd, rows, left, GEMM_SIZE, right, product, GEMM_SIZE, Start::Zero);
             }
         });
         let (_, time) = together(jobs.collect());

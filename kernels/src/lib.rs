@@ -25,7 +25,7 @@
 pub mod cpu;
 pub mod oracle;
 
-pub use cpu::gemm::{gemm, gemm_transposed};
+pub use cpu::gemm::{Start, gemm, gemm_transposed};
 pub use cpu::pack::{PackedLeft, PackedMatrix};
 pub use cpu::sequence::SequenceShape;
 pub use cpu::simd::{Simd, SimdLevel};

@@ -142,6 +142,17 @@ pub trait Device: Send {
     /// Copies a range of the buffer to the host.
     fn export(&self, buffer: &Self::Buffer, range: Range<usize>, into: &mut [f32]) -> Result<()>;
 
+    /// The numbers of the buffer, where its memory is the host's: a network can then take them from there without a
+    /// copy. `None` where it is not.
+    fn host<'a>(&self, _buffer: &'a Self::Buffer) -> Option<&'a [f32]> {
+        None
+    }
+
+    /// As [`host`](Self::host), for a network that puts numbers there.
+    fn host_mut<'a>(&self, _buffer: &'a mut Self::Buffer) -> Option<&'a mut [f32]> {
+        None
+    }
+
     /// Runs the network over the rows of a batch.
     ///
     /// | argument | shape | in/out |

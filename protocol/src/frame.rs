@@ -91,9 +91,19 @@ impl BulkHeader {
     /// # Errors
     /// An unknown kind, a length that is not the payload's, a wrong checksum.
     pub fn decode(frame: &[u8]) -> Result<(Self, &[u8]), FrameError> {
-        let Some((header, payload)) = frame.split_first_chunk::<{ Self::BYTES }>() else {
+        let Some((header, payload)) = frame.split_first_chunk() else {
             return Err(FrameError::Header(frame.len()));
         };
+        let (header, expected) = Self::read(header)?;
+        expected.check(payload)?;
+        Ok((header, payload))
+    }
+
+    /// Reads a header alone, for somebody who wants to choose where the payload goes before it comes.
+    ///
+    /// # Errors
+    /// An unknown kind.
+    pub fn read(header: &[u8; Self::BYTES]) -> Result<(Self, Expected), FrameError> {
         let kind = match header[0] {
             1 => BulkKind::Batch,
             2 => BulkKind::State,
@@ -103,14 +113,29 @@ impl BulkHeader {
         };
         let long = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
-        if word(29) as usize != payload.len() {
+        let header = Self { kind, generation: long(1), step: long(9), sequence: word(17), tag: long(21) };
+        Ok((header, Expected { length: word(29), checksum: word(33) }))
+    }
+}
+
+/// What a header says of the payload behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    length: u32,
+    checksum: u32,
+}
+
+impl Expected {
+    /// Compares a payload with its header.
+    ///
+    /// # Errors
+    /// Another length or another CRC-32.
+    pub fn check(self, payload: &[u8]) -> Result<(), FrameError> {
+        if self.length as usize != payload.len() {
             return Err(FrameError::Header(payload.len()));
         }
-        let (expected, actual) = (word(33), crc32fast::hash(payload));
-        if expected != actual {
-            return Err(FrameError::Checksum { expected, actual });
-        }
-        Ok((Self { kind, generation: long(1), step: long(9), sequence: word(17), tag: long(21) }, payload))
+        let (expected, actual) = (self.checksum, crc32fast::hash(payload));
+        if expected == actual { Ok(()) } else { Err(FrameError::Checksum { expected, actual }) }
     }
 }
 

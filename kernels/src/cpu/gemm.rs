@@ -1,9 +1,10 @@
 //! Matrix products whose every element is summed in one fixed order.
 //!
 //! The order: k is cut into blocks of [`K_BLOCK`]; within a block, element (r, j) is one chain of fused
-//! multiply-adds, `acc = fma(a[r, p], b[p, j], acc)` from `acc = 0`, p ascending; then `c = acc` (the first block, when
-//! not accumulating) or `c = c + acc`. Rows and columns share loads, never sums: an element depends on its own row of
-//! A, its own column of B and k, whatever the number of rows, the tile, the thread or the SIMD level.
+//! multiply-adds, `acc = fma(a[r, p], b[p, j], acc)` from `acc = 0`, p ascending; then `c = acc` (the first block of a
+//! product that starts from zero) or `c = before + acc`, where `before` is the [`Start`] or the sum of the blocks before.
+//! Rows and columns share loads, never sums: an element depends on its own row of A, its own column of B and k, whatever
+//! the number of rows, the tile, the thread or the SIMD level.
 //! That is the row rule. A general-purpose GEMM does not give it: such libraries take k blocks from the cache size and
 //! switch algorithm at one row.
 
@@ -15,20 +16,39 @@ use super::simd::Simd;
 /// trained model. 256 · 32 columns · 4 bytes = 32 KiB, a panel's block fits the first-level cache.
 pub const K_BLOCK: usize = 256;
 
-/// `c[m, n] (+)= a[m, k] · b[k, n]`
+/// What a product is added to.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// Nothing: `c = a·b`.
+    Zero,
+    /// What C holds: `c += a·b`.
+    Kept,
+    /// For every row of C the same `[n]`.
+    Row(&'a [f32]),
+    /// For row r of C the row `tokens[r]` of a table `[V][n]`.
+    Table {
+        /// `[V][n]`.
+        table: &'a [f32],
+        /// `[m]`, below V.
+        tokens: &'a [u32],
+    },
+}
+
+/// `c[m, n] = start + a[m, k] · b[k, n]`
 ///
 /// | arg | shape | in/out | notes |
 /// |---|---|---|---|
 /// | `a` | `[m, k]`, rows `lda` apart | in | |
 /// | `b` | `[k, n]` packed | in | gives k and n |
-/// | `c` | `[m, n]`, rows `ldc` apart | out, in if `accumulate` | elements between the rows are left alone |
+/// | `c` | `[m, n]`, rows `ldc` apart | out, in if that is the start | elements between the rows are left alone |
+/// | `start` | see [`Start`] | in | |
 ///
 /// Cost: 2·m·n·k FLOPs; B is read once per K_BLOCK and tile row from the second-level cache, A once per panel.
 /// Numerics: see the module. Runs on the calling thread; callers split rows over threads.
 /// Reference: `chain` in this file's tests.
 ///
 /// # Panics
-/// If a slice is shorter than its shape.
+/// If a slice is shorter than its shape, or a token is not below V.
 #[allow(clippy::too_many_arguments)] // the field's order of arguments, known to every reader of a GEMM
 pub fn gemm(
     simd: Simd,
@@ -38,12 +58,13 @@ pub fn gemm(
     b: &PackedMatrix,
     c: &mut [f32],
     ldc: usize,
-    accumulate: bool,
+    start: Start<'_>,
 ) {
     assert_extent("gemm", "a", a.len(), m, b.k(), lda);
     assert_extent("gemm", "c", c.len(), m, b.n(), ldc);
+    start.check(m, b.n());
     let height = even_height(m, micro::tallest_tile(simd));
-    product(simd, m, b, c, ldc, accumulate, |first_row, p| {
+    product(simd, m, b, c, ldc, start, |first_row, p| {
         let rows = height.rows_from(first_row);
         (rows, Left { a: a[first_row * lda + p..].as_ptr(), a_stride: lda, a_is_panel: false })
     });
@@ -73,13 +94,44 @@ pub fn gemm_transposed(
     assert!(a.k() == b.k(), "gemm_transposed: a has k = {}, b has k = {}", a.k(), b.k());
     assert_extent("gemm_transposed", "c", c.len(), a.m(), b.n(), ldc);
     let tallest = micro::tallest_tile(simd);
-    product(simd, a.m(), b, c, ldc, accumulate, |first_row, p| {
+    let start = if accumulate { Start::Kept } else { Start::Zero };
+    product(simd, a.m(), b, c, ldc, start, |first_row, p| {
         // A tile stays within its panel of 12 rows; the lower levels take a panel in several tiles.
         let within = first_row % PANEL_ROWS;
         let rows = tallest.min(PANEL_ROWS - within).min(a.m() - first_row);
         let panel = &a.panel(first_row - within)[p * PANEL_ROWS + within..];
         (rows, Left { a: panel.as_ptr(), a_stride: 0, a_is_panel: true })
     });
+}
+
+impl<'a> Start<'a> {
+    fn check(self, m: usize, n: usize) {
+        match self {
+            Start::Zero | Start::Kept => {}
+            Start::Row(row) => {
+                assert!(row.len() >= n, "gemm: the start has {} elements, needs {n}", row.len())
+            }
+            Start::Table { table, tokens } => {
+                assert!(tokens.len() >= m, "gemm: {} tokens, needs {m}", tokens.len());
+                let largest = tokens[..m].iter().max().map_or(0, |&token| (token as usize + 1) * n);
+                assert!(
+                    table.len() >= largest,
+                    "gemm: the table has {} elements, needs {largest}",
+                    table.len()
+                );
+            }
+        }
+    }
+
+    /// What row r starts from, if it is neither zero nor in C.
+    #[inline(always)]
+    fn row(self, r: usize, n: usize) -> Option<&'a [f32]> {
+        match self {
+            Start::Zero | Start::Kept => None,
+            Start::Row(row) => Some(&row[..n]),
+            Start::Table { table, tokens } => Some(&table[tokens[r] as usize * n..][..n]),
+        }
+    }
 }
 
 /// Where the left operand of a tile starts.
@@ -98,13 +150,17 @@ fn product(
     b: &PackedMatrix,
     c: &mut [f32],
     ldc: usize,
-    accumulate: bool,
+    start: Start<'_>,
     left: impl Fn(usize, usize) -> (usize, Left),
 ) {
     let (k, n) = (b.k(), b.n());
-    if k == 0 && !accumulate {
+    if k == 0 && !matches!(start, Start::Kept) {
         for row in 0..m {
-            c[row * ldc..][..n].fill(0.0);
+            let c = &mut c[row * ldc..][..n];
+            match start.row(row, n) {
+                Some(start) => c.copy_from_slice(start),
+                None => c.fill(0.0),
+            }
         }
     }
     for p in (0..k).step_by(K_BLOCK) {
@@ -116,6 +172,14 @@ fn product(
             let mut first_row = 0;
             while first_row < m {
                 let (rows, Left { a, a_stride, a_is_panel }) = left(first_row, p);
+                let own = c[first_row * ldc + first_column..].as_mut_ptr();
+                let mut before = [own.cast_const(); PANEL_ROWS];
+                for row in 0..rows {
+                    before[row] = match start.row(first_row + row, n).filter(|_| p == 0) {
+                        Some(start) => start[first_column..].as_ptr(),
+                        None => own.wrapping_add(row * ldc),
+                    };
+                }
                 let tile = Tile {
                     k: depth,
                     a,
@@ -123,14 +187,15 @@ fn product(
                     a_is_panel,
                     b: block.as_ptr(),
                     width,
-                    c: c[first_row * ldc + first_column..].as_mut_ptr(),
+                    c: own,
                     c_stride: ldc,
                     columns,
-                    accumulate: accumulate || p > 0,
+                    before: (p > 0 || !matches!(start, Start::Zero)).then_some(before),
                 };
                 // SAFETY: `assert_extent` in the callers covers rows first_row..first_row + rows <= m of A and C up
-                // to k and n, p + depth <= k and first_column + columns <= n; `block` has depth · width elements;
-                // C is borrowed exclusively, so it overlaps neither A nor B.
+                // to k and n, p + depth <= k and first_column + columns <= n; `block` has depth · width elements, each
+                // row of `before` n - first_column; C is borrowed exclusively, so it overlaps neither A nor B, and
+                // of the starts only its own rows.
                 unsafe { micro::compute(simd, rows, tile) };
                 first_row += rows;
             }
@@ -216,7 +281,8 @@ mod tests {
                         for simd in Simd::available() {
                             let start = if accumulate { c.clone() } else { vec![f32::NAN; m * n] };
                             let mut got = start.clone();
-                            gemm(simd, m, &a, k, &packed, &mut got, n, accumulate);
+                            let start_of_c = if accumulate { Start::Kept } else { Start::Zero };
+                            gemm(simd, m, &a, k, &packed, &mut got, n, start_of_c);
                             assert_eq!(bits(&got), bits(&want), "{simd} m {m} n {n} k {k} {accumulate}");
                             let mut got = start;
                             gemm_transposed(simd, &left, &packed, &mut got, n, accumulate);
@@ -238,6 +304,35 @@ mod tests {
     }
 
     #[test]
+    fn a_start_elsewhere_gives_the_bits_of_a_start_in_c() {
+        for (m, n, k) in [(1, 3, 5), (13, 65, 300), (30, 150, 150)] {
+            let (a, b, table) = (numbers(m * k, 1), numbers(k * n, 2), numbers(4 * n, 3));
+            let tokens: Vec<u32> = (0..m as u32).map(|row| row * 7 % 4).collect();
+            let mut packed = PackedMatrix::new(k, n);
+            packed.pack_rows(&b, n);
+            for simd in Simd::available() {
+                let gathered = tokens.iter().flat_map(|&token| &table[token as usize * n..][..n]);
+                let mut want: Vec<f32> = gathered.copied().collect();
+                gemm(simd, m, &a, k, &packed, &mut want, n, Start::Kept);
+                let mut got = vec![f32::NAN; m * n];
+                gemm(simd, m, &a, k, &packed, &mut got, n, Start::Table { table: &table, tokens: &tokens });
+                assert_eq!(bits(&got), bits(&want));
+                let mut want = table[..n].repeat(m);
+                gemm(simd, m, &a, k, &packed, &mut want, n, Start::Kept);
+                gemm(simd, m, &a, k, &packed, &mut got, n, Start::Row(&table[..n]));
+                assert_eq!(bits(&got), bits(&want));
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "gemm: the table has 8 elements, needs 12")]
+    fn a_token_past_the_table_is_named() {
+        let start = Start::Table { table: &[0.0; 8], tokens: &[1, 2] };
+        gemm(Simd::PORTABLE, 2, &[0.0; 2], 1, &PackedMatrix::new(1, 4), &mut [0.0; 8], 4, start);
+    }
+
+    #[test]
     fn strides_leave_the_elements_between_rows_alone() {
         let (m, n, k, lda, ldc) = (5, 20, 9, 12, 23);
         let (a, b) = (numbers(m * lda, 4), numbers(k * n, 5));
@@ -247,7 +342,7 @@ mod tests {
         let want = chain(m, n, k, &dense, &b, None);
         for simd in Simd::available() {
             let mut c = vec![7.0; m * ldc];
-            gemm(simd, m, &a, lda, &packed, &mut c, ldc, false);
+            gemm(simd, m, &a, lda, &packed, &mut c, ldc, Start::Zero);
             for (row, want) in c.chunks(ldc).zip(want.chunks(n)) {
                 assert_eq!(&row[..n], want);
                 assert_eq!(&row[n..], [7.0; 3]);
@@ -264,7 +359,7 @@ mod tests {
         packed.pack_rows(&numbers(k * n, 7), n);
         for simd in Simd::available() {
             let mut c = vec![0.0; m * n];
-            gemm(simd, m, &a, k, &packed, &mut c, n, false);
+            gemm(simd, m, &a, k, &packed, &mut c, n, Start::Zero);
             for (row, values) in c.chunks(n).enumerate() {
                 assert!(values.iter().all(|value| value.is_nan() == (row == 4)));
             }
@@ -275,16 +370,18 @@ mod tests {
     fn an_empty_k_clears_or_keeps() {
         let packed = PackedMatrix::new(0, 3);
         let mut c = vec![1.0; 6];
-        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, true);
+        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, Start::Kept);
         assert_eq!(c, [1.0; 6]);
-        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, false);
+        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, Start::Zero);
         assert_eq!(c, [0.0; 6]);
+        gemm(Simd::detect(), 2, &[], 0, &packed, &mut c, 3, Start::Row(&[1.0, 2.0, 3.0]));
+        assert_eq!(c, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
     }
 
     #[test]
     #[should_panic(expected = "gemm: a has 31 elements, needs 32 (1 rows of 32, 32 apart)")]
     fn a_short_operand_is_named() {
-        gemm(Simd::PORTABLE, 1, &[0.0; 31], 32, &PackedMatrix::new(32, 4), &mut [0.0; 4], 4, false);
+        gemm(Simd::PORTABLE, 1, &[0.0; 31], 32, &PackedMatrix::new(32, 4), &mut [0.0; 4], 4, Start::Zero);
     }
 
     proptest! {
@@ -301,17 +398,17 @@ mod tests {
             packed.pack_rows(&b, n);
             for simd in Simd::available() {
                 let mut whole = vec![f32::NAN; m * n];
-                gemm(simd, m, &a, k, &packed, &mut whole, n, false);
+                gemm(simd, m, &a, k, &packed, &mut whole, n, Start::Zero);
                 let mut first = 0;
                 for rows in cuts.iter().copied().chain([0]) {
                     let mut part = vec![f32::NAN; rows * n];
-                    gemm(simd, rows, &a[first * k..], k, &packed, &mut part, n, false);
+                    gemm(simd, rows, &a[first * k..], k, &packed, &mut part, n, Start::Zero);
                     prop_assert_eq!(bits(&part), bits(&whole[first * n..(first + rows) * n]));
                     first += rows;
                 }
                 for row in 0..m {
                     let mut alone = vec![f32::NAN; n];
-                    gemm(simd, 1, &a[row * k..], k, &packed, &mut alone, n, false);
+                    gemm(simd, 1, &a[row * k..], k, &packed, &mut alone, n, Start::Zero);
                     prop_assert_eq!(bits(&alone), bits(&whole[row * n..(row + 1) * n]));
                 }
             }

@@ -8,7 +8,7 @@
 mod after;
 mod before;
 
-use super::gemm::gemm;
+use super::gemm::{Start, gemm};
 use super::pack::PackedMatrix;
 use super::sequence::{Check, SequenceShape};
 use super::simd::{Simd, with_constants};
@@ -78,14 +78,14 @@ pub fn gru_forward(simd: Simd, args: GruForward<'_>) {
         let gates = &mut gates[step.range(4 * hidden)];
         match weight_hh {
             GruWeights::After(weight) => {
-                gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, false);
+                gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, Start::Zero);
                 with_constants!(after_forward[hard](simd, hidden, y, bias_hh, h_before, gates, h_after));
             }
             GruWeights::Before { gates: weight, candidate } => {
-                gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, false);
+                gemm(simd, step.rows, h_before, hidden, weight, y, 3 * hidden, Start::Zero);
                 with_constants!(reset_forward[hard](simd, hidden, y, bias_hh, h_before, gates));
                 let (reset, y_n) = (&gates[3 * hidden..], &mut y[2 * hidden..]);
-                gemm(simd, step.rows, reset, 4 * hidden, candidate, y_n, 3 * hidden, false);
+                gemm(simd, step.rows, reset, 4 * hidden, candidate, y_n, 3 * hidden, Start::Zero);
                 candidate_forward(simd, hidden, y, bias_hh, h_before, gates, h_after);
             }
         }
@@ -147,14 +147,23 @@ pub fn gru_backward(simd: Simd, args: GruBackward<'_>) {
             GruWeights::After(weight) => {
                 let d_y = &mut d_h_part[step.carry(3 * hidden)];
                 with_constants!(after_backward[hard](simd, hidden, h, d_out, gates, d_y, d_h));
-                gemm(simd, step.rows, d_y, 3 * hidden, weight, d_h, hidden, true);
+                gemm(simd, step.rows, d_y, 3 * hidden, weight, d_h, hidden, Start::Kept);
             }
             GruWeights::Before { gates: weight, candidate } => {
                 let d_reset = &mut d_h_part[step.carry(hidden)];
                 with_constants!(candidate_backward[hard](simd, hidden, h, d_out, gates, d_h));
-                gemm(simd, step.rows, &gates[2 * hidden..], 4 * hidden, candidate, d_reset, hidden, false);
+                gemm(
+                    simd,
+                    step.rows,
+                    &gates[2 * hidden..],
+                    4 * hidden,
+                    candidate,
+                    d_reset,
+                    hidden,
+                    Start::Zero,
+                );
                 with_constants!(reset_backward[hard](simd, hidden, h, d_reset, gates, d_h));
-                gemm(simd, step.rows, gates, 4 * hidden, weight, d_h, hidden, true);
+                gemm(simd, step.rows, gates, 4 * hidden, weight, d_h, hidden, Start::Kept);
             }
         }
     }

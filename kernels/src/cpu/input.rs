@@ -1,20 +1,11 @@
 //! The input projection `W_ih x_t + b` of all steps: what stands beside the GEMM.
 //!
-//! A dense input is one GEMM over T·rows rows, accumulated onto rows that hold the bias ([`broadcast_rows`]). A token
-//! is a one-hot vector, for which the product is a column of `W_ih`: [`token_table`] writes those columns out as rows,
-//! biases included, once per step, and [`gather_rows`] copies them. Embeddings are gathered by the same function.
+//! A dense input is one GEMM over T·rows rows that starts from the bias. A token is a one-hot vector, for which the product
+//! is a column of `W_ih`: [`token_table`] writes those columns out as rows, biases included, once per step, and the
+//! kernels start from them or have them copied ([`gather_rows`]). Embeddings are gathered by the same function.
 
 use super::reduce::tree_add;
 use super::simd::Simd;
-
-/// `out[row] = bias` for every row: the start of an accumulating GEMM.
-///
-/// `bias` is `[n]`, `out` `[rows][n]`, its rows `stride` apart; what lies between them is left alone.
-pub fn broadcast_rows(bias: &[f32], out: &mut [f32], stride: usize) {
-    for row in rows_of("broadcast_rows", out, stride, bias.len()) {
-        row.copy_from_slice(bias);
-    }
-}
 
 /// `table[v] = W[.., v] + bias`: the projection of every token.
 ///
@@ -44,29 +35,14 @@ pub fn token_table(weight: &[f32], bias: &[f32], table: &mut [f32]) {
 /// If a token is not below V.
 pub fn gather_rows(table: &[f32], width: usize, tokens: &[u32], out: &mut [f32], stride: usize) {
     assert!(
-        out.len() == stride * tokens.len(),
-        "gather_rows: out has {} elements, expected {} rows of {stride}",
+        out.len() == stride * tokens.len() && width <= stride,
+        "gather_rows: out has {} elements, expected {} rows of {stride}, {width} of each to be written",
         out.len(),
         tokens.len()
     );
-    for (row, token) in rows_of("gather_rows", out, stride, width).zip(tokens) {
-        row.copy_from_slice(&table[*token as usize * width..][..width]);
+    for (row, token) in out.chunks_exact_mut(stride).zip(tokens) {
+        row[..width].copy_from_slice(&table[*token as usize * width..][..width]);
     }
-}
-
-/// The first `width` elements of each row of `stride`.
-fn rows_of<'a>(
-    kernel: &str,
-    out: &'a mut [f32],
-    stride: usize,
-    width: usize,
-) -> impl Iterator<Item = &'a mut [f32]> {
-    assert!(
-        width <= stride && out.len().is_multiple_of(stride),
-        "{kernel}: out has {} elements, expected rows of {stride} with {width} to be written",
-        out.len()
-    );
-    out.chunks_exact_mut(stride).map(move |row| &mut row[..width])
 }
 
 /// `weight[j][v] = table[v][j]`: a gradient by token turned into that of the weights which [`token_table`] read.
@@ -115,7 +91,7 @@ fn check_transpose(kernel: &str, gates: usize, weight: usize, table: usize) -> u
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::gemm;
+    use super::super::gemm::{Start, gemm};
     use super::super::pack::PackedMatrix;
     use super::super::sequence::tests::{bits, distance, numbers, widen};
     use super::*;
@@ -136,18 +112,16 @@ mod tests {
         let mut packed = PackedMatrix::new(vocabulary, gates);
         packed.pack_columns(&weight, vocabulary);
         let mut product = vec![f32::NAN; gathered.len()];
-        broadcast_rows(&bias, &mut product, gates);
-        gemm(Simd::detect(), tokens.len(), &one_hot, vocabulary, &packed, &mut product, gates, true);
+        let start = Start::Row(&bias);
+        gemm(Simd::detect(), tokens.len(), &one_hot, vocabulary, &packed, &mut product, gates, start);
         assert_eq!(bits(&gathered), bits(&product));
     }
 
     #[test]
     fn what_lies_between_the_rows_is_left_alone() {
         let mut out = [9.0; 8];
-        broadcast_rows(&[1.0, 2.0, 3.0], &mut out, 4);
-        assert_eq!(out, [1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 3.0, 9.0]);
         gather_rows(&[5.0, 6.0, 7.0, 8.0], 2, &[1, 0], &mut out, 4);
-        assert_eq!(out, [7.0, 8.0, 3.0, 9.0, 5.0, 6.0, 3.0, 9.0]);
+        assert_eq!(out, [7.0, 8.0, 9.0, 9.0, 5.0, 6.0, 9.0, 9.0]);
     }
 
     #[test]

@@ -7,10 +7,10 @@
 
 mod units;
 
-use super::gemm::gemm;
+use super::gemm::{Start, gemm};
 use super::pack::PackedMatrix;
 use super::reduce::tree_add;
-use super::sequence::{Check, SequenceShape};
+use super::sequence::{Check, InputPart, SequenceShape};
 use super::simd::Simd;
 use protocol::cell::RecurrentActivation;
 use units::{CellsBackward, backward_units, forward_units};
@@ -58,7 +58,9 @@ pub struct LstmForward<'a> {
     pub weight_hh: &'a PackedMatrix,
     /// From m to h; without it R is H.
     pub projection: Option<LstmProjection<'a>>,
-    /// `[N][4·H]`: input part in, activated gates out.
+    /// Where the input's part is.
+    pub input: InputPart<'a>,
+    /// `[N][4·H]`, written: activated gates.
     pub gates: &'a mut [f32],
     /// `[rows + N][R]`, the starts given.
     pub h: &'a mut [f32],
@@ -81,7 +83,8 @@ pub struct LstmProjection<'a> {
 /// |---|---|---|---|
 /// | `weight_hh` | `[R, 4·H]` packed by columns | in | shared by all blocks |
 /// | `weight_hr` | `[H, R]` packed by columns | in | shared by all blocks |
-/// | `gates` | `[N][4·H]` | in and out | in: `W_ih x + b_ih + b_hh`; out: i, f, g, o activated, kept for backward |
+/// | `input` | see [`InputPart`] | in | `W_ih x + b_ih + b_hh`, or where it is |
+/// | `gates` | `[N][4·H]` | out | i, f, g, o activated, kept for backward; in too if the input's part is there |
 /// | `m` | `[N][H]` | out | |
 /// | `h` | `[rows + N][R]` | starts in, rest out | the rest is the layer's output |
 /// | `c` | `[rows + N][H]` | starts in, rest out | kept for backward |
@@ -90,7 +93,7 @@ pub struct LstmProjection<'a> {
 /// `part + acc` per k block; c is one fused multiply-add, `fma(f, c, i·g)`, a peephole another onto its sum.
 /// Reference: `oracle::lstm::lstm_forward`.
 pub fn lstm_forward(simd: Simd, args: LstmForward<'_>) {
-    let LstmForward { shape, options, weight_hh, mut projection, gates, h, c } = args;
+    let LstmForward { shape, options, weight_hh, mut projection, input, gates, h, c } = args;
     let SequenceShape { hidden_size: hidden, output_size: output, .. } = shape;
     let check = match &projection {
         Some(_) => shape.check("lstm_forward"),
@@ -101,6 +104,7 @@ pub fn lstm_forward(simd: Simd, args: LstmForward<'_>) {
         check.steps("m", m, hidden);
     }
     options.check(&check, hidden);
+    input.check(&check, 4 * hidden);
     check.weight("weight_hh", weight_hh, output, 4 * hidden);
     check.steps("gates", gates, 4 * hidden);
     check.states("h", h, output);
@@ -109,13 +113,13 @@ pub fn lstm_forward(simd: Simd, args: LstmForward<'_>) {
         let gates = &mut gates[step.range(4 * hidden)];
         let (h_before, h_after) = step.split(h, output);
         let (c_before, c_after) = step.split(c, hidden);
-        gemm(simd, step.rows, h_before, output, weight_hh, gates, 4 * hidden, true);
+        gemm(simd, step.rows, h_before, output, weight_hh, gates, 4 * hidden, input.start(step));
         match &mut projection {
             None => forward_units(simd, hidden, options, gates, c_before, c_after, h_after),
             Some(LstmProjection { weight_hr, m }) => {
                 let m = &mut m[step.range(hidden)];
                 forward_units(simd, hidden, options, gates, c_before, c_after, m);
-                gemm(simd, step.rows, m, hidden, weight_hr, h_after, output, false);
+                gemm(simd, step.rows, m, hidden, weight_hr, h_after, output, Start::Zero);
             }
         }
     }
@@ -197,14 +201,14 @@ pub fn lstm_backward(simd: Simd, args: LstmBackward<'_>) {
             Some(LstmProjectionBackward { weight_hr, d_projected, d_m }) => {
                 let d_m = &mut d_m[step.carry(hidden)];
                 d_projected[step.range(output)].copy_from_slice(d_h);
-                gemm(simd, step.rows, d_h, output, weight_hr, d_m, hidden, false);
+                gemm(simd, step.rows, d_h, output, weight_hr, d_m, hidden, Start::Zero);
                 d_m
             }
         };
         let cells = CellsBackward { c_previous: &c[step.before(hidden)], c: &c[step.after(hidden)], d_m };
         let gates = &mut gates[step.range(4 * hidden)];
         backward_units(simd, hidden, options, cells, gates, &mut d_c[step.carry(hidden)]);
-        gemm(simd, step.rows, gates, 4 * hidden, weight_hh, d_h, output, false);
+        gemm(simd, step.rows, gates, 4 * hidden, weight_hh, d_h, output, Start::Zero);
     }
 }
 
@@ -342,6 +346,7 @@ mod tests {
                     projection: self
                         .projection
                         .map(|_| LstmProjection { weight_hr: &weight_hr, m: &mut m.values }),
+                    input: InputPart::InPlace,
                     gates: &mut gates.values,
                     h: &mut h.values,
                     c: &mut c.values,

@@ -1,7 +1,7 @@
 //! The GEMM's inner loops: one tile of C, kept in registers over one block of k.
 //!
 //! Every path computes, for each element of the tile, `acc = 0; for p in 0..k { acc = fma(a[p], b[p], acc) }`, then
-//! `c = acc` or `c = c + acc`. How many rows and columns a tile has changes no element's bits.
+//! `c = acc` or `c = before + acc`. How many rows and columns a tile has changes no element's bits.
 
 use super::pack::PANEL_ROWS;
 use super::simd::{Simd, SimdLevel};
@@ -27,8 +27,8 @@ pub(super) struct Tile {
     pub c_stride: usize,
     /// Columns of C that exist, 1 to `width`.
     pub columns: usize,
-    /// Add to C, or overwrite it.
-    pub accumulate: bool,
+    /// What is added: the first element for each row. Without it C is overwritten.
+    pub before: Option<[*const f32; PANEL_ROWS]>,
 }
 
 /// Rows of the tallest tile of a level.
@@ -43,8 +43,8 @@ pub(super) fn tallest_tile(simd: Simd) -> usize {
 /// Computes `rows` (1 to [`tallest_tile`]) rows of a tile.
 ///
 /// # Safety
-/// `tile.a` must be readable at every (row, p) of the tile, `tile.b` for `k · width` elements, and `tile.c` readable
-/// and writable at every (row, column); C overlaps neither A nor B.
+/// `tile.a` must be readable at every (row, p) of the tile, `tile.b` for `k · width` elements, `tile.before` at every
+/// (row, column), and `tile.c` writable there; C overlaps neither A nor B.
 pub(super) unsafe fn compute(simd: Simd, rows: usize, tile: Tile) {
     debug_assert!(1 <= rows && rows <= tallest_tile(simd));
     debug_assert!(tile.width == 16 || tile.width == 32);
@@ -97,8 +97,11 @@ unsafe fn portable(rows: usize, tile: Tile) {
             for j in 0..columns {
                 // SAFETY: row < rows and first + j < tile.columns, so the element lies in the tile of C.
                 unsafe {
-                    let c = tile.c.add(row * tile.c_stride + first + j);
-                    *c = if tile.accumulate { *c + acc[row][j] } else { acc[row][j] };
+                    let value = match tile.before {
+                        Some(before) => *before[row].add(first + j) + acc[row][j],
+                        None => acc[row][j],
+                    };
+                    *tile.c.add(row * tile.c_stride + first + j) = value;
                 }
             }
         }
@@ -218,8 +221,9 @@ mod x86 {
                 unsafe {
                     let c = tile.c.wrapping_add(row * tile.c_stride + 16 * vector);
                     let mut value = acc[row][vector];
-                    if tile.accumulate {
-                        value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), value);
+                    if let Some(before) = &tile.before {
+                        let before = before[row].wrapping_add(16 * vector);
+                        value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, before), value);
                     }
                     _mm512_mask_storeu_ps(c, mask, value);
                 }
@@ -263,6 +267,7 @@ mod x86 {
             let half = Tile {
                 b: tile.b.wrapping_add(first),
                 c: tile.c.wrapping_add(first),
+                before: tile.before.map(|rows| rows.map(|before| before.wrapping_add(first))),
                 columns: (tile.columns - first).min(16),
                 ..tile
             };
@@ -300,12 +305,11 @@ mod x86 {
                 for vector in 0..2 {
                     // SAFETY: all sixteen columns of this row of C exist.
                     unsafe {
-                        let c = c.add(8 * vector);
                         let mut value = acc[row][vector];
-                        if tile.accumulate {
-                            value = _mm256_add_ps(_mm256_loadu_ps(c), value);
+                        if let Some(before) = &tile.before {
+                            value = _mm256_add_ps(_mm256_loadu_ps(before[row].add(8 * vector)), value);
                         }
-                        _mm256_storeu_ps(c, value);
+                        _mm256_storeu_ps(c.add(8 * vector), value);
                     }
                 }
             } else {
@@ -318,8 +322,10 @@ mod x86 {
                 for j in 0..tile.columns {
                     // SAFETY: j < tile.columns, so the element lies in the tile of C.
                     unsafe {
-                        let c = c.add(j);
-                        *c = if tile.accumulate { *c + values[j] } else { values[j] };
+                        *c.add(j) = match &tile.before {
+                            Some(before) => *before[row].add(j) + values[j],
+                            None => values[j],
+                        };
                     }
                 }
             }

@@ -4,9 +4,9 @@
 //! before.
 
 use super::activation::{unit, unit_slope};
-use super::gemm::gemm;
+use super::gemm::{Start, gemm};
 use super::pack::PackedMatrix;
-use super::sequence::SequenceShape;
+use super::sequence::{InputPart, SequenceShape};
 use super::simd::{Simd, map_units, simd_kernel, with_constants};
 use protocol::cell::Activation;
 
@@ -19,6 +19,8 @@ pub struct RnnForward<'a> {
     pub activation: Activation,
     /// `[H, H]` (k, n): `pack_columns` of `weight_hh`.
     pub weight_hh: &'a PackedMatrix,
+    /// Where the input's part is.
+    pub input: InputPart<'a>,
     /// `[N][H]`, overwritten.
     pub pre: &'a mut [f32],
     /// `[rows + N][H]`, the starts given.
@@ -30,23 +32,25 @@ pub struct RnnForward<'a> {
 /// | arg | shape | in/out | notes |
 /// |---|---|---|---|
 /// | `weight_hh` | `[H, H]` packed by columns | in | shared by all blocks |
-/// | `pre` | `[N][H]` | in | `W_ih x + b_ih + b_hh`; holds the full pre-activation afterwards, not needed again |
+/// | `input` | see [`InputPart`] | in | `W_ih x + b_ih + b_hh`, or where it is |
+/// | `pre` | `[N][H]` | out | the full pre-activation, not needed again; in too if the input's part is there |
 /// | `h` | `[rows + N][H]` | starts in, rest out | kept for backward; the rest is the layer's output |
 ///
 /// Cost: N · (2·H² FLOPs + one φ per unit). Numerics: the row rule; `pre + acc` per k block, tanh within 2.5e-7.
 /// Reference: `oracle::rnn::rnn_forward`.
 pub fn rnn_forward(simd: Simd, args: RnnForward<'_>) {
-    let RnnForward { shape, activation, weight_hh, pre, h } = args;
+    let RnnForward { shape, activation, weight_hh, input, pre, h } = args;
     let hidden = shape.hidden_size;
     let check = shape.check_unprojected("rnn_forward");
     check.weight("weight_hh", weight_hh, hidden, hidden);
+    input.check(&check, hidden);
     check.steps("pre", pre, hidden);
     check.states("h", h, hidden);
     let relu = activation == Activation::Relu;
     for step in shape.forward() {
         let pre = &mut pre[step.range(hidden)];
         let (h_before, h_after) = step.split(h, hidden);
-        gemm(simd, step.rows, h_before, hidden, weight_hh, pre, hidden, true);
+        gemm(simd, step.rows, h_before, hidden, weight_hh, pre, hidden, input.start(step));
         with_constants!(forward_units[relu](simd, pre, h_after));
     }
 }
@@ -95,7 +99,7 @@ pub fn rnn_backward(simd: Simd, args: RnnBackward<'_>) {
         let (h, d_out) = (&h[step.after(hidden)], &d_out[step.range(hidden)]);
         let (d_pre, d_h) = (&mut d_pre[step.range(hidden)], &mut d_h[step.carry(hidden)]);
         with_constants!(backward_units[relu](simd, h, d_out, d_h, d_pre));
-        gemm(simd, step.rows, d_pre, hidden, weight_hh, d_h, hidden, false);
+        gemm(simd, step.rows, d_pre, hidden, weight_hh, d_h, hidden, Start::Zero);
     }
 }
 
@@ -165,7 +169,8 @@ mod tests {
             let mut pre = pre.clone();
             let mut h = Tensor::started(block, "h", h0);
             let (pre, states) = (&mut pre.values, &mut h.values);
-            rnn_forward(simd, RnnForward { shape, activation, weight_hh: &packed, pre, h: states });
+            let input = InputPart::InPlace;
+            rnn_forward(simd, RnnForward { shape, activation, weight_hh: &packed, input, pre, h: states });
             packed.pack_rows(&weight, hidden);
             let mut d_pre = Tensor::unset(block, "d_pre", Layout::Steps, hidden);
             let mut d_h = d_h.named("d_h0");
@@ -234,7 +239,9 @@ mod tests {
         let (mut pre, mut h) = ([f32::NAN, -1.0], [0.0, 0.0, 9.0, 9.0]);
         let shape = SequenceShape { active: &[1], hidden_size: 2, output_size: 2 };
         let (activation, weight_hh) = (Activation::Relu, &PackedMatrix::new(2, 2));
-        rnn_forward(Simd::detect(), RnnForward { shape, activation, weight_hh, pre: &mut pre, h: &mut h });
+        let args =
+            RnnForward { shape, activation, weight_hh, input: InputPart::InPlace, pre: &mut pre, h: &mut h };
+        rnn_forward(Simd::detect(), args);
         assert!(h[2].is_nan() && h[3] == 0.0, "{h:?}");
     }
 }

@@ -6,6 +6,7 @@
 //! - `[rows + N][w]` holds the start of every row before that;
 //! - `[rows][w]` is a carry: one vector per row, read and written at the steps which the row has.
 
+use super::gemm::Start;
 use super::pack::PackedMatrix;
 use std::ops::Range;
 
@@ -18,6 +19,20 @@ pub struct SequenceShape<'a> {
     pub hidden_size: usize,
     /// Width of h, `R`: `H`, or what an LSTM projects to.
     pub output_size: usize,
+}
+
+/// Where the input's part of the gates is, `W_ih x_t` and the biases, when a kernel begins.
+#[derive(Clone, Copy, Debug)]
+pub enum InputPart<'a> {
+    /// In the places of the gates.
+    InPlace,
+    /// In the row of a table that belongs to each step's token.
+    Table {
+        /// `[V][G·H]`.
+        table: &'a [f32],
+        /// `[N]`, below V.
+        tokens: &'a [u32],
+    },
 }
 
 /// Where one step of a block lies in its arrays.
@@ -95,6 +110,29 @@ impl<'a> SequenceShape<'a> {
             "{kernel}: output_size is {output_size}, expected hidden_size {hidden_size} without a projection"
         );
         self.check(kernel)
+    }
+}
+
+impl<'a> InputPart<'a> {
+    /// What the product with the state before this step is added to.
+    pub(crate) fn start(self, step: Step) -> Start<'a> {
+        match self {
+            InputPart::InPlace => Start::Kept,
+            InputPart::Table { table, tokens } => Start::Table { table, tokens: &tokens[step.range(1)] },
+        }
+    }
+
+    pub(crate) fn check(self, check: &Check, gates: usize) {
+        if let InputPart::Table { table, tokens } = self {
+            let kernel = check.kernel;
+            assert!(
+                tokens.len() == check.steps && table.len().is_multiple_of(gates),
+                "{kernel}: {} tokens and a table of {} elements, expected {} and rows of {gates}",
+                tokens.len(),
+                table.len(),
+                check.steps
+            );
+        }
     }
 }
 

@@ -10,10 +10,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use kernels::cpu::dropout::{MaskStream, dropout_backward};
-use kernels::cpu::input::{broadcast_rows, gather_rows};
+use kernels::cpu::input::gather_rows;
 use kernels::cpu::softmax::{softmax_cross_entropy, softmax_cross_entropy_forward};
-use kernels::{Simd, gemm};
+use kernels::{Simd, Start, gemm};
 use protocol::batch::Inputs;
+use protocol::cell::Cell;
 use protocol::layout::{Head, Input, LayerShape, ModelShape};
 
 use crate::device::StepInput;
@@ -332,7 +333,9 @@ impl RowBlock {
             let input =
                 if index > 0 && Self::copies_output(network, index - 1) { Some(&input[..]) } else { None };
             self.project_input(network, index, at, input, pre);
-            direction.forward(&self.runs, &mut self.traces[index][at], work);
+            let tokens = if at == 1 { &self.room.tokens } else { &self.tokens };
+            let input = direction.input_part(tokens);
+            direction.forward(&self.runs, input, &mut self.traces[index][at], work);
         }
         self.works[work] = layer_work;
     }
@@ -342,7 +345,8 @@ impl RowBlock {
         Direction { simd, model: shape, layer: shape.layer(layer), weights: &weights.layers[layer][at] }
     }
 
-    /// The input's part of a direction's gates for all steps. `copied` is what the layer reads if it was written out.
+    /// The input's part of a direction's gates for all steps, unless the kernel takes it from a table: then the tokens
+    /// that a direction reads backwards. `copied` is what the layer reads if it was written out.
     fn project_input(
         &mut self,
         network: &Network<'_>,
@@ -356,13 +360,17 @@ impl RowBlock {
         let mut room = std::mem::take(&mut self.room);
         let reads_backwards = at == 1;
         match &weights.input {
-            InputWeights::Table(table) if reads_backwards => {
-                let mirrored = (0..self.tokens.len()).map(|place| self.tokens[self.runs.mirrored(place)]);
-                resize_exactly(&mut room.tokens, mirrored.len());
-                room.tokens.iter_mut().zip(mirrored).for_each(|(own, token)| *own = token);
-                gather_rows(table, gates, &room.tokens, pre, stride);
+            InputWeights::Table(table) => {
+                if reads_backwards {
+                    let mirrored = (0..self.tokens.len()).map(|place| self.tokens[self.runs.mirrored(place)]);
+                    resize_exactly(&mut room.tokens, mirrored.len());
+                    room.tokens.iter_mut().zip(mirrored).for_each(|(own, token)| *own = token);
+                }
+                if network.shape.cell == Cell::Gru {
+                    let tokens = if reads_backwards { &room.tokens } else { &self.tokens };
+                    gather_rows(table, gates, tokens, pre, stride);
+                }
             }
-            InputWeights::Table(table) => gather_rows(table, gates, &self.tokens, pre, stride),
             InputWeights::Dense { forward, .. } => {
                 let width = layer.input_size;
                 let mut x = copied.unwrap_or_else(|| match index {
@@ -376,8 +384,8 @@ impl RowBlock {
                     }
                     x = &room.input;
                 }
-                broadcast_rows(&weights.bias, pre, stride);
-                gemm(network.simd, self.runs.steps(), x, width, forward, pre, stride, true);
+                let start = Start::Row(&weights.bias);
+                gemm(network.simd, self.runs.steps(), x, width, forward, pre, stride, start);
             }
         }
         self.room = room;
@@ -443,10 +451,10 @@ impl RowBlock {
         }
         self.features = features;
         let mut logits = std::mem::take(&mut self.logits);
-        broadcast_rows(&network.weights.head_bias, &mut logits, shape.classes);
+        let start = Start::Row(&network.weights.head_bias);
         let (x, width) = (self.head_input(network), shape.output_width());
         let targets = self.targets.len();
-        gemm(network.simd, targets, x, width, &network.weights.head, &mut logits, shape.classes, true);
+        gemm(network.simd, targets, x, width, &network.weights.head, &mut logits, shape.classes, start);
         self.logits = logits;
     }
 

@@ -9,12 +9,12 @@ use kernels::cpu::lstm::{
     LstmBackward, LstmForward, LstmProjection, LstmProjectionBackward, lstm_backward, lstm_forward,
 };
 use kernels::cpu::rnn::{RnnBackward, RnnForward, rnn_backward, rnn_forward};
-use kernels::cpu::sequence::SequenceShape;
+use kernels::cpu::sequence::{InputPart, SequenceShape};
 use protocol::cell::Cell;
 use protocol::layout::{LayerShape, ModelShape};
 
 use super::runs::Runs;
-use super::weights::DirectionWeights;
+use super::weights::{DirectionWeights, InputWeights};
 
 /// What a direction keeps of the forward pass: its states, the start of every run first.
 #[derive(Default)]
@@ -138,7 +138,7 @@ impl Workspace {
     }
 }
 
-impl Direction<'_> {
+impl<'n> Direction<'n> {
     fn sequence<'a>(&self, runs: &'a Runs) -> SequenceShape<'a> {
         let LayerShape { hidden_size, output_size, .. } = self.layer;
         SequenceShape { active: runs.active(), hidden_size, output_size }
@@ -151,8 +151,19 @@ impl Direction<'_> {
         &mut work.gates
     }
 
+    /// Where a kernel finds the input's part. A GRU adds it behind the product with h, not before: it has it in place.
+    pub(super) fn input_part<'a>(&self, tokens: &'a [u32]) -> InputPart<'a>
+    where
+        'n: 'a,
+    {
+        match &self.weights.input {
+            InputWeights::Table(table) if self.model.cell != Cell::Gru => InputPart::Table { table, tokens },
+            _ => InputPart::InPlace,
+        }
+    }
+
     /// Through all steps, from the input's part of the gates and the start of every run.
-    pub(super) fn forward(&self, runs: &Runs, trace: &mut Trace, work: &mut Workspace) {
+    pub(super) fn forward(&self, runs: &Runs, input: InputPart<'_>, trace: &mut Trace, work: &mut Workspace) {
         let (simd, shape, options) = (self.simd, self.sequence(runs), &self.model.options);
         let Trace { h, c } = trace;
         let Workspace { gates, unprojected, step, .. } = work;
@@ -160,7 +171,7 @@ impl Direction<'_> {
             Cell::Rnn => {
                 let weight_hh = self.weights.hidden.whole();
                 let activation = options.activation;
-                rnn_forward(simd, RnnForward { shape, activation, weight_hh, pre: gates, h });
+                rnn_forward(simd, RnnForward { shape, activation, weight_hh, input, pre: gates, h });
             }
             Cell::Lstm => {
                 let projection = self.weights.projection.as_ref();
@@ -170,6 +181,7 @@ impl Direction<'_> {
                     weight_hh: self.weights.hidden.whole(),
                     projection: projection
                         .map(|weights| LstmProjection { weight_hr: &weights.forward, m: unprojected }),
+                    input,
                     gates,
                     h,
                     c,

@@ -21,7 +21,7 @@ use super::weights::reads_one_hot;
 
 /// Most weight rows of a task: more would share each packing of what they are multiplied with among more rows, fewer
 /// keep the sums in the second-level cache. Changes no bit.
-const MOST_ROWS: usize = 132;
+const MOST_ROWS: usize = 264;
 
 /// What the gradient of a bucket is computed from.
 #[derive(Clone, Copy)]
@@ -79,6 +79,9 @@ enum Gate {
     F = 1,
     O = 3,
 }
+
+/// What the gradients are multiplied with, and where their products go.
+type Product<'p, 'a, S> = (&'p dyn Fn(&S) -> &'a [f32], &'p mut [f32]);
 
 /// Room of one thread, kept from task to task.
 #[derive(Default)]
@@ -233,7 +236,7 @@ impl<'a> Gradient<'a> {
                 let LayerShape { hidden_size, output_size, .. } = self.shape().layer(place.layer);
                 let d = |step: &Step<'a>| &row(&step.work.d_projected, output_size, step.own)[rows.clone()];
                 let x = |step: &Step<'a>| row(&step.work.unprojected, hidden_size, step.own);
-                scratch.product(self.simd(), self.steps(*place, shard), d, x, into);
+                scratch.products(self.simd(), self.steps(*place, shard), &d, [(&x, into)]);
             }
             Sum::Peephole(place, gate) => {
                 let hidden = self.shape().layer(place.layer).hidden_size;
@@ -277,7 +280,7 @@ impl<'a> Gradient<'a> {
             |&(block, target): &(&'a RowBlock, usize)| &block.d_logits(shape.classes, target)[rows.clone()];
         let features = |&(block, target): &(&'a RowBlock, usize)| block.features(&network, target);
         let (d_weight, d_bias) = into.split_at_mut(rows.len() * width);
-        scratch.product(self.simd(), targets.clone(), d, features, d_weight);
+        scratch.products(self.simd(), targets.clone(), &d, [(&features, d_weight)]);
         column_sum(self.simd(), targets.map(|target| d(&target)), d_bias);
     }
 
@@ -290,29 +293,31 @@ impl<'a> Gradient<'a> {
         let (d_weight_hh, biases) = rest.split_at_mut(rows.len() * output_size);
         let (d_bias_ih, d_bias_hh) = biases.split_at_mut(rows.len());
 
-        let d = |step: &Step<'a>| &step.gates()[rows.clone()];
-        if reads_one_hot(shape, place.layer) {
-            let rows_of_tokens = steps().map(|step| (step.block.token(step.place), d(&step)));
-            embedding_gradient(simd, rows_of_tokens, rows.len(), d_weight_ih);
-        } else {
-            let x = |step: &Step<'a>| step.block.input(&network, place.layer, step.place);
-            scratch.product(simd, steps(), d, x, d_weight_ih);
-        }
-        column_sum(simd, steps().map(|step| d(&step)), d_bias_ih);
-
         // h enters a GRU's candidate through the reset gate. After the product, the gradient of the product is another
         // one and stands behind the others; before it, there stands what was multiplied in place of h.
         let is_candidate = shape.cell == Cell::Gru && rows.start >= 2 * hidden_size;
         let is_reset_after = is_candidate && shape.options.reset == Reset::After;
         let behind = if is_reset_after { hidden_size } else { 0 };
-        let d = |step: &Step<'a>| &step.gates()[rows.start + behind..rows.end + behind];
+        let d = |step: &Step<'a>| &step.gates()[rows.clone()];
+        let d_product = |step: &Step<'a>| &step.gates()[rows.start + behind..rows.end + behind];
+        let x = |step: &Step<'a>| step.block.input(&network, place.layer, step.place);
         let h = |step: &Step<'a>| match is_candidate && !is_reset_after {
             true => row(step.gates(), hidden_size, 3),
             false => row(&step.trace.h, output_size, step.before()),
         };
-        scratch.product(simd, steps(), d, h, d_weight_hh);
+        if reads_one_hot(shape, place.layer) {
+            let rows_of_tokens = steps().map(|step| (step.block.token(step.place), d(&step)));
+            embedding_gradient(simd, rows_of_tokens, rows.len(), d_weight_ih);
+            scratch.products(simd, steps(), &d_product, [(&h, d_weight_hh)]);
+        } else if is_reset_after {
+            scratch.products(simd, steps(), &d, [(&x, d_weight_ih)]);
+            scratch.products(simd, steps(), &d_product, [(&h, d_weight_hh)]);
+        } else {
+            scratch.products(simd, steps(), &d, [(&x, d_weight_ih), (&h, d_weight_hh)]);
+        }
+        column_sum(simd, steps().map(|step| d(&step)), d_bias_ih);
         if is_reset_after {
-            column_sum(simd, steps().map(|step| d(&step)), d_bias_hh);
+            column_sum(simd, steps().map(|step| d_product(&step)), d_bias_hh);
         } else {
             d_bias_hh.copy_from_slice(d_bias_ih);
         }
@@ -420,29 +425,33 @@ impl Scratch {
         self.left.held_bytes() + self.right.held_bytes() + 4 * sums
     }
 
-    /// `into[rows][inputs] = Σ d ⊗ x` over the steps, one block of k after the other. Both operands are packed block by
-    /// block, so that they stay in the second-level cache however long a shard's rows are.
-    fn product<'a, S>(
+    /// `into[rows][inputs] = Σ d ⊗ x` over the steps, for each x that has the same d, one block of k after the other.
+    /// Operands are packed block by block, so that they stay in the second-level cache however long a shard's rows are.
+    fn products<'a, S, const N: usize>(
         &mut self,
         simd: Simd,
         steps: impl Iterator<Item = S>,
-        d: impl Fn(&S) -> &'a [f32],
-        x: impl Fn(&S) -> &'a [f32],
-        into: &mut [f32],
+        d: &dyn Fn(&S) -> &'a [f32],
+        mut products: [Product<'_, 'a, S>; N],
     ) {
         let mut steps = steps.peekable();
-        let Some(first) = steps.peek() else { return into.fill(0.0) };
-        let (rows, inputs) = (d(first).len(), x(first).len());
+        if steps.peek().is_none() {
+            products.iter_mut().for_each(|(_, into)| into.fill(0.0));
+        }
         let mut is_first = true;
         let mut block: Vec<S> = Vec::with_capacity(K_BLOCK);
-        while steps.peek().is_some() {
+        while let Some(first) = steps.peek() {
+            let rows = d(first).len();
             block.clear();
             block.extend(steps.by_ref().take(K_BLOCK));
             self.left.reshape(block.len(), rows);
-            self.left.pack_row_iter(simd, block.iter().map(&d));
-            self.right.reshape(block.len(), inputs);
-            self.right.pack_row_iter(simd, block.iter().map(&x));
-            gemm_transposed(simd, &self.left, &self.right, into, inputs, !is_first);
+            self.left.pack_row_iter(simd, block.iter().map(d));
+            for (x, into) in &mut products {
+                let inputs = into.len() / rows;
+                self.right.reshape(block.len(), inputs);
+                self.right.pack_row_iter(simd, block.iter().map(x));
+                gemm_transposed(simd, &self.left, &self.right, into, inputs, !is_first);
+            }
             is_first = false;
         }
     }

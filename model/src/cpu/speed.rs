@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kernels::{PackedMatrix, Simd, gemm};
+use kernels::{PackedMatrix, Simd, Start, gemm};
 use protocol::layout::{ModelShape, StateLayout};
 
 use super::CpuDevice;
@@ -48,7 +48,7 @@ fn gemm_rate(simd: Simd, shape: &ModelShape, threads: usize) -> f64 {
         let mut products = 0_u64;
         let started = Instant::now();
         while products == 0 || started.elapsed() < PROBE {
-            gemm(simd, rows, &state, hidden, &weights, &mut pre, gates, false);
+            gemm(simd, rows, &state, hidden, &weights, &mut pre, gates, Start::Zero);
             products += 1;
         }
         (2 * rows * hidden * gates) as f64 * products as f64 / started.elapsed().as_secs_f64()

@@ -1,4 +1,4 @@
-//! A device that only holds numbers: for the collective's tests and its rate measurement.
+//! A device that only holds numbers: for the collective's tests.
 
 use std::ops::Range;
 
@@ -31,6 +31,14 @@ impl Device for HostDevice {
     fn export(&self, buffer: &Vec<f32>, range: Range<usize>, into: &mut [f32]) -> Result<()> {
         into.copy_from_slice(&buffer[range]);
         Ok(())
+    }
+
+    fn host<'a>(&self, buffer: &'a Vec<f32>) -> Option<&'a [f32]> {
+        Some(buffer)
+    }
+
+    fn host_mut<'a>(&self, buffer: &'a mut Vec<f32>) -> Option<&'a mut [f32]> {
+        Some(buffer)
     }
 
     fn step(&mut self, _: Pass, _: &Vec<f32>, _: &Batch, _: &Vec<f32>, _: &mut Vec<f32>) -> Result<()> {

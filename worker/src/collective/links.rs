@@ -9,17 +9,19 @@
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, TcpStream};
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use protocol::frame::BulkKind;
 
 use super::mesh::{Mesh, Place};
+use super::outbox::Outbox;
 use super::reduce::{Plan, Refused, Sums};
-use super::wire::{Address, DataPlaneBytes, FrameReader, FrameWriter, Incoming, Payload, decode_floats};
-use super::{CollectiveError, Result};
+use super::wire::{
+    Address, DataPlaneBytes, FrameReader, Incoming, Landing, Outgoing, Payload, Received, wait_readable,
+};
+use super::{CollectiveError, Result, lock};
 
 /// A peer may be this many operations ahead; the trainer waits for all of a step, so it is a few at most.
 const TICKETS_AHEAD_LIMIT: u32 = 4096;
@@ -27,23 +29,23 @@ const TICKETS_AHEAD_LIMIT: u32 = 4096;
 /// How long a collective that ends in peace waits for its last frames to leave.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
+/// How often a reading thread looks whether the training thread still reads. While it does, nobody waits for this.
+const READING_PAUSE: Duration = Duration::from_millis(1);
+
 /// Finished values of one block that wait for the training thread to take them.
 #[derive(Debug)]
 pub(super) struct Piece {
     /// Whose slice or part it is.
     pub(super) rank: u32,
     pub(super) block: u32,
-    pub(super) payload: Payload,
-}
-
-enum Outgoing {
-    Frame(Address, Payload),
-    Stop,
+    /// `None` if the values lie already where they are wanted.
+    pub(super) payload: Option<Payload>,
 }
 
 struct Peer {
-    stream: TcpStream,
-    outbox: Sender<Outgoing>,
+    outbox: Outbox,
+    /// Held by whoever reads what the peer sends.
+    reader: Mutex<FrameReader>,
 }
 
 struct State {
@@ -77,8 +79,10 @@ pub(super) struct Links {
     spare: Mutex<Vec<Vec<f32>>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl Peer {
+    fn new(stream: TcpStream) -> Self {
+        Self { outbox: Outbox::new(stream), reader: Mutex::new(FrameReader::new()) }
+    }
 }
 
 /// Starts the threads over the streams of a mesh.
@@ -90,14 +94,6 @@ pub(super) fn start(
     let Mesh { place, streams } = mesh;
     let world_size = place.members.len();
     let ranges: Vec<_> = place.members.iter().map(|member| member.shards.clone()).collect();
-    let (mut peers, mut inboxes) = (Vec::with_capacity(world_size), Vec::new());
-    for (rank, stream) in (0..).zip(streams) {
-        peers.push(stream.map(|stream| {
-            let (outbox, inbox) = mpsc::channel();
-            inboxes.push((rank, inbox));
-            Peer { stream, outbox }
-        }));
-    }
     let state = State {
         sums: Sums::default(),
         finished: HashMap::new(),
@@ -107,21 +103,21 @@ pub(super) fn start(
         lost: None,
         has_left: vec![false; world_size],
         last_heard: vec![Instant::now(); world_size],
-        writers_running: inboxes.len(),
+        writers_running: world_size - 1,
     };
     let links = Arc::new(Links {
         place,
         plan: Plan::new(&ranges),
         timeout,
         bytes,
-        peers,
+        peers: streams.into_iter().map(|stream| stream.map(Peer::new)).collect(),
         state: Mutex::new(state),
         changed: Condvar::new(),
         spare: Mutex::default(),
     });
-    let mut threads = Vec::with_capacity(2 * inboxes.len());
-    for (rank, inbox) in inboxes {
-        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank, &inbox))
+    let mut threads = Vec::with_capacity(2 * (world_size - 1));
+    for rank in links.peers() {
+        let started = spawn(&links, format!("to-rank-{rank}"), move |links| links.write_to(rank))
             .and_then(|writer| {
                 threads.push(writer);
                 spawn(&links, format!("from-rank-{rank}"), move |links| links.read_from(rank))
@@ -157,18 +153,48 @@ impl Links {
         Ok(ticket)
     }
 
-    /// Queues a frame for one peer. A frame to a peer that is gone vanishes; waiting finds that out.
+    /// Sends values to one peer. What is sent to a peer that is gone vanishes; waiting finds that out.
     pub(super) fn send(&self, rank: u32, address: Address, payload: Payload) {
-        let peer = self.peers[rank as usize].as_ref().expect("no frames to oneself");
-        let _ = peer.outbox.send(Outgoing::Frame(address, payload));
+        let is_bytes = matches!(payload, Payload::Bytes(_));
+        let frame = Outgoing::new(self.place.generation, address, is_bytes, payload.as_bytes());
+        self.send_frame(rank, frame, payload.as_bytes(), || payload.clone());
+        self.recycle_payload(payload);
     }
 
-    /// Queues finished values of this worker's part for all peers.
+    /// As [`send`](Self::send), for floats that stay where they are only for now.
+    pub(super) fn send_from(&self, rank: u32, address: Address, values: &[f32]) {
+        let bytes = bytemuck::cast_slice(values);
+        let frame = Outgoing::new(self.place.generation, address, false, bytes);
+        self.send_frame(rank, frame, bytes, || {
+            let mut kept = self.spare();
+            kept.clear();
+            kept.extend_from_slice(values);
+            Payload::Floats(Arc::new(kept))
+        });
+    }
+
+    /// Sends finished values of this worker's part to all peers.
     pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
-        for peer in self.peers() {
-            let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
-            self.send(peer, address, payload.clone());
+        if self.peers.len() == 1 {
+            return; // Nobody reads the checksum.
         }
+        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+        let is_bytes = matches!(payload, Payload::Bytes(_));
+        let frame = Outgoing::new(self.place.generation, address, is_bytes, payload.as_bytes());
+        for peer in self.peers() {
+            self.send_frame(peer, frame.clone(), payload.as_bytes(), || payload.clone());
+        }
+    }
+
+    fn send_frame(&self, rank: u32, frame: Outgoing, payload: &[u8], keep: impl FnOnce() -> Payload) {
+        match self.peer(rank).outbox.send(frame, payload, keep) {
+            Ok(sent) => self.bytes.add_sent(sent.unwrap_or(0)),
+            Err(error) => self.lose(rank, describe(&error)),
+        }
+    }
+
+    fn peer(&self, rank: u32) -> &Peer {
+        self.peers[rank as usize].as_ref().expect("every other rank is a peer")
     }
 
     /// The ranks of all others, the next one first: so not all workers send to rank 0 at the same time.
@@ -179,11 +205,17 @@ impl Links {
 
     /// Blocks until there are finished pieces of the ticket and moves them to `taken`. `missing` counts by rank the
     /// pieces that are still to come; at least one is.
-    pub(super) fn take_finished(
-        &self,
+    ///
+    /// Where there is only one peer, there is nobody else to wait for: the training thread reads itself what the peer
+    /// sends, without a hand-over, to the `landing` if there is one. It keeps the `reader` for as long as it waits for
+    /// this operation.
+    pub(super) fn take_finished<'a>(
+        &'a self,
         ticket: u32,
         missing: &[u32],
         since: Instant,
+        reader: &mut Option<MutexGuard<'a, FrameReader>>,
+        mut landing: Option<Landing<'_>>,
         taken: &mut Vec<Piece>,
     ) -> Result<()> {
         let mut state = lock(&self.state);
@@ -198,8 +230,36 @@ impl Links {
                 return Ok(());
             }
             let patience = self.patience(&state, ticket, missing, since)?;
-            state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            *reader = reader.take().or_else(|| self.only_reader());
+            if let Some(held) = reader {
+                drop(state);
+                let rank = 1 - self.place.rank;
+                match self.read_one(rank, held, landing.as_mut()) {
+                    Reading::Taken => {}
+                    Reading::NothingYet => wait_readable(&self.peer(rank).outbox.stream, Some(patience)),
+                    Reading::Over => *reader = None,
+                }
+                state = lock(&self.state);
+            } else {
+                state = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+            }
         }
+    }
+
+    /// Takes what the only peer has sent meanwhile, as [`take_finished`](Self::take_finished) does: while the training
+    /// thread talks to it, no other thread has to wake up.
+    pub(super) fn read_arrived<'a>(&'a self, reader: &mut Option<MutexGuard<'a, FrameReader>>) {
+        *reader = reader.take().or_else(|| self.only_reader());
+        if let Some(held) = reader {
+            while let Reading::Taken = self.read_one(1 - self.place.rank, held, None) {}
+        }
+    }
+
+    /// The reader of the only peer, unless that peer's own thread is reading at this moment.
+    fn only_reader(&self) -> Option<MutexGuard<'_, FrameReader>> {
+        let mut peers = self.peers.iter().flatten();
+        let (Some(peer), None) = (peers.next(), peers.next()) else { return None };
+        try_lock(&peer.reader)
     }
 
     /// How much longer to wait for what is missing, or why not at all.
@@ -246,12 +306,13 @@ impl Links {
         let in_peace = self.failure(&state).is_none();
         state.is_closing = true;
         if in_peace {
-            for peer in self.peers.iter().flatten() {
-                let _ = peer.outbox.send(Outgoing::Frame(Address::GOODBYE, Payload::Bytes(Arc::default())));
-                let _ = peer.outbox.send(Outgoing::Stop);
+            drop(state);
+            for peer in self.peers() {
+                self.send(peer, Address::GOODBYE, Payload::Bytes(Arc::default()));
+                self.peer(peer).outbox.close();
             }
             let drained =
-                self.changed.wait_timeout_while(state, DRAIN_LIMIT, |state| state.writers_running > 0);
+                self.changed.wait_timeout_while(lock(&self.state), DRAIN_LIMIT, |state| state.writers_running > 0);
             drop(drained);
         } else {
             drop(state);
@@ -260,10 +321,10 @@ impl Links {
     }
 
     fn close(&self) {
-        for peer in self.peers.iter().flatten() {
-            let _ = peer.outbox.send(Outgoing::Stop);
+        for Peer { outbox, .. } in self.peers.iter().flatten() {
+            outbox.close();
             // Fails only if the connection is closed already.
-            let _ = peer.stream.shutdown(Shutdown::Both);
+            let _ = outbox.stream.shutdown(Shutdown::Both);
         }
     }
 
@@ -315,7 +376,7 @@ impl Links {
         let sum = self.plan.sum(pieces, |values| self.recycle(values));
         let payload = Payload::Floats(Arc::new(sum));
         self.send_to_all(ticket, block, &payload);
-        self.finish(ticket, Piece { rank: self.place.rank, block, payload });
+        self.finish(ticket, Piece { rank: self.place.rank, block, payload: Some(payload) });
         Ok(())
     }
 
@@ -324,53 +385,69 @@ impl Links {
         self.changed.notify_all();
     }
 
+    /// Notes that a peer is gone, unless it has said so itself: then it is a loss only for somebody who needs it.
     fn lose(&self, rank: u32, cause: String) {
         let mut state = lock(&self.state);
-        if !state.is_closing && state.lost.is_none() {
+        if !state.is_closing && !state.has_left[rank as usize] && state.lost.is_none() {
             state.lost = Some((rank, cause));
         }
         drop(state);
         self.changed.notify_all();
     }
 
-    fn write_to(&self, rank: u32, inbox: &Receiver<Outgoing>) {
-        let stream = &self.peers[rank as usize].as_ref().expect("a writer has a peer").stream;
-        let generation = self.place.generation;
-        let mut writer = FrameWriter { stream, generation, bytes: &self.bytes, buffer: Vec::new() };
-        while let Ok(Outgoing::Frame(address, payload)) = inbox.recv() {
-            if let Err(error) = writer.write(address, &payload) {
-                self.lose(rank, describe(&error));
-                break;
-            }
+    fn write_to(&self, rank: u32) {
+        let done = |sent, payload| {
+            self.bytes.add_sent(sent);
             self.recycle_payload(payload);
+        };
+        if let Err(error) = self.peer(rank).outbox.write_queued(done) {
+            self.lose(rank, describe(&error));
         }
         lock(&self.state).writers_running -= 1;
         self.changed.notify_all();
     }
 
+    /// A peer's reading thread. While the training thread reads, it keeps out of the way.
     fn read_from(&self, rank: u32) {
-        let stream = &self.peers[rank as usize].as_ref().expect("a reader has a peer").stream;
-        let mut reader = FrameReader { stream, bytes: &self.bytes, buffer: Vec::new() };
-        let cause = loop {
-            match reader.read() {
-                Ok(frame) if frame.generation != self.place.generation => {}
-                Ok(frame) if frame.address == Address::GOODBYE => {
-                    lock(&self.state).has_left[rank as usize] = true;
-                    return self.changed.notify_all();
-                }
-                Ok(frame) => {
-                    if let Err(cause) = self.take(rank, &frame) {
-                        break cause;
-                    }
-                }
-                Err(error) => break describe(&error),
+        let Peer { outbox, reader } = self.peer(rank);
+        loop {
+            match try_lock(reader).map(|mut reader| self.read_one(rank, &mut reader, None)) {
+                Some(Reading::Taken) => {}
+                Some(Reading::NothingYet) => wait_readable(&outbox.stream, None),
+                Some(Reading::Over) => return,
+                None => std::thread::sleep(READING_PAUSE),
             }
-        };
-        self.lose(rank, cause);
+        }
     }
 
-    /// Takes one frame of a peer.
-    fn take(&self, rank: u32, frame: &Incoming<'_>) -> std::result::Result<(), String> {
+    /// Takes one frame of a peer, if a whole one is there. Whoever calls it holds the reader until the frame is added
+    /// or finished: nothing of this peer happens meanwhile.
+    fn read_one(&self, rank: u32, reader: &mut FrameReader, landing: Option<&mut Landing<'_>>) -> Reading {
+        let stream = &self.peer(rank).outbox.stream;
+        let frame = match reader.read(stream, &self.bytes, landing, || self.spare()) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Reading::NothingYet,
+            Err(error) => {
+                self.lose(rank, describe(&error));
+                return Reading::Over;
+            }
+        };
+        if frame.generation != self.place.generation {
+            return Reading::Taken;
+        }
+        if frame.address == Address::GOODBYE {
+            lock(&self.state).has_left[rank as usize] = true;
+            self.changed.notify_all();
+            return Reading::Over;
+        }
+        if let Err(cause) = self.take(rank, frame) {
+            self.lose(rank, cause);
+            return Reading::Over;
+        }
+        Reading::Taken
+    }
+
+    fn take(&self, rank: u32, frame: Incoming) -> std::result::Result<(), String> {
         let Address { kind, ticket, place, block } = frame.address;
         {
             let mut state = lock(&self.state);
@@ -380,22 +457,38 @@ impl Links {
                 return Err(format!("it is {ahead} operations ahead"));
             }
         }
-        let payload = if frame.is_bytes {
-            Payload::Bytes(Arc::new(frame.payload.to_vec()))
-        } else {
-            let mut values = self.spare();
-            decode_floats(frame.payload, &mut values)?;
-            if kind == BulkKind::Reduce {
+        match (kind, frame.payload) {
+            (BulkKind::Reduce, Received::Floats(values)) => {
                 let delivered = self.deliver(ticket, block, (rank, place), values);
-                return delivered.map_err(|refused| refused.to_string());
+                delivered.map_err(|refused| refused.to_string())
             }
-            Payload::Floats(Arc::new(values))
-        };
-        if kind != BulkKind::Gather || place != rank {
-            return Err(format!("it sent a {kind:?} frame for place {place}"));
+            (BulkKind::Gather, payload) if place == rank => {
+                let payload = match payload {
+                    Received::Floats(values) => Some(Payload::Floats(Arc::new(values))),
+                    Received::Bytes(bytes) => Some(Payload::Bytes(Arc::new(bytes))),
+                    Received::Landed(_) => None,
+                };
+                self.finish(ticket, Piece { rank, block, payload });
+                Ok(())
+            }
+            _ => Err(format!("it sent a {kind:?} frame for place {place}")),
         }
-        self.finish(ticket, Piece { rank, block, payload });
-        Ok(())
+    }
+}
+
+/// What came of an attempt to read a frame.
+enum Reading {
+    Taken,
+    NothingYet,
+    /// Nothing more will come: the peer said goodbye or is lost.
+    Over,
+}
+
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 

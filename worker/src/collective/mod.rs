@@ -4,13 +4,14 @@
 //! per rank; each rank adds the nodes of its slice in tree order; the finished slices are gathered by all. The
 //! order of additions is the tree's, so the result has the same bits for any number of workers.
 //!
-//! In reading order: [`reduce`] (the pure part), [`mesh`] (who is connected), `wire` (one frame), `links` (the
-//! threads), [`tcp`] (the trait over all of these).
+//! In reading order: [`reduce`] (the pure part), [`mesh`] (who is connected), `wire` (one frame), `outbox` (what
+//! is on its way to a peer), `links` (the threads), [`tcp`] (the trait over all of these).
 
 #[cfg(test)]
 mod host_device;
 mod links;
 pub mod mesh;
+mod outbox;
 pub mod reduce;
 pub mod tcp;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod wire;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use model::device::{Device, DeviceError};
 use protocol::tree::TreeNode;
@@ -110,4 +112,9 @@ pub trait Collective<D: Device>: Send {
 
     /// The handle that ends all waiting.
     fn abort_handle(&self) -> AbortHandle;
+}
+
+/// A lock whose holder cannot leave its value half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -31,6 +31,12 @@ pub fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     range.step_by(BLOCK_FLOATS).map(move |start| start..(start + BLOCK_FLOATS).min(end))
 }
 
+/// One block of a range, if it has so many.
+pub fn block_range(range: Range<usize>, block: u32) -> Option<Range<usize>> {
+    let start = range.start + block as usize * BLOCK_FLOATS;
+    (start < range.end).then(|| start..(start + BLOCK_FLOATS).min(range.end))
+}
+
 /// Number of blocks of a range of `len` floats.
 pub fn block_count(len: usize) -> u32 {
     u32::try_from(len.div_ceil(BLOCK_FLOATS)).expect("a buffer has fewer than 2^32 blocks")

@@ -26,8 +26,8 @@ use protocol::tree::TreeNode;
 
 use super::links::{self, Links, Piece};
 use super::mesh::Mesh;
-use super::reduce::{BLOCK_FLOATS, Refused, block_count, blocks, slice};
-use super::wire::{Address, Payload};
+use super::reduce::{Refused, block_count, block_range, blocks, slice};
+use super::wire::{Address, Landing, Payload};
 use super::{AbortHandle, Collective, Result, Ticket};
 
 pub use super::wire::DataPlaneBytes;
@@ -86,27 +86,82 @@ impl TcpCollective {
         })
     }
 
-    /// Waits for all pieces of an operation and gives each to `take`, in the order in which they come.
+    /// Waits for all pieces of an operation, in whatever order they come.
     fn wait_for(
         &mut self,
         ticket: u32,
         missing: &mut [u32],
-        mut take: impl FnMut(&Piece) -> Result<()>,
+        destination: &mut impl Destination,
     ) -> Result<()> {
-        let since = Instant::now();
+        let (since, mut reader) = (Instant::now(), None);
         while missing.iter().any(|count| *count > 0) {
-            self.links.take_finished(ticket, missing, since, &mut self.taken)?;
-            for piece in self.taken.drain(..) {
-                let count = &mut missing[piece.rank as usize];
-                *count = count.checked_sub(1).ok_or_else(|| {
-                    self.links.peer_lost(piece.rank, "it sent more blocks than its part has")
-                })?;
-                take(&piece)?;
-                self.links.recycle_payload(piece.payload);
+            let landing = destination.landing(ticket);
+            self.links.take_finished(ticket, missing, since, &mut reader, landing, &mut self.taken)?;
+            for Piece { rank, block, payload } in self.taken.drain(..) {
+                let count = &mut missing[rank as usize];
+                *count = count
+                    .checked_sub(1)
+                    .ok_or_else(|| self.links.peer_lost(rank, "it sent more blocks than its part has"))?;
+                if let Some(payload) = payload {
+                    destination
+                        .take(rank, block, &payload)?
+                        .map_err(|cause| self.links.peer_lost(rank, cause))?;
+                    self.links.recycle_payload(payload);
+                }
             }
         }
         self.links.forget(ticket);
         Ok(())
+    }
+}
+
+/// Where the pieces of an operation go.
+trait Destination {
+    /// Where a reader may put finished floats itself.
+    fn landing(&mut self, ticket: u32) -> Option<Landing<'_>>;
+
+    /// Takes one piece of a rank, or says why it does not fit.
+    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>>;
+}
+
+/// The parts of a device's buffer.
+struct Parts<'a, D: Device> {
+    device: &'a D,
+    buffer: &'a mut D::Buffer,
+    by_rank: Vec<Range<usize>>,
+}
+
+impl<D: Device> Destination for Parts<'_, D> {
+    fn landing(&mut self, ticket: u32) -> Option<Landing<'_>> {
+        let values = self.device.host_mut(self.buffer)?;
+        Some(Landing { ticket, parts: &self.by_rank, values })
+    }
+
+    fn take(&mut self, rank: u32, block: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+        match (block_range(self.by_rank[rank as usize].clone(), block), payload) {
+            (Some(range), Payload::Floats(values)) if values.len() == range.len() => {
+                self.device.import(self.buffer, range.start, values)?;
+                Ok(Ok(()))
+            }
+            _ => Ok(Err("a block does not fit its part of the buffer")),
+        }
+    }
+}
+
+/// A few bytes of everybody, by rank.
+struct Everybodys(Vec<Vec<u8>>);
+
+impl Destination for Everybodys {
+    fn landing(&mut self, _: u32) -> Option<Landing<'_>> {
+        None
+    }
+
+    fn take(&mut self, rank: u32, _: u32, payload: &Payload) -> Result<std::result::Result<(), &'static str>> {
+        let Payload::Bytes(bytes) = payload else {
+            return Ok(Err("it sent floats where bytes are exchanged"));
+        };
+        self.0[rank as usize] = bytes.to_vec();
+        Ok(Ok(()))
     }
 }
 
@@ -125,22 +180,29 @@ impl<D: Device> Collective<D> for TcpCollective {
         let cover = self.links.plan.nodes_of(self.rank()).map(|(node, _)| node);
         assert!(cover.eq(nodes.iter().map(|(node, _)| *node)), "begin_reduce: nodes are not the cover");
 
-        // Peers' slices first: they travel while this worker's own is copied. Block by block, so that the first
-        // frame leaves at once, and all nodes of a block together, so that its sum can be made early.
+        // One block of every slice after the other, so that the first sums can be made, and leave, while the last
+        // blocks are still copied; the peers' first, and all nodes of a block together.
         let (len, ranks) = (bucket.len(), self.ranks());
-        for owner in self.links.peers().chain([self.rank()]) {
-            for (block, range) in (0..).zip(blocks(slice(len, ranks, owner))) {
+        let owners: Vec<u32> = self.links.peers().chain([self.rank()]).collect();
+        let mut reader = None;
+        for block in 0..block_count(slice(len, ranks, ranks - 1).len()) {
+            for &owner in &owners {
+                let Some(range) = block_range(slice(len, ranks, owner), block) else { continue };
                 let range = bucket.start + range.start..bucket.start + range.end;
                 for ((_, leaf), (_, buffer)) in self.links.plan.nodes_of(self.rank()).zip(nodes) {
-                    let values = self.export(device, buffer, range.clone())?;
+                    let address = Address { kind: BulkKind::Reduce, ticket, place: leaf, block };
                     if owner == self.rank() {
+                        let values = self.export(device, buffer, range.clone())?;
                         self.deliver_own(ticket, block, leaf, values)?;
+                    } else if let Some(values) = device.host(buffer) {
+                        self.links.send_from(owner, address, &values[range.clone()]);
                     } else {
-                        let address = Address { kind: BulkKind::Reduce, ticket, place: leaf, block };
+                        let values = self.export(device, buffer, range.clone())?;
                         self.links.send(owner, address, Payload::Floats(Arc::new(values)));
                     }
                 }
             }
+            self.links.read_arrived(&mut reader);
         }
 
         let part = |rank| {
@@ -172,19 +234,7 @@ impl<D: Device> Collective<D> for TcpCollective {
     fn wait(&mut self, device: &D, ticket: Ticket, into: &mut D::Buffer) -> Result<()> {
         let Begun { parts, mut missing } =
             self.begun.remove(&ticket.0).expect("a ticket is waited for once, by whoever began it");
-        let links = self.links.clone();
-        self.wait_for(ticket.0, &mut missing, |piece| {
-            let part = &parts[piece.rank as usize];
-            let start = part.start + piece.block as usize * BLOCK_FLOATS;
-            match &piece.payload {
-                Payload::Floats(values)
-                    if values.len() == BLOCK_FLOATS.min(part.end.saturating_sub(start)) =>
-                {
-                    Ok(device.import(into, start, values)?)
-                }
-                _ => Err(links.peer_lost(piece.rank, "a block does not fit its part of the buffer")),
-            }
-        })
+        self.wait_for(ticket.0, &mut missing, &mut Parts { device, buffer: into, by_rank: parts })
     }
 
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -195,19 +245,10 @@ impl<D: Device> Collective<D> for TcpCollective {
         self.links.send_to_all(ticket, 0, &payload);
         let mut missing = vec![1; ranks];
         missing[rank as usize] = 0;
-        let mut everybodys = vec![Vec::new(); ranks];
-        everybodys[rank as usize] = own.to_vec();
-        let links = self.links.clone();
-        self.wait_for(ticket, &mut missing, |piece| match &piece.payload {
-            Payload::Bytes(bytes) => {
-                everybodys[piece.rank as usize] = bytes.to_vec();
-                Ok(())
-            }
-            Payload::Floats(..) => {
-                Err(links.peer_lost(piece.rank, "it sent floats where bytes are exchanged"))
-            }
-        })?;
-        Ok(everybodys)
+        let mut everybodys = Everybodys(vec![Vec::new(); ranks]);
+        everybodys.0[rank as usize] = own.to_vec();
+        self.wait_for(ticket, &mut missing, &mut everybodys)?;
+        Ok(everybodys.0)
     }
 
     fn abort_handle(&self) -> AbortHandle {

@@ -13,12 +13,19 @@
 //!
 //! The place is the leftmost leaf of the node (`Reduce`) or the sender's rank (`Gather`).
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind};
+use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Expected};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+
+use super::reduce::block_range;
 
 const PREFIX_BYTES: usize = 4;
 const OVERHEAD_BYTES: usize = PREFIX_BYTES + BulkHeader::BYTES;
@@ -40,6 +47,10 @@ impl DataPlaneBytes {
     /// Bytes taken from the sockets.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add_sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -78,99 +89,209 @@ pub(super) enum Payload {
     Bytes(Arc<Vec<u8>>),
 }
 
-/// A frame as it came in; borrows the connection's buffer.
+const _: () = assert!(cfg!(target_endian = "little"), "floats travel little-endian, as they lie in memory here");
+
+impl Payload {
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Floats(values) => bytemuck::cast_slice(values),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+/// One frame on its way out: what precedes its payload, and how much of both is sent. The payload stays where it is.
+#[derive(Debug, Clone)]
+pub(super) struct Outgoing {
+    overhead: [u8; OVERHEAD_BYTES],
+    /// Bytes of both that the socket has taken.
+    sent: usize,
+}
+
+impl Outgoing {
+    pub(super) fn new(generation: u64, address: Address, is_bytes: bool, payload: &[u8]) -> Self {
+        assert!(payload.len() <= BULK_CHUNK_BYTES, "a payload of {} bytes", payload.len());
+        let header = address.header(generation, is_bytes).encode(payload);
+        let mut overhead = [0; OVERHEAD_BYTES];
+        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + payload.len()) as u32).to_be_bytes());
+        overhead[PREFIX_BYTES..].copy_from_slice(&header);
+        Self { overhead, sent: 0 }
+    }
+
+    /// Writes until all of it is sent or, with `SendFlags::DONTWAIT`, the socket takes no more for the moment. Gives
+    /// whether all of it is sent. The payload must be the one for which the frame was made.
+    pub(super) fn send(&mut self, payload: &[u8], stream: &TcpStream, flags: SendFlags) -> io::Result<bool> {
+        while self.sent < OVERHEAD_BYTES + payload.len() {
+            let parts = [
+                IoSlice::new(&self.overhead[self.sent.min(OVERHEAD_BYTES)..]),
+                IoSlice::new(&payload[self.sent.saturating_sub(OVERHEAD_BYTES)..]),
+            ];
+            let mut nothing_else = SendAncillaryBuffer::default();
+            match sendmsg(stream, &parts, &mut nothing_else, flags | SendFlags::NOSIGNAL) {
+                Ok(count) => self.sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Bytes that the socket has taken.
+    pub(super) fn sent(&self) -> usize {
+        self.sent
+    }
+}
+
+/// A frame as it came in.
 #[derive(Debug)]
-pub(super) struct Incoming<'a> {
+pub(super) struct Incoming {
     pub(super) generation: u64,
     pub(super) address: Address,
-    pub(super) is_bytes: bool,
-    pub(super) payload: &'a [u8],
+    pub(super) payload: Received,
 }
 
-/// Little-endian floats, which replace `values`.
-pub(super) fn decode_floats(payload: &[u8], values: &mut Vec<f32>) -> Result<(), String> {
-    let (words, rest) = payload.as_chunks::<4>();
-    if !rest.is_empty() {
-        return Err(format!("a payload of {} bytes, expected floats", payload.len()));
-    }
-    values.clear();
-    values.extend(words.iter().map(|word| f32::from_le_bytes(*word)));
-    Ok(())
-}
-
-/// Writes frames to one peer. Keeps one buffer, so that a frame is one system call and no allocation.
+/// What came with a frame; nobody else holds it yet.
 #[derive(Debug)]
-pub(super) struct FrameWriter<'a> {
-    pub(super) stream: &'a TcpStream,
-    pub(super) generation: u64,
-    pub(super) bytes: &'a DataPlaneBytes,
-    pub(super) buffer: Vec<u8>,
+pub(super) enum Received {
+    Floats(Vec<f32>),
+    Bytes(Vec<u8>),
+    /// Floats that lie where a [`Landing`] wants them.
+    Landed(Range<usize>),
 }
 
-impl FrameWriter<'_> {
-    pub(super) fn write(&mut self, address: Address, payload: &Payload) -> io::Result<()> {
-        let length = match payload {
-            Payload::Floats(values) => 4 * values.len(),
-            Payload::Bytes(bytes) => bytes.len(),
-        };
-        assert!(length <= BULK_CHUNK_BYTES, "a payload of {length} bytes, at most {BULK_CHUNK_BYTES} fit");
-        let end = OVERHEAD_BYTES + length;
-        if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
+impl Received {
+    fn as_bytes_mut<'a>(&'a mut self, landing: Option<&'a mut Landing<'_>>) -> Option<&'a mut [u8]> {
+        match self {
+            Self::Floats(values) => Some(bytemuck::cast_slice_mut(values)),
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Landed(range) => Some(bytemuck::cast_slice_mut(&mut landing?.values[range.clone()])),
         }
-        let (overhead, body) = self.buffer[..end].split_at_mut(OVERHEAD_BYTES);
-        match payload {
-            Payload::Floats(values) => {
-                for (word, value) in body.as_chunks_mut::<4>().0.iter_mut().zip(&values[..]) {
-                    *word = value.to_le_bytes();
-                }
+    }
+}
+
+/// Where the finished values of one operation are wanted, for a reader that can put them there itself.
+#[derive(Debug)]
+pub(super) struct Landing<'a> {
+    pub(super) ticket: u32,
+    /// By rank: which part of the values comes from it.
+    pub(super) parts: &'a [Range<usize>],
+    pub(super) values: &'a mut [f32],
+}
+
+impl Landing<'_> {
+    /// The place of a frame's floats; `None` if they belong to something else, or do not fit.
+    fn place(&self, address: Address, floats: usize) -> Option<Range<usize>> {
+        let wanted = address.kind == BulkKind::Gather && address.ticket == self.ticket;
+        let part = self.parts.get(address.place as usize).filter(|_| wanted)?;
+        block_range(part.clone(), address.block).filter(|range| range.len() == floats)
+    }
+}
+
+/// Reads the frames of one peer, as much of one at a time as has arrived. Floats go straight to the memory in which
+/// they will be added.
+#[derive(Debug)]
+pub(super) struct FrameReader {
+    overhead: [u8; OVERHEAD_BYTES],
+    /// What the overhead says, once it is all there.
+    begun: Option<(BulkHeader, Expected, Received)>,
+    /// Bytes of the overhead, later of the payload, that are there.
+    filled: usize,
+}
+
+impl FrameReader {
+    pub(super) fn new() -> Self {
+        Self { overhead: [0; OVERHEAD_BYTES], begun: None, filled: 0 }
+    }
+
+    /// Takes what has arrived, without waiting: one whole frame, or nothing yet. An end of stream, even between two
+    /// frames, is an error. `spare` gives memory for floats that do not belong to the landing, which must be there again
+    /// until a frame that began with it is whole.
+    pub(super) fn read(
+        &mut self,
+        stream: &TcpStream,
+        bytes: &DataPlaneBytes,
+        mut landing: Option<&mut Landing<'_>>,
+        spare: impl FnOnce() -> Vec<f32>,
+    ) -> io::Result<Option<Incoming>> {
+        if self.begun.is_none() {
+            if !fill(stream, &mut self.overhead, &mut self.filled)? {
+                return Ok(None);
             }
-            Payload::Bytes(bytes) => body.copy_from_slice(bytes),
+            self.begun = Some(begin(&self.overhead, landing.as_deref(), spare)?);
+            self.filled = 0;
         }
-        let header = address.header(self.generation, matches!(payload, Payload::Bytes(_)));
-        overhead[..PREFIX_BYTES].copy_from_slice(&((BulkHeader::BYTES + length) as u32).to_be_bytes());
-        overhead[PREFIX_BYTES..].copy_from_slice(&header.encode(body));
-        self.stream.write_all(&self.buffer[..end])?;
-        self.bytes.sent.fetch_add(end as u64, Ordering::Relaxed);
-        Ok(())
+        let (_, expected, payload) = self.begun.as_mut().expect("it is there or was just put there");
+        let payload = payload
+            .as_bytes_mut(landing.as_deref_mut())
+            .ok_or_else(|| io::Error::other("its values are no longer waited for"))?;
+        if !fill(stream, payload, &mut self.filled)? {
+            return Ok(None);
+        }
+        expected.check(payload).map_err(io::Error::other)?;
+        bytes.received.fetch_add((OVERHEAD_BYTES + payload.len()) as u64, Ordering::Relaxed);
+        let (header, _, payload) = self.begun.take().expect("as above");
+        self.filled = 0;
+        let (address, _) = Address::of(&header);
+        Ok(Some(Incoming { generation: header.generation, address, payload }))
     }
 }
 
-/// Reads frames of one peer into one buffer.
-#[derive(Debug)]
-pub(super) struct FrameReader<'a> {
-    pub(super) stream: &'a TcpStream,
-    pub(super) bytes: &'a DataPlaneBytes,
-    pub(super) buffer: Vec<u8>,
+/// What the first bytes of a frame announce, and the memory for it.
+fn begin(
+    overhead: &[u8; OVERHEAD_BYTES],
+    landing: Option<&Landing<'_>>,
+    spare: impl FnOnce() -> Vec<f32>,
+) -> io::Result<(BulkHeader, Expected, Received)> {
+    let (prefix, header) = overhead.split_first_chunk().expect("the prefix comes first");
+    let prefix = u32::from_be_bytes(*prefix) as usize;
+    let length = prefix
+        .checked_sub(BulkHeader::BYTES)
+        .filter(|length| *length <= BULK_CHUNK_BYTES)
+        .ok_or_else(|| io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")))?;
+    let header = header.try_into().expect("the header is the rest");
+    let (header, expected) = BulkHeader::read(header).map_err(io::Error::other)?;
+    let (address, is_bytes) = Address::of(&header);
+    let payload = if is_bytes {
+        Received::Bytes(vec![0; length])
+    } else if !length.is_multiple_of(4) {
+        return Err(io::Error::other(format!("a payload of {length} bytes, expected floats")));
+    } else if let Some(range) = landing.and_then(|landing| landing.place(address, length / 4)) {
+        Received::Landed(range)
+    } else {
+        let mut values = spare();
+        // Nearly all blocks have the same length: there is nothing to fill in.
+        values.resize(length / 4, 0.0);
+        Received::Floats(values)
+    };
+    Ok((header, expected, payload))
 }
 
-impl FrameReader<'_> {
-    /// The next frame. An end of stream, even between two frames, is an error.
-    pub(super) fn read(&mut self) -> io::Result<Incoming<'_>> {
-        if self.buffer.len() < OVERHEAD_BYTES {
-            self.buffer.resize(OVERHEAD_BYTES, 0);
+/// Receives into `buffer[*filled..]` what is there; gives whether the buffer is full.
+fn fill(stream: &TcpStream, buffer: &mut [u8], filled: &mut usize) -> io::Result<bool> {
+    while *filled < buffer.len() {
+        match recv(stream, &mut buffer[*filled..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((count, _)) => *filled += count,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(error) => return Err(error.into()),
         }
-        self.stream.read_exact(&mut self.buffer[..OVERHEAD_BYTES])?;
-        let prefix = u32::from_be_bytes(std::array::from_fn(|i| self.buffer[i])) as usize;
-        if !(BulkHeader::BYTES..=BulkHeader::BYTES + BULK_CHUNK_BYTES).contains(&prefix) {
-            return Err(io::Error::other(format!("a frame of {prefix} bytes where bulk data was expected")));
-        }
-        let end = PREFIX_BYTES + prefix;
-        if self.buffer.len() < end {
-            self.buffer.resize(end, 0);
-        }
-        self.stream.read_exact(&mut self.buffer[OVERHEAD_BYTES..end])?;
-        self.bytes.received.fetch_add(end as u64, Ordering::Relaxed);
-        let (header, payload) =
-            BulkHeader::decode(&self.buffer[PREFIX_BYTES..end]).map_err(io::Error::other)?;
-        let (address, is_bytes) = Address::of(&header);
-        Ok(Incoming { generation: header.generation, address, is_bytes, payload })
     }
+    Ok(true)
+}
+
+/// Waits until there is something to read (an end of stream is), or for so long; `None` is for ever. It may return
+/// early: whoever finds nothing to read comes again.
+pub(super) fn wait_readable(stream: &TcpStream, limit: Option<Duration>) {
+    let limit = limit.map(|limit| Timespec::try_from(limit).expect("a limit of less than an age"));
+    let _ = poll(&mut [PollFd::new(stream, PollFlags::IN)], limit.as_ref());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
 
     fn pair() -> (TcpStream, TcpStream) {
@@ -179,13 +300,24 @@ mod tests {
         (opener, listener.accept().unwrap().0)
     }
 
+    fn read(stream: &TcpStream, bytes: &DataPlaneBytes) -> io::Result<Incoming> {
+        let mut reader = FrameReader::new();
+        loop {
+            wait_readable(stream, None);
+            if let Some(frame) = reader.read(stream, bytes, None, || vec![f32::NAN; 9])? {
+                return Ok(frame);
+            }
+        }
+    }
+
     #[test]
     fn a_frame_has_these_bytes() {
         let (opener, mut answerer) = pair();
-        let bytes = DataPlaneBytes::default();
-        let mut writer = FrameWriter { stream: &opener, generation: 3, bytes: &bytes, buffer: Vec::new() };
         let address = Address { kind: BulkKind::Reduce, ticket: 5, place: 7, block: 9 };
-        writer.write(address, &Payload::Floats(Arc::new(vec![1.0]))).unwrap();
+        let payload = 1f32.to_le_bytes();
+        let mut frame = Outgoing::new(3, address, false, &payload);
+        assert!(frame.send(&payload, &opener, SendFlags::empty()).unwrap());
+        assert_eq!(frame.sent(), 45);
         let mut got = [0; 45];
         answerer.read_exact(&mut got).unwrap();
         let golden = [
@@ -195,35 +327,64 @@ mod tests {
             &[0, 0, 0x80, 0x3f],
         ];
         assert_eq!(got[..], golden.concat());
-        assert_eq!(bytes.sent(), 45);
     }
 
     #[test]
     fn addresses_and_payloads_come_back() {
         let (opener, answerer) = pair();
         let bytes = DataPlaneBytes::default();
-        let mut writer = FrameWriter { stream: &opener, generation: 1, bytes: &bytes, buffer: Vec::new() };
-        let mut reader = FrameReader { stream: &answerer, bytes: &bytes, buffer: Vec::new() };
         let address = Address { kind: BulkKind::Gather, ticket: u32::MAX - 1, place: 3, block: 1 };
+        let mut sent = 0;
         for (address, payload) in [
             (address, Payload::Bytes(Arc::new(b"abc".to_vec()))),
             (address, Payload::Floats(Arc::new(vec![f32::NAN, -0.0]))),
             (Address::GOODBYE, Payload::Bytes(Arc::default())),
         ] {
-            writer.write(address, &payload).unwrap();
-            let got = reader.read().unwrap();
+            let is_bytes = matches!(payload, Payload::Bytes(_));
+            let mut frame = Outgoing::new(1, address, is_bytes, payload.as_bytes());
+            assert!(frame.send(payload.as_bytes(), &opener, SendFlags::empty()).unwrap());
+            sent += frame.sent() as u64;
+            let got = read(&answerer, &bytes).unwrap();
             assert_eq!((got.generation, got.address), (1, address));
-            match payload {
-                Payload::Bytes(expected) => assert!(got.is_bytes && got.payload == &expected[..]),
-                Payload::Floats(expected) => {
-                    let mut values = Vec::new();
-                    decode_floats(got.payload, &mut values).unwrap();
+            match (payload, got.payload) {
+                (Payload::Bytes(expected), Received::Bytes(got)) => assert_eq!(got, *expected),
+                (Payload::Floats(expected), Received::Floats(got)) => {
                     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                    assert_eq!(bits(&values), bits(&expected));
+                    assert_eq!(bits(&got), bits(&expected));
                 }
+                (payload, got) => panic!("{payload:?} came back as {got:?}"),
             }
         }
-        assert_eq!(bytes.sent(), bytes.received());
+        assert_eq!(bytes.received(), sent);
+    }
+
+    #[test]
+    fn a_frame_that_the_socket_takes_in_parts_arrives_whole() {
+        let (opener, answerer) = pair();
+        let values: Vec<f32> = (0..BULK_CHUNK_BYTES / 4).map(|i| i as f32).collect();
+        let new = |ticket| {
+            let address = Address { kind: BulkKind::Gather, ticket, place: 0, block: 0 };
+            Outgoing::new(1, address, false, bytemuck::cast_slice(&values))
+        };
+        // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
+        let mut frames: Vec<Outgoing> = (0..64).map(new).collect();
+        let send = |frame: &mut Outgoing, flags| {
+            frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap()
+        };
+        let is_full = |frame: &mut Outgoing| !send(frame, SendFlags::DONTWAIT);
+        let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for ticket in 0..64 {
+                    let got = read(&answerer, &DataPlaneBytes::default()).unwrap();
+                    assert_eq!(got.address.ticket, ticket);
+                    assert!(matches!(got.payload, Received::Floats(got) if got == values));
+                }
+            });
+            for frame in &mut frames[taken..] {
+                assert!(send(frame, SendFlags::empty()));
+            }
+        });
     }
 
     #[test]
@@ -232,9 +393,7 @@ mod tests {
             let (mut opener, answerer) = pair();
             opener.write_all(sent).unwrap();
             drop(opener);
-            let bytes = DataPlaneBytes::default();
-            let mut reader = FrameReader { stream: &answerer, bytes: &bytes, buffer: Vec::new() };
-            reader.read().unwrap_err().to_string()
+            read(&answerer, &DataPlaneBytes::default()).unwrap_err().to_string()
         };
         let message = refusal(&[0xff; 60]);
         assert_eq!(message, "a frame of 4294967295 bytes where bulk data was expected");

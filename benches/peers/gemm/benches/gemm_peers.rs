@@ -24,7 +24,7 @@ fn products(criterion: &mut Criterion) {
                 group.throughput(Throughput::Elements((2 * m * n * k) as u64));
                 group.bench_function(format!("m {m} n {n} k {k}/ours"), |bencher| {
                     bencher.iter(|| {
-                        kernels::gemm(simd, m, black_box(&a), k, &packed, black_box(&mut c), n, true)
+                        kernels::gemm(simd, m, black_box(&a), k, &packed, black_box(&mut c), n, kernels::Start::Kept)
                     });
                 });
                 group.bench_function(format!("m {m} n {n} k {k}/gemm 0.19"), |bencher| {

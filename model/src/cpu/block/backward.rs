@@ -1,7 +1,7 @@
 //! A block on its way back: from the gradient of the logits to those of the gates and of what each layer has read.
 
 use kernels::cpu::reduce::tree_add;
-use kernels::gemm;
+use kernels::{Start, gemm};
 use protocol::layout::{Head, LayerShape};
 
 use super::{LayerWork, Network, RowBlock};
@@ -22,7 +22,16 @@ impl RowBlock {
             }
         };
         let weights = &network.weights.head_backward;
-        gemm(network.simd, self.targets.len(), &self.logits, shape.classes, weights, d_read, width, false);
+        gemm(
+            network.simd,
+            self.targets.len(),
+            &self.logits,
+            shape.classes,
+            weights,
+            d_read,
+            width,
+            Start::Zero,
+        );
     }
 
     /// Back through one layer, to the gradients of its gates and, if somebody asks for it, of its input.
@@ -95,11 +104,11 @@ impl RowBlock {
                 unreachable!("a one-hot input has no gradient")
             };
             if at == 0 {
-                gemm(network.simd, steps, &work.gates, stride, backward, d_input, width, false);
+                gemm(network.simd, steps, &work.gates, stride, backward, d_input, width, Start::Zero);
                 continue;
             }
             resize_exactly(room, steps * width);
-            gemm(network.simd, steps, &work.gates, stride, backward, room, width, false);
+            gemm(network.simd, steps, &work.gates, stride, backward, room, width, Start::Zero);
             for (place, row) in d_input.chunks_exact_mut(width).enumerate() {
                 tree_add(network.simd, row, &room[self.runs.mirrored(place) * width..][..width]);
             }
