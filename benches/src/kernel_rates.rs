@@ -163,15 +163,8 @@ impl Meter {
         let (mut h, mut d_h) = (states(shape), one_step(shape, 1));
         let packed = PackedMatrix::new(hidden, hidden);
         self.kernel("rnn forward", units, multiply_adds, || {
-            let args = RnnForward {
-                shape,
-                activation,
-                weight_hh: &packed,
-                input: InputPart::InPlace,
-                pre: &mut pre,
-                h: &mut h,
-            };
-            rnn_forward(simd, args);
+            let (weight_hh, input, pre, h) = (&packed, InputPart::InPlace, &mut pre, &mut h);
+            rnn_forward(simd, RnnForward { shape, activation, weight_hh, input, pre, h });
         });
         self.kernel("rnn backward", units, multiply_adds, || {
             let (h, d_out, d_pre, d_h) = (&h, &d_out, &mut d_pre, &mut d_h);
@@ -189,18 +182,9 @@ impl Meter {
         let [mut d_h, mut d_c] = [(); 2].map(|()| one_step(shape, 1));
         let mut packed = PackedMatrix::new(hidden, 4 * hidden);
         self.kernel("lstm forward", units, multiply_adds, || {
+            let (weight_hh, projection, input) = (&packed, None, InputPart::InPlace);
             let (gates, h, c) = (&mut gates, &mut h, &mut c);
-            let args = LstmForward {
-                shape,
-                options,
-                weight_hh: &packed,
-                projection: None,
-                input: InputPart::InPlace,
-                gates,
-                h,
-                c,
-            };
-            lstm_forward(simd, args);
+            lstm_forward(simd, LstmForward { shape, options, weight_hh, projection, input, gates, h, c });
         });
         packed.reshape(4 * hidden, hidden);
         self.kernel("lstm backward", units, multiply_adds, || {

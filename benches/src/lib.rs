@@ -11,8 +11,9 @@
 //! | [`together`] | work that threads begin at the same moment |
 //! | [`summary`] | the numbers that every measurement reports |
 //!
-//! Besides: the program `lockstep-all-reduce` has the collective alone, `peers` the same workloads in other frameworks;
-//! the scripts `compare`, `compare-all-reduce`, `compare-sample` and `sweep` run ours and theirs in turn.
+//! Besides: `lockstep-all-reduce` (`src/bin`) has the collective alone, `examples/one_step` is for counting instructions,
+//! `peers` are the same workloads in other frameworks. The programs `compare`, `compare-all-reduce` and `sweep` run ours
+//! and theirs in turn.
 //!
 //! A time of one process on a shared machine says little. What is reported of a comparison is the median of the
 //! ratios of pairs that ran one after the other.
