@@ -73,8 +73,8 @@ mod tests {
         assert_eq!(pages.len(), 1 + commands.len());
         for (name, about) in commands {
             let (_, text) = pages.iter().find(|page| page.0 == format!("{name}.1")).unwrap();
-            let first_word = about.split_whitespace().next().unwrap();
-            assert!(text.contains(&format!(".TH {name} 1")) && text.contains(first_word), "{text}");
+            let first_word = about.split_whitespace().next().unwrap().replace('-', "\\-");
+            assert!(text.contains(&format!(".TH {name} 1")) && text.contains(&first_word), "{text}");
         }
         for command in Cli::command().get_subcommands() {
             let name = format!("lockstep\\-{}(1)", command.get_name());

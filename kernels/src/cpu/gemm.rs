@@ -8,6 +8,8 @@
 //! That is the row rule. A general-purpose GEMM does not give it: such libraries take k blocks from the cache size and
 //! switch algorithm at one row.
 
+use std::ptr;
+
 use super::micro::{self, Tile};
 use super::pack::{PANEL_COLUMNS, PANEL_ROWS, PackedLeft, PackedMatrix, assert_extent};
 use super::simd::Simd;
@@ -170,26 +172,29 @@ fn product(
             }
         }
     }
+    // One pointer from which all others come: tiles read and write C through it.
+    let c = c.as_mut_ptr();
     for p in (0..k).step_by(K_BLOCK) {
         let depth = K_BLOCK.min(k - p);
         let mut first_of_block = 0;
         while first_of_block < m {
+            // What each row of the block is added to, from its first column on.
+            let mut before = [ptr::null::<f32>(); ROW_BLOCK + PANEL_ROWS];
+            let has_before = p > 0 || !matches!(start, Start::Zero);
+            for (at, before) in before.iter_mut().enumerate().take(m - first_of_block) {
+                let row = first_of_block + at;
+                *before = match start.row(row, n).filter(|_| p == 0) {
+                    Some(start) => start.as_ptr(),
+                    None => c.wrapping_add(row * ldc).cast_const(),
+                };
+            }
             let mut first_row = first_of_block;
             for first_column in (0..n).step_by(PANEL_COLUMNS) {
                 let (panel, width) = b.panel(first_column);
                 let block = &panel[p * width..][..depth * width];
-                let columns = width.min(n - first_column);
                 first_row = first_of_block;
                 while first_row < m && first_row < first_of_block + ROW_BLOCK {
                     let (rows, Left { a, a_stride, a_is_panel }) = left(first_row, p);
-                    let own = c[first_row * ldc + first_column..].as_mut_ptr();
-                    let mut before = [own.cast_const(); PANEL_ROWS];
-                    for row in 0..rows {
-                        before[row] = match start.row(first_row + row, n).filter(|_| p == 0) {
-                            Some(start) => start[first_column..].as_ptr(),
-                            None => own.wrapping_add(row * ldc),
-                        };
-                    }
                     let tile = Tile {
                         k: depth,
                         a,
@@ -197,16 +202,17 @@ fn product(
                         a_is_panel,
                         b: block.as_ptr(),
                         width,
-                        c: own,
+                        c: c.wrapping_add(first_row * ldc + first_column),
                         c_stride: ldc,
-                        columns,
-                        before: (p > 0 || !matches!(start, Start::Zero)).then_some(before),
+                        first_column,
+                        columns: width.min(n - first_column),
+                        before: has_before.then(|| before[first_row - first_of_block..].as_ptr()),
                     };
                     // SAFETY: `assert_extent` in the callers covers rows first_row..first_row + rows <= m of A and C up
                     // to k and n, p + depth <= k and first_column + columns <= n; `block` has depth · width elements,
-                    // each row of `before` n - first_column; C is borrowed exclusively, so it overlaps neither A nor
-                    // B, and of the starts only its own rows.
-                    unsafe { micro::compute(simd, rows, tile) };
+                    // each row of `before`, of which the block's rows and a tile more are there, n; C is borrowed
+                    // exclusively, so it overlaps neither A nor B, and of the starts only its own rows.
+                    unsafe { micro::compute(simd, rows, &tile) };
                     first_row += rows;
                 }
             }

@@ -27,8 +27,10 @@ pub(super) struct Tile {
     pub c_stride: usize,
     /// Columns of C that exist, 1 to `width`.
     pub columns: usize,
-    /// What is added: the first element for each row. Without it C is overwritten.
-    pub before: Option<[*const f32; PANEL_ROWS]>,
+    /// Column of C at which the tile begins.
+    pub first_column: usize,
+    /// What is added: for each row of the tile where the whole row begins. Without it C is overwritten.
+    pub before: Option<*const *const f32>,
 }
 
 /// Rows of the tallest tile of a level.
@@ -45,7 +47,7 @@ pub(super) fn tallest_tile(simd: Simd) -> usize {
 /// # Safety
 /// `tile.a` must be readable at every (row, p) of the tile, `tile.b` for `k · width` elements, `tile.before` at every
 /// (row, column), and `tile.c` writable there; C overlaps neither A nor B.
-pub(super) unsafe fn compute(simd: Simd, rows: usize, tile: Tile) {
+pub(super) unsafe fn compute(simd: Simd, rows: usize, tile: &Tile) {
     debug_assert!(1 <= rows && rows <= tallest_tile(simd));
     debug_assert!(tile.width == 16 || tile.width == 32);
     debug_assert!(1 <= tile.columns && tile.columns <= tile.width);
@@ -75,7 +77,7 @@ unsafe fn left<const PANEL: bool>(tile: &Tile, row: usize, p: usize) -> *const f
 ///
 /// # Safety
 /// As for [`compute`].
-unsafe fn portable(rows: usize, tile: Tile) {
+unsafe fn portable(rows: usize, tile: &Tile) {
     const COLUMNS: usize = 16;
     for first in (0..tile.columns).step_by(COLUMNS) {
         let columns = COLUMNS.min(tile.columns - first);
@@ -86,7 +88,7 @@ unsafe fn portable(rows: usize, tile: Tile) {
             for row in 0..rows {
                 // SAFETY: row and p lie in the tile.
                 let a = unsafe {
-                    if tile.a_is_panel { *left::<true>(&tile, row, p) } else { *left::<false>(&tile, row, p) }
+                    if tile.a_is_panel { *left::<true>(tile, row, p) } else { *left::<false>(tile, row, p) }
                 };
                 for j in 0..COLUMNS {
                     acc[row][j] = a.mul_add(b[j], acc[row][j]);
@@ -98,7 +100,7 @@ unsafe fn portable(rows: usize, tile: Tile) {
                 // SAFETY: row < rows and first + j < tile.columns, so the element lies in the tile of C.
                 unsafe {
                     let value = match tile.before {
-                        Some(before) => *before[row].add(first + j) + acc[row][j],
+                        Some(before) => *(*before.add(row)).add(tile.first_column + first + j) + acc[row][j],
                         None => acc[row][j],
                     };
                     *tile.c.add(row * tile.c_stride + first + j) = value;
@@ -129,7 +131,7 @@ mod x86 {
     /// # Safety
     /// As for [`super::compute`].
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn avx512(rows: usize, tile: Tile) {
+    pub(super) unsafe fn avx512(rows: usize, tile: &Tile) {
         match (tile.width, tile.a_is_panel) {
             (32, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, false, tile),
             (32, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, true, tile),
@@ -190,14 +192,35 @@ mod x86 {
         }
     }
 
+    /// Asks the memory for what the tile is added to, or for the room where it goes: it comes while the loop computes.
+    ///
+    /// # Safety
+    /// As for [`super::compute`].
+    #[inline(always)]
+    unsafe fn prefetch_outputs<const ROWS: usize, const LINES: usize>(tile: &Tile) {
+        for row in 0..ROWS {
+            let at = match tile.before {
+                // SAFETY: the caller promises a pointer for every row of the tile.
+                Some(before) => unsafe { (*before.add(row)).wrapping_add(tile.first_column) },
+                None => tile.c.wrapping_add(row * tile.c_stride),
+            };
+            for line in 0..LINES {
+                // SAFETY: a prefetch reads nothing that the program could see, from any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(16 * line).cast()) };
+            }
+        }
+    }
+
     /// `ROWS` × (16 · `VECTORS`) accumulators: at most 24 of the 32 registers.
     ///
     /// # Safety
     /// As for [`super::compute`].
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
+    unsafe fn avx512_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe { prefetch_outputs::<ROWS, VECTORS>(tile) };
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-        let (mut left, mut b) = (LeftRows::<PANEL>::of(&tile), tile.b);
+        let (mut left, mut b) = (LeftRows::<PANEL>::of(tile), tile.b);
         for _ in 0..tile.k / UNROLL {
             for ahead in 0..UNROLL {
                 // SAFETY: UNROLL steps of k are left, and 16 · VECTORS is the panel's width.
@@ -221,8 +244,8 @@ mod x86 {
                 unsafe {
                     let c = tile.c.wrapping_add(row * tile.c_stride + 16 * vector);
                     let mut value = acc[row][vector];
-                    if let Some(before) = &tile.before {
-                        let before = before[row].wrapping_add(16 * vector);
+                    if let Some(before) = tile.before {
+                        let before = (*before.add(row)).wrapping_add(tile.first_column + 16 * vector);
                         value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, before), value);
                     }
                     _mm512_mask_storeu_ps(c, mask, value);
@@ -262,18 +285,18 @@ mod x86 {
     /// # Safety
     /// As for [`super::compute`].
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn avx2(rows: usize, tile: Tile) {
+    pub(super) unsafe fn avx2(rows: usize, tile: &Tile) {
         for first in (0..tile.columns).step_by(16) {
             let half = Tile {
                 b: tile.b.wrapping_add(first),
                 c: tile.c.wrapping_add(first),
-                before: tile.before.map(|rows| rows.map(|before| before.wrapping_add(first))),
+                first_column: tile.first_column + first,
                 columns: (tile.columns - first).min(16),
-                ..tile
+                ..*tile
             };
             match tile.a_is_panel {
-                false => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, false, half),
-                true => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, true, half),
+                false => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, false, &half),
+                true => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, true, &half),
             }
         }
     }
@@ -281,10 +304,12 @@ mod x86 {
     /// # Safety
     /// As for [`super::compute`], except that B is read for 16 columns only.
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: Tile) {
+    unsafe fn avx2_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: &Tile) {
         const { assert!(VECTORS == 2) };
+        // SAFETY: the caller's promise.
+        unsafe { prefetch_outputs::<ROWS, 1>(tile) };
         let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];
-        let (mut left, mut b) = (LeftRows::<PANEL>::of(&tile), tile.b);
+        let (mut left, mut b) = (LeftRows::<PANEL>::of(tile), tile.b);
         for _ in 0..tile.k / UNROLL {
             for ahead in 0..UNROLL {
                 // SAFETY: UNROLL steps of k are left, and sixteen columns of the panel start at b.
@@ -306,8 +331,9 @@ mod x86 {
                     // SAFETY: all sixteen columns of this row of C exist.
                     unsafe {
                         let mut value = acc[row][vector];
-                        if let Some(before) = &tile.before {
-                            value = _mm256_add_ps(_mm256_loadu_ps(before[row].add(8 * vector)), value);
+                        if let Some(before) = tile.before {
+                            let before = (*before.add(row)).add(tile.first_column + 8 * vector);
+                            value = _mm256_add_ps(_mm256_loadu_ps(before), value);
                         }
                         _mm256_storeu_ps(c.add(8 * vector), value);
                     }
@@ -322,8 +348,8 @@ mod x86 {
                 for j in 0..tile.columns {
                     // SAFETY: j < tile.columns, so the element lies in the tile of C.
                     unsafe {
-                        *c.add(j) = match &tile.before {
-                            Some(before) => *before[row].add(j) + values[j],
+                        *c.add(j) = match tile.before {
+                            Some(before) => *(*before.add(row)).add(tile.first_column + j) + values[j],
                             None => values[j],
                         };
                     }

@@ -130,10 +130,10 @@ impl RowBlock {
             Head::EveryStep => self.runs.steps(),
             Head::Final => self.rows.len(),
         };
-        self.targets.resize(targets, 0);
-        self.logits.resize(targets * shape.classes, 0.0);
-        self.losses.resize(targets, 0.0);
-        self.correct.resize(targets, false);
+        resize_exactly(&mut self.targets, targets);
+        resize_exactly(&mut self.logits, targets * shape.classes);
+        resize_exactly(&mut self.losses, targets);
+        resize_exactly(&mut self.correct, targets);
     }
 
     /// Number of rows.
