@@ -13,16 +13,21 @@ fn objects(ended: &Ended) -> Vec<Value> {
     ended.stdout.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
 }
 
-/// A share of the multiply-adds in registers, with room for what else the machine does meanwhile.
-fn expect_share(object: &Value) {
+/// A share of the multiply-adds in registers. How large depends on what else the machine does in each of the two moments.
+fn expect_share(object: &Value) -> f64 {
     let share = object["of_fma_rate"].as_f64().unwrap();
-    assert!(share > 0.0 && share < 1.2, "{object}");
+    assert!(share > 0.0, "{object}");
+    share
 }
 
 const TINY: &str = "--set hidden_size=16 --set seq_len=6 --steps 5 --seconds 0";
 
 #[test]
 fn the_roofline_has_all_rates_and_ends_as_the_shares_say() {
+    if kernels::Simd::detect() == kernels::Simd::PORTABLE {
+        println!("skipped: the roofline: without AVX2 it takes minutes");
+        return;
+    }
     let ended = bench("roofline --json --threads 2");
     let objects = objects(&ended);
     let (rates, memory): (Vec<_>, Vec<_>) = objects.iter().partition(|object| object["kind"] == "rate");
@@ -32,11 +37,16 @@ fn the_roofline_has_all_rates_and_ends_as_the_shares_say() {
     assert_eq!(threads(&memory), [1, 2]);
     assert!(rates.len() >= 2 && threads(&rates[..2]) == [1, 2], "{objects:?}");
     assert!(memory.iter().all(|object| object["read_gb_s"].as_f64() > Some(0.0)), "{objects:?}");
-    rates.iter().for_each(|rate| expect_share(rate));
-    if rates.iter().all(|rate| (0.85..=1.0).contains(&rate["of_fma_rate"].as_f64().unwrap())) {
+    // What is printed is rounded, what is judged is not.
+    const ROUNDED: f64 = 1e-4;
+    let shares: Vec<f64> = rates.iter().map(|rate| expect_share(rate)).collect();
+    let is_within = |slack: f64| shares.iter().all(|share| (0.85 - slack..=1.0 + slack).contains(share));
+    if ended.stderr.is_empty() {
         ended.expect_exit(0);
+        assert!(is_within(ROUNDED), "{shares:?}");
     } else {
         ended.expect_failure(1, &["the product of two 1024 x 1024 matrices runs at ", "hint: "]);
+        assert!(!is_within(-ROUNDED), "{shares:?}");
     }
 }
 

@@ -11,7 +11,7 @@ use kernels::cpu::input::{embedding_gradient, table_weight};
 use kernels::cpu::reduce::{column_sum, product_column_sum, tree_add};
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
 use protocol::cell::{Cell, Reset};
-use protocol::layout::{DirectionRanges, Head, LayerShape, ModelShape, Part, StateLayout};
+use protocol::layout::{DirectionRanges, Head, Input, LayerShape, ModelShape, Part, StateLayout};
 use protocol::tree::TreeNode;
 
 use super::block::{Network, RowBlock};
@@ -61,8 +61,8 @@ enum Sum {
     InitialH(Place),
     /// The initial c.
     InitialC(Place),
-    /// The embedding's table.
-    Embedding,
+    /// Rows of the embedding's table.
+    Embedding(Range<usize>),
 }
 
 /// A direction of a layer.
@@ -110,7 +110,14 @@ impl<'a> Gradient<'a> {
             match self.part {
                 Part::Head => self.head_tasks(node, bucket, threads, &mut tasks),
                 Part::Layer(layer) => self.layer_tasks(node, layer, bucket, threads, &mut tasks),
-                Part::Embedding => tasks.push(Task::new(node, Sum::Embedding, [bucket])),
+                Part::Embedding => {
+                    let (mut table, width) = (bucket, self.shape().input.size());
+                    // Each task looks at all tokens: no more tasks than threads.
+                    for rows in cut(0..table.len() / width, threads) {
+                        let into = [take(&mut table, rows.len() * width)];
+                        tasks.push(Task::new(node, Sum::Embedding(rows), into));
+                    }
+                }
             }
         }
         tasks
@@ -146,7 +153,7 @@ impl<'a> Gradient<'a> {
             let DirectionRanges { weight_ih, weight_hh, bias_ih, bias_hh, .. } = ranges;
             let mut into = [weight_ih, weight_hh, bias_ih, bias_hh].map(|range| tensors.next(range));
             let widths = [layer.input_size, layer.output_size, 1, 1];
-            for rows in self.dealt_gates(&layer, threads) {
+            for rows in Self::dealt_gates(self.shape(), &layer, threads) {
                 let mut widths = widths.iter();
                 let into = into.each_mut().map(|rest| take(rest, rows.len() * widths.next().expect("four")));
                 tasks.push(Task::new(node, Sum::Gates(place, rows), into));
@@ -172,9 +179,9 @@ impl<'a> Gradient<'a> {
 
     /// The rows of a direction's gates, dealt so that no task has rows of a GRU's candidate beside others: `h` enters it
     /// in another way.
-    fn dealt_gates(&self, layer: &LayerShape, threads: usize) -> Vec<Range<usize>> {
+    fn dealt_gates(shape: &ModelShape, layer: &LayerShape, threads: usize) -> Vec<Range<usize>> {
         let gates = layer.gate_size();
-        if self.shape().cell == Cell::Gru {
+        if shape.cell == Cell::Gru {
             let candidate = 2 * layer.hidden_size;
             dealt(0..candidate, threads).chain(dealt(candidate..gates, threads)).collect()
         } else {
@@ -256,13 +263,14 @@ impl<'a> Gradient<'a> {
                 let d = self.starts(*place, shard).map(|(work, run)| row(&work.d_c, size, run));
                 column_sum(self.simd(), d, into);
             }
-            Sum::Embedding => {
+            Sum::Embedding(rows) => {
                 let width = self.shape().input.size();
-                let rows = self.pairs.of_shard(shard).iter().map(|pair| {
-                    let block = self.block(pair);
-                    (block.token(pair.place as usize), block.d_embedded(width, pair.place as usize))
+                let gradients = self.pairs.of_shard(shard).iter().filter_map(|pair| {
+                    let (block, place) = (self.block(pair), pair.place as usize);
+                    let row = (block.token(place) as usize).checked_sub(rows.start)?;
+                    (row < rows.len()).then(|| (row as u32, block.d_embedded(width, place)))
                 });
-                embedding_gradient(self.simd(), rows, width, into);
+                embedding_gradient(self.simd(), gradients, width, into);
             }
         }
     }
@@ -400,19 +408,28 @@ impl<'b> Task<'b> {
 impl Scratch {
     /// The most bytes for tasks over shards of so many pairs at most, whose sums reach so many levels above the leaves.
     pub(super) fn bytes_of(shape: &ModelShape, pairs: usize, levels: u32, threads: usize) -> usize {
-        let most = |rows: usize| dealt(0..rows, threads).map(|rows| rows.len()).max().unwrap_or(0);
-        // Rows of left operands, widths of right ones and floats of sums: of the head, then of the layers.
-        let head = (most(shape.classes), shape.output_width());
-        let mut rows = head.0;
-        let mut widest = head.1;
-        let mut sum = head.0 * (head.1 + 1);
+        let longest =
+            |ranges: &mut dyn Iterator<Item = Range<usize>>| ranges.map(|rows| rows.len()).max().unwrap_or(0);
+        let most = |rows: usize| longest(&mut dealt(0..rows, threads));
+        // Rows of left operands, widths of right ones, and floats of sums.
+        let head = most(shape.classes);
+        let (mut rows, mut widest) = (head, shape.output_width());
+        let mut sum = head * (shape.output_width() + 1);
         for (index, layer) in shape.layers().enumerate() {
-            let of_gates = most(layer.gate_size());
+            let gates = longest(&mut Gradient::dealt_gates(shape, &layer, threads).into_iter());
             let input = if reads_one_hot(shape, index) { 0 } else { layer.input_size };
-            let projected = shape.options.projection.map_or(0, |_| layer.hidden_size);
-            rows = rows.max(of_gates).max(if projected > 0 { most(layer.output_size) } else { 0 });
-            widest = widest.max(input).max(layer.output_size).max(projected);
-            sum = sum.max(of_gates * (layer.input_size + layer.output_size + 2));
+            rows = rows.max(gates);
+            widest = widest.max(input).max(layer.output_size);
+            sum = sum.max(gates * (layer.input_size + layer.output_size + 2));
+            if shape.cell == Cell::Lstm && shape.options.projection.is_some() {
+                let projected = most(layer.output_size);
+                rows = rows.max(projected);
+                widest = widest.max(layer.hidden_size);
+                sum = sum.max(projected * layer.hidden_size);
+            }
+        }
+        if let Input::Embedding { tokens, size } = shape.input {
+            sum = sum.max(longest(&mut cut(0..tokens, threads)) * size);
         }
         let (k, sums) = (pairs.min(K_BLOCK), levels as usize + 1);
         PackedLeft::bytes_of(k, rows) + PackedMatrix::bytes_of(k, widest) + sums * size_of::<f32>() * sum
@@ -459,10 +476,16 @@ impl Scratch {
 
 /// Deals rows to tasks: as many as keep all threads busy, of nearly equal size, none above [`MOST_ROWS`].
 fn dealt(rows: Range<usize>, threads: usize) -> impl Iterator<Item = Range<usize>> {
-    let tasks = rows.len().div_ceil(MOST_ROWS).next_multiple_of(threads).min(rows.len());
-    (0..tasks).map(move |task| {
-        let bound = |task| rows.start + task * rows.len() / tasks;
-        bound(task)..bound(task + 1)
+    let tasks = rows.len().div_ceil(MOST_ROWS).next_multiple_of(threads);
+    cut(rows, tasks)
+}
+
+/// So many ranges of nearly equal size, or as many as there are rows.
+fn cut(rows: Range<usize>, ranges: usize) -> impl Iterator<Item = Range<usize>> {
+    let ranges = ranges.min(rows.len());
+    (0..ranges).map(move |at| {
+        let bound = |at| rows.start + at * rows.len() / ranges;
+        bound(at)..bound(at + 1)
     })
 }
 
