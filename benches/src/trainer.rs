@@ -7,6 +7,7 @@ use protocol::job::Clip;
 use protocol::sums::StepSums;
 use protocol::tree::{self, Addition, TreeNode};
 use worker::replica::Replica;
+use worker::train::summed_nodes;
 
 use crate::workload::Workload;
 
@@ -30,10 +31,7 @@ impl<'a> Trainer<'a> {
         let Workload { job, data, layout, .. } = workload;
         let device = CpuBackend::new(simd, threads).open(layout, job, data, false)?;
         let replica = Replica::initial(&device, layout.clone(), job)?;
-        let nodes: Vec<TreeNode> = match job.clip {
-            Clip::Shard => (0..job.shards).map(|index| TreeNode { level: 0, index }).collect(),
-            Clip::Global | Clip::None => tree::cover(job.shards, 0..job.shards),
-        };
+        let nodes = summed_nodes(job, 0..job.shards);
         let sums = nodes.iter().map(|_| device.zeros(layout.parameters())).collect::<Result<_>>()?;
         Ok(Self { workload, device, replica, nodes, sums })
     }

@@ -19,6 +19,7 @@
 //! 3. [`cpu::sequence`], `activation`, [`cpu::rnn`], [`cpu::lstm`], [`cpu::gru`]: how rows of different lengths are
 //!    packed, and the fused sequence kernels; [`cpu::input`] before them, [`cpu::dropout`] and [`cpu::softmax`] behind.
 //! 4. [`cpu::reduce`], [`cpu::optimizer`]: what happens to gradients.
+//! 5. [`cpu::roofline`]: what the rates of all of these are held against.
 //!
 //! [`oracle`] is the same mathematics, naive and in f64, which the tests of all of these compare with.
 

@@ -30,7 +30,7 @@ pub enum Pass {
         /// Steps done.
         step: u64,
     },
-    /// Forward only, without dropout; no partials.
+    /// Forward only, without dropout; no gradients.
     Evaluate,
 }
 
@@ -205,7 +205,7 @@ pub trait Device: Send {
     ) -> Result<()>;
 
     /// Clips one shard's summed gradient as a mean: `G ← n · clip(G / n, clip_norm)` with `n` its weight.
-    fn clip_shard(&self, partial: &mut Self::Buffer, weight: u64, clip_norm: f64) -> Result<()>;
+    fn clip_shard(&self, gradient: &mut Self::Buffer, weight: u64, clip_norm: f64) -> Result<()>;
 
     /// Norm of the mean gradient `gradient / weight`; not finite if any of its numbers is not.
     fn mean_norm(&self, gradient: &Self::Buffer, weight: u64) -> Result<f64>;

@@ -9,6 +9,7 @@ use protocol::slots::slots_of;
 use protocol::tree;
 
 use crate::feed::BATCHES_AHEAD;
+use crate::train::summed_nodes;
 
 /// Program, threads and connections of a worker that has no job yet. Measured.
 const BARE_BYTES: usize = 8 << 20;
@@ -26,7 +27,7 @@ pub fn worker_bytes(
     let (parameters, recurrent) = (layout.parameters(), layout.recurrent());
     // Parameters, gradient and two moments; the state before and after.
     let replica = 4 * parameters + 2 * recurrent;
-    let partials = shards.len() * parameters;
+    let sums = summed_nodes(job, shards.clone()).len() * parameters;
     // Values of the own nodes on their way out, of the others' nodes for the own part of the sum, and the sum.
     let own_nodes = tree::cover(job.shards, shards.clone()).len();
     let other_nodes = world_size.saturating_sub(1) as usize * own_nodes;
@@ -42,5 +43,5 @@ pub fn worker_bytes(
         Input::Bytes(width) => data.seq_len * width,
     };
     let batches = BATCHES_AHEAD as usize * rows * (row + size_of::<u64>() + 2 * size_of::<u32>());
-    BARE_BYTES + device_bytes + float * (replica + partials + collective + evaluation) + image + batches
+    BARE_BYTES + device_bytes + float * (replica + sums + collective + evaluation) + image + batches
 }

@@ -41,6 +41,15 @@ pub enum StepError {
     Feed(#[from] FeedClosed),
 }
 
+/// The nodes whose gradients a device sums for these shards: those that cover them or, where shards are clipped, each of
+/// them. Each gradient takes `P` floats.
+pub fn summed_nodes(job: &JobSpec, shards: Range<u32>) -> Vec<TreeNode> {
+    match job.clip {
+        Clip::Shard => shards.map(|index| TreeNode { level: 0, index }).collect(),
+        Clip::Global | Clip::None => tree::cover(job.shards, shards),
+    }
+}
+
 /// One worker's part in one generation.
 pub struct Generation<D: Device> {
     form: Form,
@@ -78,10 +87,7 @@ impl<D: Device> Generation<D> {
     ) -> Result<Self, DeviceError> {
         let shards = form.members[form.rank as usize].shards.clone();
         let cover = tree::cover(job.shards, shards.clone());
-        let nodes: Vec<TreeNode> = match job.clip {
-            Clip::Shard => shards.map(|index| TreeNode { level: 0, index }).collect(),
-            Clip::Global | Clip::None => cover.clone(),
-        };
+        let nodes = summed_nodes(&job, shards);
         let first_shard = |node: TreeNode| node.range(job.shards).start;
         let place = |node| nodes.iter().position(|held| first_shard(*held) == first_shard(node));
         let cover = cover.into_iter().map(|node| (node, place(node).expect("it is held"))).collect();

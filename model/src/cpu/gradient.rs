@@ -47,7 +47,6 @@ pub(super) struct Task<'b> {
 const MOST_PARTS: usize = 4;
 
 /// What is summed over the pairs of a shard.
-#[derive(Clone)]
 enum Sum {
     /// Rows of the head: weight, bias.
     Head(Range<usize>),
