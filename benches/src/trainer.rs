@@ -47,9 +47,7 @@ impl<'a> Trainer<'a> {
 
         device.step(Pass::Train { step }, parameters, workload.batch(step), state, next_state)?;
         let buckets = workload.layout.buckets();
-        for bucket in 0..buckets.len() {
-            device.finish_bucket(bucket, nodes, sums)?;
-        }
+        device.finish_buckets(0..buckets.len(), nodes, sums)?;
         let by_shard = device.read_sums()?.to_vec();
         if job.clip == Clip::Shard {
             for (gradient, of_shard) in sums.iter_mut().zip(&by_shard) {

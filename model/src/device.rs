@@ -163,7 +163,7 @@ pub trait Device: Send {
     /// | `state_out` | as `state_in` | out: only the batch's slots are written |
     ///
     /// For [`Pass::Train`] the gradients' row sums are left inside the device for
-    /// [`finish_bucket`](Self::finish_bucket).
+    /// [`finish_buckets`](Self::finish_buckets).
     fn step(
         &mut self,
         pass: Pass,
@@ -187,11 +187,16 @@ pub trait Device: Send {
     /// The input must fit the network: a token below the number of tokens, or as many bytes as the input is wide.
     fn read(&mut self, reader: &mut Self::Reader, input: StepInput<'_>, logits: &mut [f32]) -> Result<()>;
 
-    /// Completes one bucket (see [`StateLayout::buckets`](protocol::layout::StateLayout::buckets)) of the last
+    /// Completes some buckets (see [`StateLayout::buckets`](protocol::layout::StateLayout::buckets)) of the last
     /// training step: `sums[i][range of the bucket]` becomes the gradient of the *sum* of the losses of the shards below
-    /// `nodes[i]`, added along the tree; these are shards of the batch. Buckets must be finished in order, each once, so
-    /// that one can travel while the next is computed.
-    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Self::Buffer]) -> Result<()>;
+    /// `nodes[i]`, added along the tree; these are shards of the batch. Buckets must be finished in order, each once: one
+    /// at a time if it is to travel while the next is computed, else all together, which keeps all threads busy.
+    fn finish_buckets(
+        &mut self,
+        buckets: Range<usize>,
+        nodes: &[TreeNode],
+        sums: &mut [Self::Buffer],
+    ) -> Result<()>;
 
     /// The sums of each shard of the last step, in the batch's order.
     fn read_sums(&mut self) -> Result<&[StepSums]>;

@@ -151,8 +151,13 @@ impl Device for MeddlingDevice {
         self.cpu.read(reader, input, logits)
     }
 
-    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Self::Buffer]) -> Result<()> {
-        self.cpu.finish_bucket(bucket, nodes, sums)?;
+    fn finish_buckets(
+        &mut self,
+        buckets: Range<usize>,
+        nodes: &[TreeNode],
+        sums: &mut [Self::Buffer],
+    ) -> Result<()> {
+        self.cpu.finish_buckets(buckets, nodes, sums)?;
         for sum in sums.iter_mut().filter(|_| self.breaks_gradients) {
             sum.fill(f32::NAN);
         }

@@ -211,25 +211,29 @@ impl<D: Device> Generation<D> {
         Ok(Some(drain))
     }
 
-    /// Completes the gradient bucket by bucket and begins to reduce each, at once or, where shards are clipped, when all
-    /// of it is known. Gives the sums of this worker's shards too.
+    /// Completes the gradient and begins to reduce it bucket by bucket: each travels while the next is computed, unless
+    /// there is nobody to send it to, or shards are clipped, for which all of it must be known. Gives the sums of this
+    /// worker's shards too.
     fn begin_gradient(&mut self, device: &mut D) -> Result<(Vec<StepSums>, Vec<Ticket>), StepError> {
+        let buckets = 0..self.buckets.len();
         let clip_shards = self.job.clip == Clip::Shard;
-        let mut tickets = Vec::with_capacity(self.buckets.len());
-        for bucket in 0..self.buckets.len() {
-            device.finish_bucket(bucket, &self.nodes, &mut self.sums)?;
-            if !clip_shards {
+        let mut tickets = Vec::with_capacity(buckets.len());
+        if clip_shards || self.form.members.len() == 1 {
+            device.finish_buckets(buckets.clone(), &self.nodes, &mut self.sums)?;
+            if clip_shards {
+                let own_sums = device.read_sums()?.to_vec();
+                self.clip_shards(device, &own_sums)?;
+            }
+            for bucket in buckets {
+                tickets.push(self.begin_reduce(device, bucket)?);
+            }
+        } else {
+            for bucket in buckets {
+                device.finish_buckets(bucket..bucket + 1, &self.nodes, &mut self.sums)?;
                 tickets.push(self.begin_reduce(device, bucket)?);
             }
         }
-        let own_sums = device.read_sums()?.to_vec();
-        if clip_shards {
-            self.clip_shards(device, &own_sums)?;
-            for bucket in 0..self.buckets.len() {
-                tickets.push(self.begin_reduce(device, bucket)?);
-            }
-        }
-        Ok((own_sums, tickets))
+        Ok((device.read_sums()?.to_vec(), tickets))
     }
 
     /// Clips each shard's gradient and adds them along the tree; each node's sum is then in the place of its first shard.

@@ -192,21 +192,30 @@ mod x86 {
         }
     }
 
-    /// Asks the memory for what the tile is added to, or for the room where it goes: it comes while the loop computes.
+    /// Asks the memory for what the tile is added to, and for the room where it goes: they come while the loop computes.
+    /// The room is asked for as one's own, for it may lie in another core's cache, written there.
     ///
     /// # Safety
     /// As for [`super::compute`].
     #[inline(always)]
     unsafe fn prefetch_outputs<const ROWS: usize, const LINES: usize>(tile: &Tile) {
         for row in 0..ROWS {
-            let at = match tile.before {
-                // SAFETY: the caller promises a pointer for every row of the tile.
-                Some(before) => unsafe { (*before.add(row)).wrapping_add(tile.first_column) },
-                None => tile.c.wrapping_add(row * tile.c_stride),
-            };
+            let c = tile.c.wrapping_add(row * tile.c_stride).cast_const();
             for line in 0..LINES {
                 // SAFETY: a prefetch reads nothing that the program could see, from any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(16 * line).cast()) };
+                unsafe {
+                    asm!("prefetchw [{}]", in(reg) c.wrapping_add(16 * line), options(nostack, preserves_flags));
+                }
+            }
+            if let Some(before) = tile.before {
+                // SAFETY: the caller promises a pointer for every row of the tile.
+                let before = unsafe { (*before.add(row)).wrapping_add(tile.first_column) };
+                if before != c {
+                    for line in 0..LINES {
+                        // SAFETY: a prefetch reads nothing that the program could see, from any address.
+                        unsafe { _mm_prefetch::<_MM_HINT_T0>(before.wrapping_add(16 * line).cast()) };
+                    }
+                }
             }
         }
     }

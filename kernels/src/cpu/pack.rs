@@ -9,6 +9,8 @@ use std::slice;
 pub const PANEL_COLUMNS: usize = 32;
 /// Rows of a panel of [`PackedLeft`], and the tallest tile of the micro-kernels.
 pub const PANEL_ROWS: usize = 12;
+/// Elements of a column that are written in one go: 32 columns of them are 16 KiB.
+const COLUMN_BLOCK: usize = 128;
 /// The granule of a panel's width: one AVX-512 register of f32.
 const GRANULE: usize = 16;
 
@@ -90,13 +92,13 @@ impl PackedMatrix {
             let columns = PANEL_COLUMNS.min(self.n - first_column);
             let (start, width) = self.panel_place(first_column);
             let panel = &mut as_floats_mut(&mut self.lines)[start..start + k * width];
-            // Sixteen k at a time: the block of the panel being written stays in the first-level cache.
-            for p0 in (0..k).step_by(GRANULE) {
-                let depth = GRANULE.min(k - p0);
+            // A block of the panel stays in the first-level cache while the columns are written into it.
+            for p0 in (0..k).step_by(COLUMN_BLOCK) {
+                let block = &mut panel[p0 * width..][..COLUMN_BLOCK.min(k - p0) * width];
                 for j in 0..columns {
-                    let source = &b[(first_column + j) * ldb + p0..][..depth];
-                    for (p, value) in source.iter().enumerate() {
-                        panel[(p0 + p) * width + j] = *value;
+                    let source = &b[(first_column + j) * ldb + p0..];
+                    for (row, value) in block.chunks_exact_mut(width).zip(source) {
+                        row[j] = *value;
                     }
                 }
             }

@@ -107,9 +107,7 @@ mod tests {
         device.step(Pass::Train { step: 0 }, &parameters, &batch, &state, &mut state.clone()).unwrap();
         let nodes = tree::cover(job.shards, shards.clone());
         let mut sums = vec![vec![0.0; layout.parameters()]; nodes.len()];
-        for bucket in 0..layout.buckets().len() {
-            device.finish_bucket(bucket, &nodes, &mut sums).unwrap();
-        }
+        device.finish_buckets(0..layout.buckets().len(), &nodes, &mut sums).unwrap();
         let scratch = device.scratch[0].lock().unwrap().held_bytes();
         Trained { device, shards, scratch }
     }

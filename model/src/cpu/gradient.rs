@@ -23,7 +23,7 @@ use super::weights::reads_one_hot;
 /// keep the sums in the second-level cache. Changes no bit.
 const MOST_ROWS: usize = 264;
 
-/// What the gradient of a bucket is computed from.
+/// What gradients are computed from.
 #[derive(Clone, Copy)]
 pub(super) struct Gradient<'a> {
     pub(super) network: Network<'a>,
@@ -32,7 +32,6 @@ pub(super) struct Gradient<'a> {
     pub(super) pairs: &'a ShardPairs,
     /// Shards of the job.
     pub(super) shards: u32,
-    pub(super) part: Part,
 }
 
 /// A piece of one node's gradient.
@@ -92,34 +91,51 @@ pub(super) struct Scratch {
 }
 
 impl<'a> Gradient<'a> {
-    /// Cuts the bucket's sum over some nodes into tasks, for so many threads. `buckets` has the bucket of each node, to be
-    /// overwritten.
+    /// Cuts the sums of some buckets over some nodes into tasks, for so many threads. `sums` has the flat gradient of
+    /// each node, of which the buckets will be overwritten.
     pub(super) fn tasks<'b>(
         &self,
+        buckets: Range<usize>,
         nodes: &[TreeNode],
-        buckets: impl Iterator<Item = &'b mut [f32]>,
+        sums: &'b mut [Vec<f32>],
         threads: usize,
     ) -> Vec<Task<'b>> {
         let mut tasks = Vec::new();
-        for (&node, bucket) in nodes.iter().zip(buckets) {
-            assert!(
-                self.pairs.holds(node, self.shards),
-                "the gradient of {node:?} needs shards that are elsewhere"
-            );
-            match self.part {
-                Part::Head => self.head_tasks(node, bucket, threads, &mut tasks),
-                Part::Layer(layer) => self.layer_tasks(node, layer, bucket, threads, &mut tasks),
-                Part::Embedding => {
-                    let (mut table, width) = (bucket, self.shape().input.size());
-                    // Each task looks at all tokens: no more tasks than threads.
-                    for rows in cut(0..table.len() / width, threads) {
-                        let into = [take(&mut table, rows.len() * width)];
-                        tasks.push(Task::new(node, Sum::Embedding(rows), into));
-                    }
+        let mut rests: Vec<&mut [f32]> = sums.iter_mut().map(Vec::as_mut_slice).collect();
+        let ranges = self.layout.buckets();
+        for bucket in buckets {
+            let range = &ranges[bucket];
+            for (&node, rest) in nodes.iter().zip(&mut rests) {
+                assert!(
+                    self.pairs.holds(node, self.shards),
+                    "the gradient of {node:?} needs shards that are elsewhere"
+                );
+                let tail =
+                    rest.split_off_mut(range.start..).expect("each bucket ends where the one before begins");
+                let into = &mut tail[..range.len()];
+                match self.layout.part(bucket) {
+                    Part::Head => self.head_tasks(node, into, threads, &mut tasks),
+                    Part::Layer(layer) => self.layer_tasks(node, layer, into, threads, &mut tasks),
+                    Part::Embedding => self.embedding_tasks(node, into, threads, &mut tasks),
                 }
             }
         }
         tasks
+    }
+
+    fn embedding_tasks<'b>(
+        &self,
+        node: TreeNode,
+        mut table: &'b mut [f32],
+        threads: usize,
+        tasks: &mut Vec<Task<'b>>,
+    ) {
+        let width = self.shape().input.size();
+        // Each task looks at all tokens: no more tasks than threads.
+        for rows in cut(0..table.len() / width, threads) {
+            let into = [take(&mut table, rows.len() * width)];
+            tasks.push(Task::new(node, Sum::Embedding(rows), into));
+        }
     }
 
     fn head_tasks<'b>(

@@ -94,7 +94,6 @@ pub struct CpuDevice {
     simd: Simd,
     pool: rayon::ThreadPool,
     layout: StateLayout,
-    buckets: Vec<Range<usize>>,
     seed: u64,
     keep_probs: Arc<[f32]>,
     variational: bool,
@@ -138,7 +137,6 @@ impl CpuDevice {
             simd,
             pool,
             weights: Weights::new(&layout, true),
-            buckets: layout.buckets(),
             layout,
             seed: job.seed,
             keep_probs: job.layer_keep_probs().into(),
@@ -169,6 +167,27 @@ impl CpuDevice {
         for (index, block) in self.blocks.iter_mut().enumerate() {
             block.rows = index * rows / count..(index + 1) * rows / count;
         }
+    }
+
+    /// Computes the gradients of some buckets in one go.
+    fn finish(&mut self, buckets: Range<usize>, nodes: &[TreeNode], sums: &mut [Vec<f32>]) {
+        let dropout = self.dropout.as_ref();
+        let Self { simd, pool, layout, blocks, scratch, recompute, pairs, shards, weights, .. } = self;
+        let network = Network { simd: *simd, shape: &layout.shape, weights, dropout };
+        pool.install(|| {
+            for part in buckets.clone().map(|bucket| layout.part(bucket)) {
+                if let (Part::Layer(layer), true) = (part, *recompute) {
+                    blocks.par_iter_mut().for_each(|block| block.layer_backward(&network, layer));
+                }
+            }
+            let gradient = Gradient { network, layout, blocks, pairs, shards: *shards };
+            let tasks = gradient.tasks(buckets, nodes, sums, rayon::current_num_threads());
+            tasks.into_par_iter().with_max_len(1).for_each(|task| {
+                let thread = rayon::current_thread_index().unwrap_or(0);
+                let mut scratch = scratch[thread].lock().expect("a kernel panicked");
+                gradient.run(task, &mut scratch);
+            });
+        });
     }
 
     /// Adds up the rows' losses per shard, in row order.
@@ -290,26 +309,19 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn finish_bucket(&mut self, bucket: usize, nodes: &[TreeNode], sums: &mut [Vec<f32>]) -> Result<()> {
-        assert_eq!(nodes.len(), sums.len(), "finish_bucket: one buffer for each node");
-        let range = self.buckets[bucket].clone();
-        let (layout, part) = (&self.layout, self.layout.part(bucket));
-        let dropout = self.dropout.as_ref();
-        let network = Network { simd: self.simd, shape: &layout.shape, weights: &self.weights, dropout };
-        let Self { pool, blocks, scratch, recompute, pairs, shards, .. } = self;
-        pool.install(|| {
-            if let (Part::Layer(layer), true) = (part, *recompute) {
-                blocks.par_iter_mut().for_each(|block| block.layer_backward(&network, layer));
-            }
-            let gradient = Gradient { network, layout, blocks, pairs, shards: *shards, part };
-            let buckets = sums.iter_mut().map(|sum| &mut sum[range.clone()]);
-            let tasks = gradient.tasks(nodes, buckets, rayon::current_num_threads());
-            tasks.into_par_iter().with_max_len(1).for_each(|task| {
-                let thread = rayon::current_thread_index().unwrap_or(0);
-                let mut scratch = scratch[thread].lock().expect("a kernel panicked");
-                gradient.run(task, &mut scratch);
-            });
-        });
+    fn finish_buckets(
+        &mut self,
+        buckets: Range<usize>,
+        nodes: &[TreeNode],
+        sums: &mut [Vec<f32>],
+    ) -> Result<()> {
+        assert_eq!(nodes.len(), sums.len(), "finish_buckets: one buffer for each node");
+        if self.recompute {
+            // A layer's gates lie where those of the layer above lay.
+            buckets.for_each(|bucket| self.finish(bucket..bucket + 1, nodes, sums));
+        } else {
+            self.finish(buckets, nodes, sums);
+        }
         Ok(())
     }
 

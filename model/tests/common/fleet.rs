@@ -206,7 +206,7 @@ impl<D: Device> Worker<D> {
         let old = vec![f32::NAN; len];
         let mut gradients: Vec<D::Buffer> = nodes.iter().map(|_| on(device, &old)).collect();
         for bucket in 0..setup.layout.buckets().len() {
-            device.finish_bucket(bucket, &nodes, &mut gradients).unwrap();
+            device.finish_buckets(bucket..bucket + 1, &nodes, &mut gradients).unwrap();
         }
         let of_cover = gradients.split_off(self.shards.len());
         let unclipped = gradients.iter().map(|gradient| off(device, gradient, len)).collect();

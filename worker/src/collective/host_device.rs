@@ -53,7 +53,7 @@ impl Device for HostDevice {
         cannot("run a network")
     }
 
-    fn finish_bucket(&mut self, _: usize, _: &[TreeNode], _: &mut [Vec<f32>]) -> Result<()> {
+    fn finish_buckets(&mut self, _: Range<usize>, _: &[TreeNode], _: &mut [Vec<f32>]) -> Result<()> {
         cannot("run a network")
     }
 
