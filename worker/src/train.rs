@@ -170,7 +170,7 @@ impl<D: Device> Generation<D> {
         let (parameters, state) = (&replica.parameters, &replica.state);
         device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
-        let (own_sums, tickets) = self.begin_gradient(device)?;
+        let (own_sums, tickets) = self.begin_gradient(device, &mut replica.gradient)?;
         let computed = Instant::now();
 
         let drain = self.outbox.drain_requested();
@@ -211,10 +211,14 @@ impl<D: Device> Generation<D> {
         Ok(Some(drain))
     }
 
-    /// Completes the gradient and begins to reduce it bucket by bucket: each travels while the next is computed, unless
+    /// Completes the gradient and begins to reduce it to `into`, bucket by bucket: each travels while the next is computed, unless
     /// there is nobody to send it to, or shards are clipped, for which all of it must be known. Gives the sums of this
     /// worker's shards too.
-    fn begin_gradient(&mut self, device: &mut D) -> Result<(Vec<StepSums>, Vec<Ticket>), StepError> {
+    fn begin_gradient(
+        &mut self,
+        device: &mut D,
+        into: &mut D::Buffer,
+    ) -> Result<(Vec<StepSums>, Vec<Ticket>), StepError> {
         let buckets = 0..self.buckets.len();
         let clip_shards = self.job.clip == Clip::Shard;
         let mut tickets = Vec::with_capacity(buckets.len());
@@ -225,12 +229,12 @@ impl<D: Device> Generation<D> {
                 self.clip_shards(device, &own_sums)?;
             }
             for bucket in buckets {
-                tickets.push(self.begin_reduce(device, bucket)?);
+                tickets.push(self.begin_reduce(device, bucket, into)?);
             }
         } else {
             for bucket in buckets {
                 device.finish_buckets(bucket..bucket + 1, &self.nodes, &mut self.sums)?;
-                tickets.push(self.begin_reduce(device, bucket)?);
+                tickets.push(self.begin_reduce(device, bucket, into)?);
             }
         }
         Ok((device.read_sums()?.to_vec(), tickets))
@@ -254,10 +258,10 @@ impl<D: Device> Generation<D> {
     }
 
     /// Begins to reduce one bucket.
-    fn begin_reduce(&mut self, device: &D, bucket: usize) -> Result<Ticket, StepError> {
+    fn begin_reduce(&mut self, device: &D, bucket: usize, into: &mut D::Buffer) -> Result<Ticket, StepError> {
         let nodes: Vec<(TreeNode, &D::Buffer)> =
             self.cover.iter().map(|&(node, place)| (node, &self.sums[place])).collect();
-        Ok(self.collective.begin_reduce(device, self.buckets[bucket].clone(), &nodes)?)
+        Ok(self.collective.begin_reduce(device, self.buckets[bucket].clone(), &nodes, into)?)
     }
 
     /// Evaluates the validation data with the same shards, rules and sums. Only an epoch's end enters the control

@@ -160,8 +160,9 @@ impl Ours {
         let (values, mut sum) = (addends(self.node.index, floats), vec![0.0; floats]);
         let collective: &mut dyn Collective<CpuDevice> = &mut self.collective;
         let times = timed(count, || {
-            let ticket =
-                collective.begin_reduce(&self.device, 0..floats, &[(self.node, &values)]).expect("begun");
+            let ticket = collective
+                .begin_reduce(&self.device, 0..floats, &[(self.node, &values)], &mut sum)
+                .expect("begun");
             collective.wait(&self.device, ticket, &mut sum).expect("finished");
         });
         assert!(sum.iter().all(|value| *value == 3.0), "1 + 2 = 3");

@@ -165,12 +165,28 @@ impl Links {
     pub(super) fn send_from(&self, rank: u32, address: Address, values: &[f32]) {
         let bytes = bytemuck::cast_slice(values);
         let frame = Outgoing::new(self.place.generation, address, false, bytes);
-        self.send_frame(rank, frame, bytes, || {
-            let mut kept = self.spare();
-            kept.clear();
-            kept.extend_from_slice(values);
-            Payload::Floats(Arc::new(kept))
-        });
+        self.send_frame(rank, frame, bytes, || self.kept(values));
+    }
+
+    /// As [`send_to_all`](Self::send_to_all), for floats that stay where they are only for now.
+    fn send_all_from(&self, ticket: u32, block: u32, values: &[f32]) {
+        if self.peers.len() == 1 {
+            return; // Nobody reads the checksum.
+        }
+        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
+        let bytes = bytemuck::cast_slice(values);
+        let frame = Outgoing::new(self.place.generation, address, false, bytes);
+        for peer in self.peers() {
+            self.send_frame(peer, frame.clone(), bytes, || self.kept(values));
+        }
+    }
+
+    /// A copy of floats that are still to be sent.
+    fn kept(&self, values: &[f32]) -> Payload {
+        let mut kept = self.spare();
+        kept.clear();
+        kept.extend_from_slice(values);
+        Payload::Floats(Arc::new(kept))
     }
 
     /// Sends finished values of this worker's part to all peers.
@@ -379,6 +395,23 @@ impl Links {
         self.send_to_all(ticket, block, &payload);
         self.finish(ticket, Piece { rank: self.place.rank, block, payload: Some(payload) });
         Ok(())
+    }
+
+    /// As [`deliver`](Self::deliver) for all of this worker's own nodes, from where they lie to where the sum is wanted, if
+    /// they are the last ones. Gives whether they are.
+    pub(super) fn finish_own(
+        &self,
+        ticket: u32,
+        block: u32,
+        own: &[&[f32]],
+        sum: &mut [f32],
+    ) -> std::result::Result<bool, Refused> {
+        let complete = lock(&self.state).sums.complete(&self.plan, (ticket, block), own, sum.len())?;
+        let Some(pieces) = complete else { return Ok(false) };
+        self.plan.sum_to(sum, pieces, |values| self.recycle(values));
+        self.send_all_from(ticket, block, sum);
+        self.finish(ticket, Piece { rank: self.place.rank, block, payload: None });
+        Ok(true)
     }
 
     fn finish(&self, ticket: u32, piece: Piece) {

@@ -91,20 +91,22 @@ pub trait Collective<D: Device>: Send {
     fn world_size(&self) -> u32;
 
     /// Begins to sum one bucket over all shards. `nodes` are the tree nodes that cover this worker's shards, each
-    /// with a buffer whose `bucket` range holds its value; the values are taken before the call returns.
+    /// with a buffer whose `bucket` range holds its value; the values are taken before the call returns. The sum goes to
+    /// `into`, of which the `bucket` range is not specified until the operation was waited for.
     fn begin_reduce(
         &mut self,
         device: &D,
         bucket: Range<usize>,
         nodes: &[(TreeNode, &D::Buffer)],
+        into: &mut D::Buffer,
     ) -> Result<Ticket>;
 
     /// Begins to gather a buffer of which rank `r` holds `parts[r]`; this worker's part is taken before the call
     /// returns.
     fn begin_gather(&mut self, device: &D, buffer: &D::Buffer, parts: Vec<Range<usize>>) -> Result<Ticket>;
 
-    /// Waits until an operation is finished and writes its result to `into`: the whole bucket of a reduction, the
-    /// other ranks' parts of a gather.
+    /// Waits until an operation is finished and its result is in `into`: the whole bucket of a reduction, which began with
+    /// this buffer, or the other ranks' parts of a gather.
     fn wait(&mut self, device: &D, ticket: Ticket, into: &mut D::Buffer) -> Result<()>;
 
     /// Sends a few bytes to every worker and returns everybody's, by rank.

@@ -5,6 +5,7 @@
 //! there it executes the additions that [`tree::remaining`] lists. Which pieces came first, and how many ranks
 //! there are, changes nothing: the operands of every addition are fixed by the tree.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -88,26 +89,72 @@ impl Plan {
     }
 
     /// Adds the pieces of one block in tree order. `recycle` gets the buffers that are no longer needed.
-    pub fn sum(&self, pieces: Pieces, mut recycle: impl FnMut(Vec<f32>)) -> Vec<f32> {
-        let mut places = pieces.0;
-        let take = |i: usize, places: &mut Places| places[i].take().expect("a node is added once");
-        for &(left, right) in &self.additions {
-            let addend = take(right, &mut places);
-            let sum = places[left].as_mut().expect("a left operand stays in its place");
-            for (sum, addend) in sum.iter_mut().zip(&addend) {
-                *sum += addend;
-            }
-            recycle(addend);
+    pub fn sum(&self, pieces: Pieces<'_>, mut recycle: impl FnMut(Vec<f32>)) -> Vec<f32> {
+        match self.last_operands(pieces, &mut recycle) {
+            (sum, Some(addend)) => add(sum, addend, &mut recycle),
+            (sum, None) => sum.into_owned(),
         }
-        take(0, &mut places)
+    }
+
+    /// As [`sum`](Self::sum), to where the sum is wanted.
+    pub fn sum_to(&self, out: &mut [f32], pieces: Pieces<'_>, mut recycle: impl FnMut(Vec<f32>)) {
+        let (sum, addend) = self.last_operands(pieces, &mut recycle);
+        match &addend {
+            Some(addend) => {
+                for ((out, sum), addend) in out.iter_mut().zip(&*sum).zip(&**addend) {
+                    *out = sum + addend;
+                }
+            }
+            None => out.copy_from_slice(&sum),
+        }
+        [Some(sum), addend].into_iter().flatten().for_each(|operand| recycle_owned(operand, &mut recycle));
+    }
+
+    /// Does all additions but the last, and gives the operands of that; of a sum without additions its only piece.
+    fn last_operands<'v>(
+        &self,
+        pieces: Pieces<'v>,
+        recycle: &mut impl FnMut(Vec<f32>),
+    ) -> (Values<'v>, Option<Values<'v>>) {
+        let mut places = pieces.0;
+        let take = |i: usize, places: &mut Places<'v>| places[i].take().expect("a node is added once");
+        let Some((&(_, last), before)) = self.additions.split_last() else {
+            return (take(0, &mut places), None);
+        };
+        for &(left, right) in before {
+            let (sum, addend) = (take(left, &mut places), take(right, &mut places));
+            places[left] = Some(Cow::Owned(add(sum, addend, recycle)));
+        }
+        (take(0, &mut places), Some(take(last, &mut places)))
     }
 }
 
-type Places = Vec<Option<Vec<f32>>>;
+/// `sum + addend`, in the memory of one of them if it is not borrowed: additions commute, bit for bit.
+fn add(sum: Values<'_>, addend: Values<'_>, recycle: &mut impl FnMut(Vec<f32>)) -> Vec<f32> {
+    let (mut sum, addend) = match (sum, addend) {
+        (Cow::Borrowed(sum), Cow::Owned(addend)) => (addend, Cow::Borrowed(sum)),
+        (sum, addend) => (sum.into_owned(), addend),
+    };
+    for (sum, addend) in sum.iter_mut().zip(&*addend) {
+        *sum += addend;
+    }
+    recycle_owned(addend, recycle);
+    sum
+}
+
+fn recycle_owned(values: Values<'_>, recycle: &mut impl FnMut(Vec<f32>)) {
+    if let Cow::Owned(values) = values {
+        recycle(values);
+    }
+}
+
+/// One node's values of a block: a buffer of its own, or where the device keeps them.
+type Values<'v> = Cow<'v, [f32]>;
+type Places<'v> = Vec<Option<Values<'v>>>;
 
 /// All pieces of one block, by position in the plan's nodes: what [`Plan::sum`] adds.
 #[derive(Debug)]
-pub struct Pieces(Places);
+pub struct Pieces<'v>(Places<'v>);
 
 /// Why a piece cannot belong to a sum.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -140,7 +187,7 @@ pub enum Refused {
 #[derive(Debug, Default)]
 pub struct Sums {
     /// By (ticket, block): the pieces at hand and their number.
-    open: BTreeMap<(u32, u32), (usize, Places)>,
+    open: BTreeMap<(u32, u32), (usize, Places<'static>)>,
 }
 
 impl Sums {
@@ -155,7 +202,7 @@ impl Sums {
         (ticket, block): (u32, u32),
         (rank, leaf): (u32, u32),
         values: Vec<f32>,
-    ) -> Result<Option<Pieces>, Refused> {
+    ) -> Result<Option<Pieces<'static>>, Refused> {
         let position = plan.leaves.binary_search(&leaf).map_err(|_| Refused::NotItsNode { leaf })?;
         if plan.nodes[position].0 != rank {
             return Err(Refused::NotItsNode { leaf });
@@ -172,12 +219,45 @@ impl Sums {
         {
             return Err(Refused::Length { actual: values.len(), expected, other });
         }
-        places[position] = Some(values);
+        places[position] = Some(Cow::Owned(values));
         *held += 1;
         if *held < plan.nodes.len() {
             return Ok(None);
         }
         Ok(self.open.remove(&(ticket, block)).map(|(_, places)| Pieces(places)))
+    }
+
+    /// All pieces of a block if the others' are there: those that are missing are `own`, from left to right, `len` floats
+    /// each.
+    ///
+    /// # Errors
+    /// Another rank's piece has another length.
+    pub fn complete<'v>(
+        &mut self,
+        plan: &Plan,
+        key: (u32, u32),
+        own: &[&'v [f32]],
+        len: usize,
+    ) -> Result<Option<Pieces<'v>>, Refused> {
+        let held = self.open.get(&key).map_or(0, |(held, _)| *held);
+        if held + own.len() < plan.nodes.len() {
+            return Ok(None);
+        }
+        let mut places: Places<'v> = match self.open.remove(&key) {
+            Some((_, places)) => places,
+            None => vec![None; plan.nodes.len()],
+        };
+        let mut own = own.iter();
+        for (place, (sender, _)) in places.iter_mut().zip(&plan.nodes) {
+            match place {
+                Some(values) if values.len() != len => {
+                    return Err(Refused::Length { actual: len, expected: values.len(), other: *sender });
+                }
+                Some(_) => {}
+                None => *place = own.next().map(|values| Cow::Borrowed(*values)),
+            }
+        }
+        Ok(Some(Pieces(places)))
     }
 
     /// The ranks from which pieces of a ticket are missing; a rank may be named more than once.
@@ -239,6 +319,20 @@ mod tests {
                 }
             }
             pieces.sort_by_key(|(_, leaf, _)| mix64(arrival ^ u64::from(*leaf)));
+            let one = (arrival % ranges.len() as u64) as u32;
+            let (mut own, others): (Vec<_>, Vec<_>) = pieces.iter().cloned().partition(|(rank, ..)| *rank == one);
+            own.sort_by_key(|(_, leaf, _)| *leaf);
+            let own: Vec<&[f32]> = own.iter().map(|(.., values)| &values[..]).collect();
+            let mut sums = Sums::default();
+            for (rank, leaf, values) in others {
+                prop_assert!(sums.complete(&plan, (9, 0), &own, 33).unwrap().is_none());
+                prop_assert!(sums.deliver(&plan, (9, 0), (rank, leaf), values).unwrap().is_none());
+            }
+            let mut sum_of_last = [f32::NAN; 33];
+            let all = sums.complete(&plan, (9, 0), &own, 33).unwrap().expect("all others were delivered");
+            plan.sum_to(&mut sum_of_last, all, drop);
+            prop_assert!(sums.open.is_empty());
+
             let (mut sums, mut finished) = (Sums::default(), None);
             for (rank, leaf, values) in pieces {
                 prop_assert!(finished.is_none());
@@ -249,7 +343,9 @@ mod tests {
             }
             let sum = plan.sum(finished.expect("all pieces were delivered"), drop);
             let bits: Vec<u32> = sum.iter().map(|v| v.to_bits()).collect();
-            prop_assert_eq!(bits, single_process(shards, &mut partials));
+            let expected = single_process(shards, &mut partials);
+            prop_assert_eq!(sum_of_last.map(f32::to_bits).to_vec(), &expected[..]);
+            prop_assert_eq!(bits, expected);
             prop_assert!(sums.open.is_empty());
         }
 
@@ -282,6 +378,12 @@ mod tests {
         assert_eq!(refusal(0, 3, 4), "it sent the sum of a node at shard 3, which it does not hold");
         assert_eq!(refusal(1, 5, 4), "it sent the sum of a node at shard 5, which it does not hold");
         assert_eq!(refusal(1, 4, 3), "it sent 3 floats of a block, expected 4");
+        for leaf in [3, 4] {
+            let _ = sums.deliver(&plan, (1, 0), (1, leaf), vec![1.0; 3]).unwrap();
+        }
+        let own = [&[1.0; 4][..]; 2];
+        let refused = sums.complete(&plan, (1, 0), &own, 4).unwrap_err();
+        assert_eq!(refused, Refused::Length { actual: 4, expected: 3, other: 1 });
     }
 
     #[test]

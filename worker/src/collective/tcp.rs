@@ -80,11 +80,32 @@ impl TcpCollective {
         Ok(values)
     }
 
-    fn deliver_own(&self, ticket: u32, block: u32, leaf: u32, values: Vec<f32>) -> Result<()> {
-        self.links.deliver(ticket, block, (self.rank(), leaf), values).map_err(|refused| match refused {
+    /// Adds this worker's nodes of a block of its own slice to the others': at once and without a copy if these are there
+    /// and the device's memory is the host's, else whoever gets the last of them will do it.
+    fn add_own<D: Device>(
+        &self,
+        device: &D,
+        (ticket, block): (u32, u32),
+        range: Range<usize>,
+        nodes: &[(TreeNode, &D::Buffer)],
+        into: &mut D::Buffer,
+    ) -> Result<()> {
+        let refused = |refused| match refused {
             Refused::Length { other, .. } => self.links.peer_lost(other, "it cut the bucket differently"),
             bug => panic!("begin_reduce: {bug}"),
-        })
+        };
+        let own: Option<Vec<&[f32]>> =
+            nodes.iter().map(|(_, buffer)| Some(&device.host(buffer)?[range.clone()])).collect();
+        if let (Some(own), Some(sum)) = (own, device.host_mut(into))
+            && self.links.finish_own(ticket, block, &own, &mut sum[range.clone()]).map_err(refused)?
+        {
+            return Ok(());
+        }
+        for ((_, leaf), (_, buffer)) in self.links.plan.nodes_of(self.rank()).zip(nodes) {
+            let values = self.export(device, buffer, range.clone())?;
+            self.links.deliver(ticket, block, (self.rank(), leaf), values).map_err(refused)?;
+        }
+        Ok(())
     }
 
     /// Waits for all pieces of an operation, in whatever order they come.
@@ -191,26 +212,27 @@ impl<D: Device> Collective<D> for TcpCollective {
         device: &D,
         bucket: Range<usize>,
         nodes: &[(TreeNode, &D::Buffer)],
+        into: &mut D::Buffer,
     ) -> Result<Ticket> {
         let ticket = self.links.next_ticket()?;
         let cover = self.links.plan.nodes_of(self.rank()).map(|(node, _)| node);
         assert!(cover.eq(nodes.iter().map(|(node, _)| *node)), "begin_reduce: nodes are not the cover");
 
-        // One block of every slice after the other, so that the first sums can be made, and leave, while the last
-        // blocks are still copied; the peers' first, and all nodes of a block together.
         let (len, ranks) = (bucket.len(), self.ranks());
-        let owners: Vec<u32> = self.links.peers().chain([self.rank()]).collect();
+        let part = |rank| {
+            let slice = slice(len, ranks, rank);
+            bucket.start + slice.start..bucket.start + slice.end
+        };
+        let parts: Vec<_> = (0..ranks).map(part).collect();
+
+        // The peers' slices first, one block of each after the other, and all nodes of a block together.
         let mut reader = None;
-        for block in 0..block_count(slice(len, ranks, ranks - 1).len()) {
-            for &owner in &owners {
-                let Some(range) = block_range(slice(len, ranks, owner), block) else { continue };
-                let range = bucket.start + range.start..bucket.start + range.end;
+        for block in 0..block_count(parts.last().expect("at least this rank").len()) {
+            for owner in self.links.peers() {
+                let Some(range) = block_range(parts[owner as usize].clone(), block) else { continue };
                 for ((_, leaf), (_, buffer)) in self.links.plan.nodes_of(self.rank()).zip(nodes) {
                     let address = Address { kind: BulkKind::Reduce, ticket, place: leaf, block };
-                    if owner == self.rank() {
-                        let values = self.export(device, buffer, range.clone())?;
-                        self.deliver_own(ticket, block, leaf, values)?;
-                    } else if let Some(values) = device.host(buffer) {
+                    if let Some(values) = device.host(buffer) {
                         self.links.send_from(owner, address, &values[range.clone()]);
                     } else {
                         let values = self.export(device, buffer, range.clone())?;
@@ -220,12 +242,11 @@ impl<D: Device> Collective<D> for TcpCollective {
             }
             self.links.read_arrived(&mut reader);
         }
+        // What the peers have sent meanwhile need only be added.
+        for (block, range) in (0..).zip(blocks(parts[self.rank() as usize].clone())) {
+            self.add_own(device, (ticket, block), range, nodes, into)?;
+        }
 
-        let part = |rank| {
-            let slice = slice(len, ranks, rank);
-            bucket.start + slice.start..bucket.start + slice.end
-        };
-        let parts: Vec<_> = (0..ranks).map(part).collect();
         let missing = parts.iter().map(|part| block_count(part.len())).collect();
         self.begun.insert(ticket, Begun { parts, missing });
         Ok(Ticket(ticket))

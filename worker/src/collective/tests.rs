@@ -123,11 +123,11 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
                     end -= len;
                     end..end + len
                 });
+                let mut sum = vec![f32::NAN; total];
                 let begin = |bucket: Range<usize>| {
-                    collective.begin_reduce(&HostDevice, bucket, &borrowed(&nodes)).unwrap()
+                    collective.begin_reduce(&HostDevice, bucket, &borrowed(&nodes), &mut sum).unwrap()
                 };
                 let tickets = buckets.map(begin);
-                let mut sum = vec![f32::NAN; total];
                 for ticket in [2, 0, 3, 1].map(|i: usize| tickets[i]) {
                     collective.wait(&HostDevice, ticket, &mut sum).unwrap();
                 }
@@ -160,11 +160,12 @@ fn bytes_are_exchanged_between_other_operations() {
     on_every_worker(8, 4, &|rank, collective| {
         let nodes = covered(8, shards_of_rank(8, 4, rank), partials(8, 50));
         for round in 0..50u8 {
-            let ticket = collective.begin_reduce(&HostDevice, 0..50, &borrowed(&nodes)).unwrap();
+            let mut sum = vec![f32::NAN; 50];
+            let ticket = collective.begin_reduce(&HostDevice, 0..50, &borrowed(&nodes), &mut sum).unwrap();
             let own = vec![round; rank as usize];
             let everybodys = collective.exchange(&own).unwrap();
             assert_eq!(everybodys, (0..4).map(|rank| vec![round; rank]).collect::<Vec<_>>());
-            collective.wait(&HostDevice, ticket, &mut vec![0.0; 50]).unwrap();
+            collective.wait(&HostDevice, ticket, &mut sum).unwrap();
         }
     });
 }
@@ -178,15 +179,16 @@ fn sums_and_their_sending_go_on_while_the_training_thread_does_something_else() 
         let nodes = |rank| covered(2, rank..rank + 1, partials(2, 100_000));
         scope.spawn(move || {
             let nodes = nodes(0);
-            Collective::<HostDevice>::begin_reduce(&mut first, &HostDevice, 0..100_000, &borrowed(&nodes))
-                .unwrap();
+            let mut sum = vec![0.0; 100_000];
+            first.begin_reduce(&HostDevice, 0..100_000, &borrowed(&nodes), &mut sum).unwrap();
             // It is never waited for here, yet the other worker gets this one's slice.
             hear.recv().unwrap();
         });
         let nodes = nodes(1);
         thread::sleep(Duration::from_millis(20));
-        let ticket = second.begin_reduce(&HostDevice, 0..100_000, &borrowed(&nodes)).unwrap();
-        second.wait(&HostDevice, ticket, &mut vec![0.0; 100_000]).unwrap();
+        let mut sum = vec![0.0; 100_000];
+        let ticket = second.begin_reduce(&HostDevice, 0..100_000, &borrowed(&nodes), &mut sum).unwrap();
+        second.wait(&HostDevice, ticket, &mut sum).unwrap();
         say.send(()).unwrap();
     });
 }
@@ -194,7 +196,7 @@ fn sums_and_their_sending_go_on_while_the_training_thread_does_something_else() 
 /// Begins a reduction on the worker of rank 0 in which nobody else takes part.
 fn begin_alone(workers: &mut [TcpCollective], shards: u32) -> Ticket {
     let nodes = covered(shards, shards_of_rank(shards, workers.len() as u32, 0), partials(shards, 500));
-    workers[0].begin_reduce(&HostDevice, 0..500, &borrowed(&nodes)).unwrap()
+    workers[0].begin_reduce(&HostDevice, 0..500, &borrowed(&nodes), &mut vec![0.0; 500]).unwrap()
 }
 
 fn wait(worker: &mut TcpCollective, ticket: Ticket) -> CollectiveError {
@@ -254,7 +256,11 @@ fn silence_is_blamed_on_the_worker_that_did_not_enter() {
     let mut workers = fleet(3, 3, Duration::from_secs(1));
     let nodes: Vec<_> = (0..3).map(|rank| covered(3, rank..rank + 1, partials(3, 500))).collect();
     let tickets: Vec<_> = [0, 1]
-        .map(|rank| workers[rank].begin_reduce(&HostDevice, 0..500, &borrowed(&nodes[rank])).unwrap())
+        .map(|rank| {
+            workers[rank]
+                .begin_reduce(&HostDevice, 0..500, &borrowed(&nodes[rank]), &mut vec![0.0; 500])
+                .unwrap()
+        })
         .into();
     for rank in [0, 1] {
         let message = wait(&mut workers[rank], tickets[rank]).to_string();
