@@ -17,8 +17,20 @@ use crate::signals;
 /// After the coordinator's end, workers have this long to end too.
 const WORKERS_LIMIT: Duration = Duration::from_secs(5);
 
-/// When a worker has died, the coordinator has this long to notice and to end the run.
-const NOTICE_LIMIT: Duration = Duration::from_secs(30);
+/// The exit code of a worker that was asked to stop.
+const REQUEUE: i32 = Exit::Requeue as i32;
+
+/// How often workers are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A worker that has died is started again after twice this time, and after twice as long each time it dies again soon.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+
+/// A worker that has lived for so long has not died early.
+const LONG_LIFE: Duration = Duration::from_secs(30);
+
+/// Early deaths of one worker, one after another, after which it is not started again.
+const EARLY_DEATHS_LIMIT: u32 = 3;
 
 /// Trains on this machine.
 pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
@@ -64,19 +76,14 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
             () = tokio::time::sleep(Duration::from_millis(10)) => {}
         }
     };
-    let mut fleet = Vec::new();
-    for number in 1..=workers {
+    let start_worker = |number: usize| {
         let mut command = child("worker");
         command.args(["--supervised", "--coordinator", &control, "--name", &format!("worker-{number}")]);
         command.args(["--threads", &threads.to_string()]).stdin(Stdio::null());
-        fleet.push(spawn(&mut command, &format!("worker {number}"))?);
-    }
-
-    // Usually the coordinator notices a death itself, says more, and ends, if only after it has lingered.
-    let notice_limit = NOTICE_LIMIT + Duration::from_secs(args.job.linger);
-    let mut death = None;
-    let unnoticed = tokio::time::sleep(Duration::MAX);
-    tokio::pin!(unnoticed);
+        spawn(&mut command, &format!("worker {number}"))
+    };
+    let mut fleet: Vec<Local> =
+        (1..=workers).map(|number| Ok(Local::new(start_worker(number)?))).collect::<Result<_, Problem>>()?;
     let status = loop {
         tokio::select! {
             status = coordinator.wait() => break status,
@@ -84,25 +91,23 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
                 asked_to_stop = true;
                 signal(&coordinator, Signal::TERM);
             }
-            died = first_death(&mut fleet), if death.is_none() => {
-                death = Some(died);
-                unnoticed.as_mut().reset(Instant::now() + notice_limit);
-            }
-            // Once workers train, the coordinator knows what a death means, and whether it matters.
-            () = &mut unnoticed, if !ready.has_generation() => {
-                signal(&coordinator, Signal::TERM);
-                let _ = coordinator.wait().await;
-                let died = death.unwrap_or_default();
-                return Err(Problem::failed(format!("worker {died} before the run began")));
-            }
+            number = next_to_start(&mut fleet), if !asked_to_stop => match number {
+                Ok(at) => fleet[at].restarted(start_worker(at + 1)?),
+                // Without workers the coordinator would wait for ever.
+                Err(problem) => {
+                    signal(&coordinator, Signal::TERM);
+                    let _ = coordinator.wait().await;
+                    return Err(problem);
+                }
+            },
         }
     };
     // Whoever was still looking for the coordinator would go on looking.
-    fleet.iter().for_each(|worker| signal(worker, Signal::TERM));
+    fleet.iter().for_each(|worker| signal(&worker.child, Signal::TERM));
     let deadline = Instant::now() + WORKERS_LIMIT;
     for worker in &mut fleet {
-        if tokio::time::timeout_at(deadline, worker.wait()).await.is_err() {
-            let _ = worker.kill().await;
+        if tokio::time::timeout_at(deadline, worker.child.wait()).await.is_err() {
+            let _ = worker.child.kill().await;
         }
     }
     exit_of(status, asked_to_stop)
@@ -134,17 +139,63 @@ fn exit_of(status: std::io::Result<ExitStatus>, asked_to_stop: bool) -> Result<E
     }
 }
 
-/// Waits until a worker ends with a failure; gives its number and how it ended.
-async fn first_death(fleet: &mut [Child]) -> String {
+/// A worker on this machine, which is started again when it dies.
+struct Local {
+    child: Child,
+    started: Instant,
+    /// When it is to be started again, once it has died.
+    due: Option<Instant>,
+    /// Deaths soon after a start, one after another.
+    early_deaths: u32,
+    /// How the first of these was.
+    first_death: String,
+}
+
+impl Local {
+    fn new(child: Child) -> Self {
+        let started = Instant::now();
+        Self { child, started, due: None, early_deaths: 0, first_death: String::new() }
+    }
+
+    fn restarted(&mut self, child: Child) {
+        (self.child, self.started, self.due) = (child, Instant::now(), None);
+    }
+
+    /// Looks whether it lives. Gives when it is to be started again if it does not, or why it is not any more.
+    fn look(&mut self, number: usize) -> Result<Option<Instant>, Problem> {
+        if self.due.is_none()
+            && let Ok(Some(status)) = self.child.try_wait()
+            && !matches!(status.code(), Some(0 | REQUEUE))
+        {
+            if self.started.elapsed() >= LONG_LIFE {
+                self.early_deaths = 0;
+            }
+            if self.early_deaths == 0 {
+                self.first_death = status.to_string();
+            }
+            self.early_deaths += 1;
+            self.due = Some(Instant::now() + RESTART_PAUSE * (1 << self.early_deaths));
+        }
+        if self.early_deaths > EARLY_DEATHS_LIMIT {
+            let (deaths, limit) = (self.early_deaths, LONG_LIFE.as_secs());
+            return Err(Problem::failed(format!(
+                "worker {number} ended {deaths} times within {limit} s of its start; the first time: {}",
+                self.first_death
+            )));
+        }
+        Ok(self.due)
+    }
+}
+
+/// Waits until a worker is to be started again; gives its place. The first that dies again and again is a problem.
+async fn next_to_start(fleet: &mut [Local]) -> Result<usize, Problem> {
     loop {
-        for (worker, number) in fleet.iter_mut().zip(1..) {
-            if let Ok(Some(status)) = worker.try_wait()
-                && !status.success()
-            {
-                return format!("{number} ended ({status})");
+        for (at, worker) in fleet.iter_mut().enumerate() {
+            if worker.look(at + 1)?.is_some_and(|due| Instant::now() >= due) {
+                return Ok(at);
             }
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(LOOK_INTERVAL).await;
     }
 }
 
@@ -157,11 +208,6 @@ impl ReadyFile {
     /// A path that nobody can guess. `random` is no secret: anybody may list the folder.
     fn new(random: &str) -> Self {
         Self { path: std::env::temp_dir().join(format!("lockstep-{}-{random}.ready", std::process::id())) }
-    }
-
-    /// Whether a generation has formed.
-    fn has_generation(&self) -> bool {
-        std::fs::read_to_string(&self.path).is_ok_and(|text| text.contains("generation="))
     }
 
     /// The control address, once it is known.

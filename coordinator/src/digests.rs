@@ -37,6 +37,11 @@ impl Digests {
         parted
     }
 
+    /// Drops what has come of steps that not all members have spoken of: there are other members now.
+    pub(crate) fn forget(&mut self) {
+        self.by_step.clear();
+    }
+
     /// The last step after which all members' digests were the same; 0 before the first.
     pub(crate) fn agreed(&self) -> u64 {
         self.agreed

@@ -47,7 +47,12 @@ impl EarlyEnd {
                 hint: "a run's patience is fixed: a new run can have another, and begin here with --init-from",
                 is_failure: false,
             }),
-            Stop::Finished | Stop::Drained | Stop::Aborted | Stop::Broken(_) | Stop::NonFinite => None,
+            Stop::Finished
+            | Stop::Drained
+            | Stop::Paused
+            | Stop::Aborted
+            | Stop::Broken(_)
+            | Stop::NonFinite => None,
         }
     }
 

@@ -33,6 +33,7 @@ mod records;
 mod run;
 mod screen;
 mod server;
+mod stage;
 mod start;
 mod state_stream;
 pub mod store;

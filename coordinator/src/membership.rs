@@ -1,8 +1,12 @@
 //! Who trains: a pure state machine without sockets, clocks or await.
 //!
 //! Events go in, actions come out, together with the reason in words: the reason is what the log shows and what
-//! tests assert on. Today the fleet is static: the generation forms when the expected number of workers is there,
-//! and losing one of its members ends the run. Surviving that is a matter of other decisions on the same events.
+//! tests assert on.
+//!
+//! The fleet is elastic. A generation forms from whoever is there; it ends when a member is lost, when its members lose
+//! each other, or when another worker is to be admitted. Its members then rest, each in the state after some whole step,
+//! and the next generation goes on from the most advanced of these states. Only when no worker is left that holds one does
+//! the run go back to what the disk has.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,8 +15,19 @@ use protocol::message::{Generation, Member, WorkerId};
 use protocol::problem::Problem;
 use protocol::slots::shards_of_rank;
 
+use crate::stage::Stage;
+
 /// Gathering takes this long before it is worth a word to the user.
 const NOTICE_AFTER: Duration = Duration::from_secs(10);
+
+/// When all workers were lost, so many as there were at first are waited for no longer than this.
+const GATHER_LIMIT: Duration = Duration::from_secs(10);
+
+/// When members have lost each other, the control connection of whoever caused it has this long to say so.
+const BROKEN_GRACE: Duration = Duration::from_millis(300);
+
+/// Generations in a row that may break before they have done a step.
+const IN_VAIN_LIMIT: u32 = 3;
 
 /// What to do when a run has ended for a reason that may not come again.
 pub(crate) const GO_ON: &str = "start the same command again to go on from the newest checkpoint";
@@ -22,16 +37,27 @@ const OTHER_BUILD: &str = "build the version that wrote the run, or give --fresh
 /// The fleet as the coordinator sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Membership {
-    /// Workers that the run waits for.
+    /// Workers that the first generation waits for.
     expected: u32,
     /// Shards to spread over them.
     shards: u32,
     /// All that are connected, in the order in which they came.
     workers: BTreeMap<WorkerId, Candidate>,
+    /// The states of workers that rest.
+    states: BTreeMap<WorkerId, Stage>,
+    /// The members of the last generation that are still connected, by rank.
+    members: Vec<WorkerId>,
     /// The last generation that was formed.
     generation: Generation,
     phase: Phase,
+    /// When the phase began.
+    since: Duration,
     last_notice: Duration,
+    /// A generation was formed.
+    has_begun: bool,
+    /// The state that the last generation began with, if its members held one.
+    formed_from: Option<Stage>,
+    in_vain: InVain,
     /// What the state to go on from was computed with, if there is such a state and it is known.
     recorded_bits: Option<String>,
     /// Workers sent away because they compute with something else.
@@ -51,12 +77,27 @@ pub struct Candidate {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
-    /// Waiting for workers.
+    /// Nobody trains; the next generation forms when enough workers are there.
     Gathering,
     /// A generation exists; `waiting` members have not yet connected to their peers.
-    Formed { members: Vec<WorkerId>, waiting: Vec<WorkerId> },
+    Formed { waiting: Vec<WorkerId> },
+    /// The generation is over; `at_work` members have not yet said so.
+    Stopping {
+        at_work: Vec<WorkerId>,
+        why: String,
+        /// Nobody knows whose fault it is yet.
+        is_blameless: bool,
+    },
     /// The run is ending; who leaves now may.
     Ending,
+}
+
+/// Generations that broke before they had done a step, one after another.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct InVain {
+    count: u32,
+    /// Why the first of them broke.
+    cause: String,
 }
 
 /// What happened.
@@ -68,7 +109,18 @@ pub enum Event {
     Left(WorkerId, String),
     /// A member has connected to all its peers.
     Connected(WorkerId, Generation),
-    /// All members have stopped, or the run is being given up.
+    /// A member has stopped before the run's end.
+    Stopped {
+        /// The worker.
+        id: WorkerId,
+        /// The generation that it has left.
+        generation: Generation,
+        /// The state that it holds, if any.
+        state: Option<Stage>,
+        /// Why, if nobody asked for it.
+        broken: Option<String>,
+    },
+    /// All members have stopped for good, or the run is being given up.
     Ending,
     /// Time has passed.
     Tick,
@@ -84,13 +136,26 @@ pub enum Action {
     /// Tell the worker that it is not needed now.
     StandBy(WorkerId),
     /// Form this generation.
-    Form(Generation, Vec<Member>),
+    Form(Generation, Vec<Member>, Source),
+    /// Tell these workers to stop after a step, all after the same one.
+    Pause(Generation, Vec<WorkerId>),
     /// Tell these workers to drop the partial step of this generation.
     Abort(Generation, Vec<WorkerId>),
     /// Give the run up.
     Fail(Problem),
     /// Tell the user.
     Notice(String),
+}
+
+/// The state that a generation goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// No worker has one: the newest on the disk, or that of step 0.
+    Disk,
+    /// All members hold it.
+    Kept(Stage),
+    /// The member of this rank holds it, others do not.
+    Member(u32, Stage),
 }
 
 /// The state after an event, what to do, and why.
@@ -110,9 +175,15 @@ impl Membership {
             expected,
             shards,
             workers: BTreeMap::new(),
+            states: BTreeMap::new(),
+            members: Vec::new(),
             generation: last_generation,
             phase: Phase::Gathering,
+            since: Duration::ZERO,
             last_notice: Duration::ZERO,
+            has_begun: false,
+            formed_from: None,
+            in_vain: InVain::default(),
             recorded_bits,
             refused: 0,
         }
@@ -123,9 +194,9 @@ impl Membership {
         self.workers.values().next().map(|worker| worker.bits.as_str())
     }
 
-    /// Members of the generation, by rank; empty before there is one.
+    /// Members of the last generation that are still connected, by rank; empty before there is one.
     pub fn members(&self) -> &[WorkerId] {
-        if let Phase::Formed { members, .. } = &self.phase { members } else { &[] }
+        &self.members
     }
 
     /// Workers connected, whether members or not.
@@ -136,19 +207,28 @@ impl Membership {
     fn name(&self, id: WorkerId) -> String {
         self.workers.get(&id).map_or_else(|| format!("number {id}"), |worker| worker.name.clone())
     }
+
+    /// Those that are no members.
+    fn others(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        self.workers.keys().copied().filter(|id| !self.members.contains(id))
+    }
+
+    fn enter(&mut self, phase: Phase, now: Duration) {
+        (self.phase, self.since) = (phase, now);
+    }
 }
 
 /// What follows from an event at time `now` (since the coordinator's start).
 pub fn membership(now: Duration, state: &Membership, event: Event) -> Decision {
     let mut next = state.clone();
     match event {
-        Event::Joined(id, candidate) => joined(next, id, candidate),
-        Event::Left(id, cause) => left(next, id, &cause),
+        Event::Joined(id, candidate) => joined(next, now, id, candidate),
+        Event::Left(id, cause) => left(next, now, id, &cause),
         Event::Connected(id, generation) => {
             if generation != next.generation {
                 return (next, vec![], format!("worker {id} connected in the stale generation {generation}"));
             }
-            let Phase::Formed { waiting, .. } = &mut next.phase else {
+            let Phase::Formed { waiting } = &mut next.phase else {
                 return (next, vec![], format!("worker {id} connected while no generation exists"));
             };
             waiting.retain(|&other| other != id);
@@ -158,22 +238,23 @@ pub fn membership(now: Duration, state: &Membership, event: Event) -> Decision {
             };
             (next, vec![], reason)
         }
+        Event::Stopped { id, generation, state, broken } => {
+            if generation != next.generation || !next.members.contains(&id) {
+                return (next, vec![], format!("worker {id} stopped in the stale generation {generation}"));
+            }
+            next.states.remove(&id);
+            next.states.extend(state.map(|stage| (id, stage)));
+            stopped(next, now, id, broken)
+        }
         Event::Ending => {
-            next.phase = Phase::Ending;
+            next.enter(Phase::Ending, now);
             (next, vec![], "the run is ending".into())
         }
-        Event::Tick => {
-            if next.phase != Phase::Gathering || now < next.last_notice + NOTICE_AFTER {
-                return (next, vec![], String::new());
-            }
-            next.last_notice = now;
-            let notice = format!("waiting for workers: {} of {} are here", next.workers.len(), next.expected);
-            (next, vec![Action::Notice(notice)], "gathering takes long".into())
-        }
+        Event::Tick => tick(next, now),
     }
 }
 
-fn joined(mut next: Membership, id: WorkerId, candidate: Candidate) -> Decision {
+fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidate) -> Decision {
     if let Some(recorded) = next.recorded_bits.as_ref().filter(|recorded| **recorded != candidate.bits) {
         let sentence = format!(
             "this run was computed with {recorded}, worker {} computes with {}: going on would change the result",
@@ -190,15 +271,10 @@ fn joined(mut next: Membership, id: WorkerId, candidate: Candidate) -> Decision 
     }
     let name = candidate.name.clone();
     next.workers.insert(id, candidate);
-    if next.phase != Phase::Gathering {
-        let actions = vec![Action::Welcome(id), Action::StandBy(id)];
-        return (next, actions, format!("worker {name} stands by: the fleet is complete"));
+    if next.phase == Phase::Gathering {
+        return form_if_enough(next, now, vec![Action::Welcome(id)]);
     }
-    if (next.workers.len() as u32) < next.expected {
-        let reason = format!("worker {name} is here: {} of {}", next.workers.len(), next.expected);
-        return (next, vec![Action::Welcome(id)], reason);
-    }
-    form(next, id)
+    (next, vec![Action::Welcome(id), Action::StandBy(id)], format!("worker {name} stands by"))
 }
 
 /// Refuses a worker that would change the result. When that befell as many as the run waits for, and nobody else
@@ -214,74 +290,203 @@ fn other_build(mut next: Membership, id: WorkerId, sentence: String) -> Decision
     (next, actions, sentence)
 }
 
-/// Gives the first workers contiguous ranges of shards; the rest stand by.
-fn form(mut next: Membership, last: WorkerId) -> Decision {
-    next.generation += 1;
-    let world_size = next.expected.min(next.shards);
-    let ids: Vec<WorkerId> = next.workers.keys().copied().collect();
-    let (members, surplus) = ids.split_at(world_size as usize);
-    let placed = members
-        .iter()
-        .zip(0..)
-        .map(|(&id, rank)| {
-            let worker = &next.workers[&id];
-            Member {
-                worker_id: id,
-                name: worker.name.clone(),
-                address: worker.address.clone(),
-                shards: shards_of_rank(next.shards, world_size, rank),
+fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decision {
+    let name = next.name(id);
+    next.workers.remove(&id);
+    next.states.remove(&id);
+    let was_member = next.members.contains(&id);
+    next.members.retain(|&member| member != id);
+    let lost = format!("worker {name} was lost: {cause}");
+    match &mut next.phase {
+        Phase::Ending => (next, vec![], format!("worker {name} is gone, as expected")),
+        Phase::Gathering => (next, vec![], format!("worker {name} left before the start: {cause}")),
+        Phase::Formed { .. } if was_member => {
+            let survivors = next.members.clone();
+            let actions =
+                vec![Action::Notice(lost.clone()), Action::Abort(next.generation, survivors.clone())];
+            next.enter(Phase::Stopping { at_work: survivors, why: lost, is_blameless: false }, now);
+            rest(next, now, actions)
+        }
+        Phase::Stopping { at_work, why, is_blameless } if was_member => {
+            at_work.retain(|&member| member != id);
+            let actions = vec![Action::Notice(lost.clone()), Action::Abort(next.generation, at_work.clone())];
+            (*why, *is_blameless) = (lost, false);
+            rest(next, now, actions)
+        }
+        Phase::Formed { .. } | Phase::Stopping { .. } => {
+            (next, vec![], format!("worker {name} left the standby: {cause}"))
+        }
+    }
+}
+
+fn stopped(mut next: Membership, now: Duration, id: WorkerId, broken: Option<String>) -> Decision {
+    let name = next.name(id);
+    let cause = broken.map(|cause| format!("worker {name}: {cause}"));
+    match &mut next.phase {
+        Phase::Formed { .. } => {
+            let at_work: Vec<WorkerId> = next.members.iter().copied().filter(|&other| other != id).collect();
+            let actions = vec![Action::Abort(next.generation, at_work.clone())];
+            let why = cause.unwrap_or_else(|| format!("worker {name} stopped"));
+            next.enter(Phase::Stopping { at_work, why, is_blameless: true }, now);
+            rest(next, now, actions)
+        }
+        Phase::Stopping { at_work, .. } => {
+            at_work.retain(|&other| other != id);
+            rest(next, now, vec![])
+        }
+        Phase::Gathering | Phase::Ending => (next, vec![], format!("worker {name} has stopped")),
+    }
+}
+
+/// Goes on to the next generation once all members of the last one rest.
+fn rest(mut next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
+    let Phase::Stopping { at_work, why, is_blameless } = &next.phase else {
+        return (next, actions, String::new());
+    };
+    if !at_work.is_empty() {
+        let reason = format!("{why}; {} members have not stopped yet", at_work.len());
+        return (next, actions, reason);
+    }
+    if *is_blameless && now < next.since + BROKEN_GRACE {
+        let reason = format!("{why}; whoever caused it may say so");
+        return (next, actions, reason);
+    }
+    let is_in_vain = next.states.values().max() == next.formed_from.as_ref();
+    next.in_vain = match (*is_blameless && is_in_vain, std::mem::take(&mut next.in_vain)) {
+        (false, _) => InVain::default(),
+        (true, InVain { count: 0, .. }) => InVain { count: 1, cause: why.clone() },
+        (true, InVain { count, cause }) => InVain { count: count + 1, cause },
+    };
+    if next.in_vain.count > IN_VAIN_LIMIT {
+        let sentence =
+            format!("{} generations broke without a step: {}", next.in_vain.count, next.in_vain.cause);
+        let mut actions = actions;
+        actions.push(Action::Fail(Problem::failed(sentence.clone()).hint(GO_ON)));
+        next.enter(Phase::Ending, now);
+        return (next, actions, sentence);
+    }
+    next.enter(Phase::Gathering, now);
+    form_if_enough(next, now, actions)
+}
+
+fn tick(mut next: Membership, now: Duration) -> Decision {
+    match &next.phase {
+        Phase::Stopping { at_work, .. } if at_work.is_empty() => rest(next, now, vec![]),
+        Phase::Formed { waiting } if waiting.is_empty() && (next.members.len() as u32) < next.shards => {
+            let names: Vec<String> = next.others().map(|id| next.name(id)).collect();
+            if names.is_empty() {
+                return (next, vec![], String::new());
             }
-        })
-        .collect();
-    let mut actions = vec![Action::Welcome(last)];
+            let why = format!("worker {} joins", names.join(", "));
+            let actions = vec![Action::Pause(next.generation, next.members.clone())];
+            let at_work = next.members.clone();
+            next.enter(Phase::Stopping { at_work, why: why.clone(), is_blameless: false }, now);
+            (next, actions, why)
+        }
+        Phase::Gathering => {
+            let mut actions = Vec::new();
+            if now >= next.last_notice + NOTICE_AFTER && now >= next.since + NOTICE_AFTER {
+                next.last_notice = now;
+                let (here, expected) = (next.workers.len(), next.expected);
+                actions.push(Action::Notice(format!("waiting for workers: {here} of {expected} are here")));
+            }
+            form_if_enough(next, now, actions)
+        }
+        _ => (next, vec![], String::new()),
+    }
+}
+
+/// Forms a generation if there are enough workers: as many as the run was to begin with, or, once it has begun, any that
+/// hold its state. If none does, others may come back for a while.
+fn form_if_enough(next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
+    let here = next.workers.len() as u32;
+    let is_enough = here >= next.expected
+        || !next.states.is_empty()
+        || (next.has_begun && here > 0 && now >= next.since + GATHER_LIMIT);
+    if is_enough {
+        return form(next, now, actions);
+    }
+    let reason = match actions.is_empty() {
+        true => String::new(),
+        false => format!("{here} of {} workers are here", next.expected),
+    };
+    (next, actions, reason)
+}
+
+/// Gives workers contiguous ranges of shards: first the members that are left, in their order, so that little moves, then
+/// those that have come since. The rest stand by.
+fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
+    next.generation += 1;
+    let mut ids = next.members.clone();
+    ids.extend(next.others());
+    let surplus = ids.split_off(ids.len().min(next.shards as usize));
+    let world_size = ids.len() as u32;
+    let member = |(&id, rank): (&WorkerId, u32)| {
+        let worker = &next.workers[&id];
+        Member {
+            worker_id: id,
+            name: worker.name.clone(),
+            address: worker.address.clone(),
+            shards: shards_of_rank(next.shards, world_size, rank),
+        }
+    };
+    let members = ids.iter().zip(0..).map(member).collect();
     actions.extend(surplus.iter().map(|&id| Action::StandBy(id)));
     if !surplus.is_empty() {
         actions.push(Action::Notice(format!(
             "{} of {} workers stand by: there are only {} shards (hint: --shards {})",
             surplus.len(),
-            ids.len(),
+            next.workers.len(),
             next.shards,
-            ids.len()
+            next.workers.len()
         )));
     }
-    actions.push(Action::Form(next.generation, placed));
-    next.phase = Phase::Formed { members: members.to_vec(), waiting: members.to_vec() };
+    let source = source(&next, &ids);
+    next.has_begun = true;
+    next.formed_from = match source {
+        Source::Disk => None,
+        Source::Kept(stage) | Source::Member(_, stage) => Some(stage),
+    };
+    actions.push(Action::Form(next.generation, members, source));
     let who = if world_size == 1 { "1 worker has".to_owned() } else { format!("{world_size} workers share") };
     let reason = format!("generation {}: {who} {} shards", next.generation, next.shards);
+    next.states.clear();
+    next.members = ids.clone();
+    next.enter(Phase::Formed { waiting: ids }, now);
     (next, actions, reason)
 }
 
-fn left(mut next: Membership, id: WorkerId, cause: &str) -> Decision {
-    let name = next.name(id);
-    next.workers.remove(&id);
-    match &next.phase {
-        Phase::Formed { members, .. } if members.contains(&id) => {
-            let survivors = members.iter().copied().filter(|&other| other != id).collect();
-            let sentence = format!("worker {name} was lost: {cause}");
-            let problem = Problem::failed(sentence.clone()).hint(GO_ON);
-            let actions = vec![Action::Abort(next.generation, survivors), Action::Fail(problem)];
-            next.phase = Phase::Ending;
-            (next, actions, sentence)
-        }
-        Phase::Formed { .. } => (next, vec![], format!("worker {name} left the standby: {cause}")),
-        Phase::Gathering => (next, vec![], format!("worker {name} left before the start: {cause}")),
-        Phase::Ending => (next, vec![], format!("worker {name} is gone, as expected")),
+/// Where these members get the most advanced state.
+fn source(state: &Membership, members: &[WorkerId]) -> Source {
+    let stage = |id: &WorkerId| state.states.get(id).copied();
+    let Some(best) = members.iter().filter_map(stage).max() else { return Source::Disk };
+    let holds = |id: &WorkerId| stage(id) == Some(best);
+    match members.iter().position(holds) {
+        Some(rank) if !members.iter().all(holds) => Source::Member(rank as u32, best),
+        _ => Source::Kept(best),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn candidate(id: WorkerId) -> Candidate {
         Candidate { name: format!("w{id}"), address: format!("10.0.0.{id}:7"), bits: "cpu 1".into() }
     }
 
-    /// Plays events and gives the final state, all actions, and the last reason.
-    fn play(mut state: Membership, events: Vec<Event>) -> Decision {
+    const SOON: Duration = Duration::from_secs(1);
+
+    /// Plays events, all one second after the start, and gives the final state, all actions, and the last reason.
+    fn play(state: Membership, events: Vec<Event>) -> Decision {
+        play_at(SOON, state, events)
+    }
+
+    fn play_at(now: Duration, mut state: Membership, events: Vec<Event>) -> Decision {
         let (mut all, mut reason) = (Vec::new(), String::new());
         for event in events {
-            let (next, actions, why) = membership(Duration::from_secs(1), &state, event);
+            let (next, actions, why) = membership(now, &state, event);
             (state, reason) = (next, why);
             all.extend(actions);
         }
@@ -292,12 +497,42 @@ mod tests {
         ids.map(|id| Event::Joined(id, candidate(id))).collect()
     }
 
+    fn at(step: u64) -> Stage {
+        Stage { step, whole: true }
+    }
+
+    fn stopped(id: WorkerId, generation: Generation, step: u64) -> Event {
+        Event::Stopped { id, generation, state: Some(at(step)), broken: None }
+    }
+
+    fn broken(id: WorkerId, generation: Generation, step: u64, cause: &str) -> Event {
+        Event::Stopped { id, generation, state: Some(at(step)), broken: Some(cause.into()) }
+    }
+
+    fn lost(id: WorkerId) -> Event {
+        Event::Left(id, "connection reset".into())
+    }
+
+    /// A fleet that trains in its first generation.
+    fn trains(workers: u32, shards: u32) -> Membership {
+        let mut events = join(1..=workers);
+        events.extend((1..=workers).map(|id| Event::Connected(id, 1)));
+        let (state, _, reason) = play(Membership::new(workers, shards, 0, None), events);
+        assert_eq!(reason, "generation 1 is connected and trains");
+        state
+    }
+
+    /// Workers and their shards, and the source, of the generation that the last action forms.
+    fn formed(actions: &[Action]) -> (Vec<(WorkerId, std::ops::Range<u32>)>, Source) {
+        let Some(Action::Form(_, members, source)) = actions.last() else { panic!("{actions:?}") };
+        (members.iter().map(|member| (member.worker_id, member.shards.clone())).collect(), *source)
+    }
+
     #[test]
     fn a_generation_forms_when_all_are_there() {
         let (state, actions, reason) = play(Membership::new(3, 8, 4, None), join(1..=3));
-        let [.., Action::Welcome(3), Action::Form(5, members)] = &actions[..] else { panic!("{actions:?}") };
-        let shards: Vec<_> = members.iter().map(|m| m.shards.clone()).collect();
-        assert_eq!(shards, [0..2, 2..5, 5..8]);
+        assert_eq!(actions[2], Action::Welcome(3));
+        assert_eq!(formed(&actions), (vec![(1, 0..2), (2, 2..5), (3, 5..8)], Source::Disk));
         assert_eq!(reason, "generation 5: 3 workers share 8 shards");
         assert_eq!(state.members(), [1, 2, 3]);
     }
@@ -309,21 +544,133 @@ mod tests {
         let Action::Notice(notice) = &actions[9] else { panic!("{actions:?}") };
         assert_eq!(notice, "1 of 8 workers stand by: there are only 7 shards (hint: --shards 8)");
         assert_eq!(state.members().len(), 7);
-        let (_, actions, reason) = play(state, vec![Event::Left(8, "gone".into())]);
-        assert_eq!((actions.len(), reason.as_str()), (0, "worker w8 left the standby: gone"));
+        let (state, actions, reason) = play(state, vec![lost(8)]);
+        assert_eq!((actions.len(), reason.as_str()), (0, "worker w8 left the standby: connection reset"));
+        assert_eq!(play(state, vec![Event::Tick]).1, [], "there is no room for anybody");
     }
 
     #[test]
-    fn losing_a_member_ends_the_run_and_names_it() {
-        let mut events = join(1..=2);
-        events.extend([Event::Connected(1, 1), Event::Connected(2, 1)]);
-        let (state, _, reason) = play(Membership::new(2, 8, 0, None), events);
-        assert_eq!(reason, "generation 1 is connected and trains");
-        let (state, actions, _) = play(state, vec![Event::Left(2, "connection reset".into())]);
-        let sentence = "worker w2 was lost: connection reset".to_owned();
-        let problem = Problem::failed(sentence).hint(GO_ON);
-        assert_eq!(actions, [Action::Abort(1, vec![1]), Action::Fail(problem)]);
-        let (_, actions, reason) = play(state, vec![Event::Left(1, "closed".into())]);
+    fn survivors_go_on_from_the_most_advanced_state() {
+        let (state, actions, reason) = play(trains(3, 8), vec![lost(2)]);
+        let notice = Action::Notice("worker w2 was lost: connection reset".into());
+        assert_eq!(actions, [notice, Action::Abort(1, vec![1, 3])]);
+        assert_eq!(reason, "worker w2 was lost: connection reset; 2 members have not stopped yet");
+        let (state, actions, _) = play(state, vec![stopped(1, 1, 41)]);
+        assert_eq!(actions, []);
+        let (state, actions, reason) = play(state, vec![stopped(3, 1, 42)]);
+        assert_eq!(formed(&actions), (vec![(1, 0..4), (3, 4..8)], Source::Member(1, at(42))));
+        assert_eq!(reason, "generation 2: 2 workers share 8 shards");
+        // The one that is left holds what is needed.
+        let (_, actions, _) = play(state, vec![lost(1), stopped(3, 2, 42)]);
+        assert_eq!(formed(&actions), (vec![(3, 0..8)], Source::Kept(at(42))));
+    }
+
+    #[test]
+    fn a_state_that_owes_its_evaluation_is_behind_one_that_does_not() {
+        let owes = Stage { step: 9, whole: false };
+        let stopped_owing = Event::Stopped { id: 1, generation: 1, state: Some(owes), broken: None };
+        let (_, actions, _) = play(trains(3, 8), vec![lost(2), stopped_owing.clone(), stopped(3, 1, 9)]);
+        assert_eq!(formed(&actions).1, Source::Member(1, at(9)));
+        let (_, actions, _) = play(trains(2, 8), vec![lost(2), stopped_owing]);
+        assert_eq!(formed(&actions).1, Source::Kept(owes));
+    }
+
+    #[test]
+    fn a_worker_that_comes_later_is_admitted_between_two_steps() {
+        let (state, actions, reason) = play(trains(2, 8), join(3..=4));
+        let welcome = |id| [Action::Welcome(id), Action::StandBy(id)];
+        assert_eq!(actions, [welcome(3), welcome(4)].concat());
+        assert_eq!(reason, "worker w4 stands by");
+        let (state, actions, reason) = play(state, vec![Event::Tick]);
+        assert_eq!(
+            (&actions[..], reason.as_str()),
+            (&[Action::Pause(1, vec![1, 2])][..], "worker w3, w4 joins")
+        );
+        let (_, actions, _) = play(state, vec![Event::Tick, stopped(2, 1, 7), stopped(1, 1, 7)]);
+        assert_eq!(
+            formed(&actions),
+            (vec![(1, 0..2), (2, 2..4), (3, 4..6), (4, 6..8)], Source::Member(0, at(7)))
+        );
+    }
+
+    #[test]
+    fn nobody_is_admitted_before_all_members_are_connected() {
+        let (state, ..) = play(Membership::new(2, 8, 0, None), join(1..=3));
+        assert_eq!(play(state, vec![Event::Connected(1, 1), Event::Tick]).1, []);
+    }
+
+    #[test]
+    fn a_member_lost_while_the_others_pause_is_not_waited_for() {
+        let mut events = join(3..=3);
+        events.extend([Event::Tick, stopped(1, 1, 7), lost(2)]);
+        let (_, actions, _) = play(trains(2, 8), events);
+        assert!(actions.contains(&Action::Abort(1, vec![])), "{actions:?}");
+        assert_eq!(formed(&actions), (vec![(1, 0..4), (3, 4..8)], Source::Member(0, at(7))));
+    }
+
+    #[test]
+    fn when_all_are_lost_the_run_goes_back_to_the_disk() {
+        let (state, actions, _) = play(trains(2, 8), vec![lost(1), lost(2)]);
+        assert!(
+            !actions.iter().any(|action| matches!(action, Action::Form(..) | Action::Fail(_))),
+            "{actions:?}"
+        );
+        // As many as before are at once enough, fewer only after a while.
+        let (_, actions, _) = play(state.clone(), join(3..=4));
+        assert_eq!(formed(&actions), (vec![(3, 0..4), (4, 4..8)], Source::Disk));
+        let (state, actions, _) = play(state, join(3..=3));
+        assert_eq!(actions, [Action::Welcome(3)]);
+        let later = |after| play_at(SOON + after, state.clone(), vec![Event::Tick]).1;
+        assert_eq!(later(GATHER_LIMIT - Duration::from_millis(1)), []);
+        assert_eq!(formed(&later(GATHER_LIMIT)), (vec![(3, 0..8)], Source::Disk));
+    }
+
+    #[test]
+    fn members_that_lose_each_other_are_tried_again_but_not_for_ever() {
+        let mut state = trains(2, 8);
+        let mut now = SOON;
+        for generation in 1..=4 {
+            let events = vec![broken(2, generation, 5, "the line is cut"), stopped(1, generation, 5)];
+            let (next, actions, reason) = play_at(now, state, events);
+            assert_eq!(actions, [Action::Abort(generation, vec![1])]);
+            assert_eq!(reason, "worker w2: the line is cut; whoever caused it may say so");
+            now += BROKEN_GRACE;
+            let (next, actions, _) = play_at(now, next, vec![Event::Tick]);
+            assert_eq!(formed(&actions).1, Source::Kept(at(5)), "generation {generation}");
+            state = next;
+        }
+        // The first break followed steps, so three were in vain; one that follows a step is forgiven.
+        let events = |step| vec![broken(1, 5, step, "other words"), stopped(2, 5, step)];
+        let again = |step| {
+            let (next, ..) = play_at(now, state.clone(), events(step));
+            play_at(now + BROKEN_GRACE, next, vec![Event::Tick]).1
+        };
+        assert_eq!(formed(&again(6)).1, Source::Kept(at(6)));
+        let sentence = "4 generations broke without a step: worker w2: the line is cut";
+        assert_eq!(again(5), [Action::Fail(Problem::failed(sentence).hint(GO_ON))]);
+    }
+
+    #[test]
+    fn a_cause_that_shows_in_time_ends_the_doubt() {
+        let events = vec![broken(1, 1, 5, "lost w2"), lost(2)];
+        let (_, actions, _) = play(trains(2, 8), events);
+        assert_eq!(formed(&actions), (vec![(1, 0..8)], Source::Kept(at(5))));
+    }
+
+    #[test]
+    fn what_an_older_generation_says_counts_no_more() {
+        let (state, ..) = play(trains(3, 8), vec![lost(2), stopped(1, 1, 4), stopped(3, 1, 4)]);
+        let late = [stopped(1, 1, 4), Event::Connected(1, 1)];
+        for event in late {
+            let (next, actions, reason) = play(state.clone(), vec![event]);
+            assert_eq!((&next, actions), (&state, vec![]));
+            assert!(reason.ends_with("in the stale generation 1"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn once_the_run_is_ending_whoever_leaves_may() {
+        let (_, actions, reason) = play(trains(2, 8), vec![Event::Ending, lost(1)]);
         assert_eq!((actions.len(), reason.as_str()), (0, "worker w1 is gone, as expected"));
     }
 
@@ -375,7 +722,7 @@ mod tests {
     #[test]
     fn who_leaves_before_the_start_is_waited_for_again() {
         let mut events = join(1..=1);
-        events.push(Event::Left(1, "gone".into()));
+        events.push(lost(1));
         events.extend(join(2..=3));
         let (state, actions, _) = play(Membership::new(2, 8, 0, None), events);
         assert_eq!(actions.len(), 4, "three welcomes and a generation");
@@ -390,5 +737,112 @@ mod tests {
         let (state, actions, _) = membership(Duration::from_secs(10), &state, Event::Tick);
         assert_eq!(actions, [Action::Notice("waiting for workers: 0 of 2 are here".into())]);
         assert_eq!(membership(Duration::from_secs(15), &state, Event::Tick).1, []);
+    }
+
+    /// What may happen next to a fleet of which each worker does what it is told, or dies, in some order.
+    #[derive(Debug, Default)]
+    struct Fleet {
+        next_id: WorkerId,
+        /// Each with the state that it holds.
+        alive: BTreeMap<WorkerId, Option<Stage>>,
+        /// Members that have not stopped.
+        at_work: Vec<WorkerId>,
+        generation: Generation,
+        /// The most that any worker has ever done.
+        furthest: u64,
+    }
+
+    impl Fleet {
+        fn event(&mut self, choice: u64) -> Event {
+            let pick = |ids: &[WorkerId]| ids.get((choice >> 8) as usize % ids.len().max(1)).copied();
+            let alive: Vec<WorkerId> = self.alive.keys().copied().collect();
+            match choice % 8 {
+                0 | 1 if alive.len() < 6 => {
+                    self.next_id += 1;
+                    self.alive.insert(self.next_id, None);
+                    Event::Joined(self.next_id, candidate(self.next_id))
+                }
+                2 => match pick(&alive) {
+                    Some(id) => {
+                        self.alive.remove(&id);
+                        self.at_work.retain(|&other| other != id);
+                        lost(id)
+                    }
+                    None => Event::Tick,
+                },
+                3..=5 => match pick(&self.at_work) {
+                    Some(id) => {
+                        self.at_work.retain(|&other| other != id);
+                        // Some have done a step that others have not.
+                        let state = self.alive[&id].map(|stage| at(stage.step + (choice >> 16) % 2));
+                        self.alive.insert(id, state);
+                        self.furthest = self.furthest.max(state.map_or(0, |stage| stage.step));
+                        let broken = (choice >> 20).is_multiple_of(3).then(|| "why".to_owned());
+                        Event::Stopped { id, generation: self.generation, state, broken }
+                    }
+                    None => Event::Tick,
+                },
+                6 => match pick(&self.at_work) {
+                    Some(id) => Event::Connected(id, self.generation),
+                    None => Event::Tick,
+                },
+                _ => Event::Tick,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_no_state_that_survives_is_lost(
+            expected in 1u32..5,
+            shards in 1u32..6,
+            choices in proptest::collection::vec(any::<u64>(), 1..300),
+        ) {
+            let mut fleet = Fleet::default();
+            let mut state = Membership::new(expected, shards, 0, None);
+            for (choice, second) in choices.into_iter().zip(0..) {
+                let event = fleet.event(choice);
+                let (next, actions, _) = membership(Duration::from_secs(second), &state, event);
+                state = next;
+                for action in actions {
+                    let (generation, members, source) = match action {
+                        Action::Form(generation, members, source) => (generation, members, source),
+                        Action::Fail(_) => return Ok(()),
+                        _ => continue,
+                    };
+                    prop_assert!(fleet.at_work.is_empty(), "members of the last generation still train");
+                    prop_assert_eq!(generation, fleet.generation + 1);
+                    let mut end = 0;
+                    for member in &members {
+                        prop_assert!(fleet.alive.contains_key(&member.worker_id));
+                        prop_assert_eq!(member.shards.start, end);
+                        prop_assert!(member.shards.end > end);
+                        end = member.shards.end;
+                    }
+                    prop_assert_eq!(end, shards);
+                    prop_assert_eq!(members.len(), fleet.alive.len().min(shards as usize));
+                    // Nobody who is alive holds a more advanced state than the one that all go on from.
+                    let best = fleet.alive.values().copied().flatten().max();
+                    let of = |rank: usize| fleet.alive[&members[rank].worker_id];
+                    let stage = match source {
+                        Source::Disk => None,
+                        Source::Kept(stage) => {
+                            prop_assert!((0..members.len()).all(|rank| of(rank) == Some(stage)));
+                            Some(stage)
+                        }
+                        Source::Member(rank, stage) => {
+                            prop_assert_eq!(of(rank as usize), Some(stage));
+                            Some(stage)
+                        }
+                    };
+                    prop_assert_eq!(stage, best);
+                    for member in &members {
+                        fleet.alive.insert(member.worker_id, Some(stage.unwrap_or(at(0))));
+                    }
+                    (fleet.generation, fleet.at_work) =
+                        (generation, members.iter().map(|member| member.worker_id).collect());
+                }
+            }
+        }
     }
 }

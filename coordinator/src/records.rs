@@ -11,6 +11,7 @@ use protocol::sums::StepSums;
 
 use crate::data::DataFacts;
 use crate::early_end::EarlyEnd;
+use crate::stage::Stage;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
 use crate::store::files::LineSync;
@@ -20,19 +21,6 @@ use crate::store::metrics_log::{EpochLine, MetricLine, MetricsLog, SampleLine, S
 use crate::store::run_dir::{OpenMode, RunDir};
 use crate::store::state::StateImage;
 use crate::warm_start::FirstState;
-
-/// How far a state is: steps done, and whether the evaluation that belongs to the last one is done too.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Stage {
-    pub(crate) step: u64,
-    pub(crate) whole: bool,
-}
-
-impl Stage {
-    pub(crate) fn of(image: &StateImage) -> Self {
-        Self { step: image.progress().step, whole: image.is_whole() }
-    }
-}
 
 /// An open run directory.
 pub(crate) struct Records {
@@ -214,6 +202,14 @@ impl Records {
     pub(crate) fn evaluation_at(&self, step: u64) -> Option<StepSums> {
         let sums = self.replay.evaluation_at(step)?;
         Some(StepSums { loss: sums.loss, weight: sums.weight, correct: sums.correct, ..StepSums::default() })
+    }
+
+    /// The newest state on the disk.
+    ///
+    /// # Errors
+    /// There are checkpoints, and all of them are damaged.
+    pub(crate) fn newest_state(&self) -> Result<Option<StateImage>, Problem> {
+        Ok(self.dir.checkpoints().newest_verified()?.map(|newest| newest.checkpoint.image))
     }
 
     /// Appends to the journal.

@@ -28,19 +28,17 @@ use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
-use crate::membership::{Action, Candidate, Event, Membership, membership};
+use crate::membership::{Action, Candidate, Event, Membership, Source, membership};
 use crate::metrics::Metrics;
-use crate::records::{Records, Stage};
+use crate::records::Records;
 use crate::screen::Screen;
 use crate::server::{Arrival, Link};
+use crate::stage::Stage;
 use crate::state_stream::{Arriving, send_image};
 use crate::store::files::write_atomic;
 use crate::store::journal::{MemberLine, Record};
 use checkpoints::write_in_order;
 use ending::Ending;
-
-/// A lost peer's own connection has this long to say more than its neighbours can.
-const BROKEN_GRACE: Duration = Duration::from_secs(2);
 
 /// What the run is made of.
 pub(crate) struct Parts {
@@ -118,11 +116,9 @@ pub(crate) struct Run {
     /// Checkpoints that are being written or wait for it.
     writing: usize,
     images: std::sync::mpsc::Sender<Vec<u8>>,
-    /// Members that have stopped, and how far their states are.
-    stopped: HashMap<WorkerId, Stage>,
+    /// Members that have stopped, and how far the state is that each holds, if it does.
+    stopped: HashMap<WorkerId, Option<Stage>>,
     drain_asked: bool,
-    /// What a member said about a lost peer, and until when a better reason may come.
-    broken: Option<(Instant, String)>,
     ending: Option<Ending>,
     early_end: Option<EarlyEnd>,
 }
@@ -187,7 +183,6 @@ impl Run {
             images,
             stopped: HashMap::new(),
             drain_asked: false,
-            broken: None,
             ending: None,
             early_end: None,
             parts,
@@ -286,23 +281,23 @@ impl Run {
                 }
                 self.write_agreed()?;
             }
-            ToCoordinator::Stopped { generation, step, owes_evaluation, why }
-                if generation == self.generation =>
-            {
+            ToCoordinator::Stopped { generation, state, why } if generation == self.generation => {
                 self.feeders.remove(&id);
-                self.stopped.insert(id, Stage { step, whole: !owes_evaluation });
+                let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
+                self.stopped.insert(id, state);
                 self.ending_goes_on();
                 match why {
                     Stop::Finished => self.end(Ok(Exit::Done)),
                     Stop::Drained => self.end(Ok(Exit::Requeue)),
-                    // Its own connection usually says why; if it is silent, this is all that will be known.
-                    Stop::Broken(cause) => {
-                        let cause = format!("worker {}: {cause}", self.name(id));
-                        self.broken.get_or_insert((Instant::now() + BROKEN_GRACE, cause));
-                    }
                     Stop::SkipLimit | Stop::Diverged | Stop::NoImprovement => self.end_early(&why)?,
-                    // Whoever caused it has said why.
-                    Stop::Aborted | Stop::NonFinite => {}
+                    // It has said more in words of its own.
+                    Stop::NonFinite => {}
+                    Stop::Paused | Stop::Aborted => {
+                        self.decide(Event::Stopped { id, generation, state, broken: None })?;
+                    }
+                    Stop::Broken(cause) => {
+                        self.decide(Event::Stopped { id, generation, state, broken: Some(cause) })?;
+                    }
                 }
             }
             ToCoordinator::Failed { sentence, hint } => {
@@ -332,7 +327,14 @@ impl Run {
                 }
                 Action::Welcome(id) => self.send(id, &self.welcome(id)),
                 Action::StandBy(id) => self.send(id, &ToWorker::StandBy),
-                Action::Form(generation, members) => self.form(generation, &members, &reason)?,
+                Action::Form(generation, members, source) => {
+                    self.form(generation, &members, source, &reason)?;
+                }
+                Action::Pause(generation, ids) => {
+                    for id in ids {
+                        self.send(id, &ToWorker::Pause { generation });
+                    }
+                }
                 Action::Abort(generation, ids) => {
                     for id in ids {
                         self.send(id, &ToWorker::Abort { generation });
@@ -347,8 +349,19 @@ impl Run {
         Ok(())
     }
 
-    fn form(&mut self, generation: u64, members: &[Member], reason: &str) -> Result<(), Problem> {
+    /// Forms a generation. What its members compute again, because the state they go on from is behind the records, has
+    /// the same bits as before: records know each step once, and need not go back.
+    fn form(
+        &mut self,
+        generation: u64,
+        members: &[Member],
+        source: Source,
+        reason: &str,
+    ) -> Result<(), Problem> {
         (self.generation, self.members) = (generation, members.iter().map(|m| m.worker_id).collect());
+        self.stopped.clear();
+        self.digests.forget();
+        (self.arriving, self.held) = (Arriving::default(), None);
         self.parts.records.journal(&Record::Generation {
             generation,
             members: members.iter().map(MemberLine::from).collect(),
@@ -356,17 +369,25 @@ impl Run {
             bits: self.membership.bits().map(str::to_owned),
         })?;
         self.parts.metrics.generation();
-        let resumed = self.parts.resumed.as_ref();
-        let state = if resumed.is_some() { StateSource::Coordinator } else { StateSource::Initial };
+        let from_disk = match source {
+            Source::Disk => self.newest_state()?,
+            Source::Kept(_) | Source::Member(..) => None,
+        };
+        let (stage, state) = match (source, &from_disk) {
+            (Source::Disk, None) => (Stage { step: 0, whole: true }, StateSource::Initial),
+            (Source::Disk, Some((stage, _))) => (*stage, StateSource::Coordinator),
+            (Source::Kept(stage), _) => (stage, StateSource::Kept),
+            (Source::Member(rank, stage), _) => (stage, StateSource::Member(rank)),
+        };
         for (member, rank) in members.iter().zip(0..) {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
-            let form = Form { generation, rank, members: members.to_vec(), step: self.step, state };
+            let form = Form { generation, rank, members: members.to_vec(), step: stage.step, state };
             link.send(&ToWorker::Form(form));
-            if let Some(StartState { step, image, .. }) = resumed {
-                send_image(link, generation, *step, image);
+            if let Some((stage, image)) = &from_disk {
+                send_image(link, generation, stage.step, image);
             }
             let (data, shards) = (self.parts.data.handle(), member.shards.clone());
-            let from = (self.step, resumed.is_some_and(|resumed| resumed.owes_evaluation));
+            let from = (stage.step, !stage.whole);
             let feeder = Feeder::start(data, self.schedule, from, generation, shards, link.clone());
             self.feeders.insert(member.worker_id, feeder);
         }
@@ -385,6 +406,23 @@ impl Run {
         self.epoch = EpochClock::new();
         self.announce_checkpoint();
         Ok(())
+    }
+
+    /// The newest state on the disk: the one that the run went on from, if none was written since.
+    fn newest_state(&self) -> Result<Option<(Stage, Vec<u8>)>, Problem> {
+        let resumed = self.parts.resumed.as_ref();
+        let resumed =
+            resumed.map(|start| (Stage { step: start.step, whole: !start.owes_evaluation }, &start.image));
+        if self
+            .parts
+            .records
+            .checkpoint
+            .is_none_or(|written| resumed.as_ref().is_some_and(|(stage, _)| *stage >= written))
+        {
+            return Ok(resumed.map(|(stage, image)| (stage, image.clone())));
+        }
+        let newest = self.parts.records.newest_state()?;
+        Ok(newest.map(|image| (Stage::of(&image), image.bytes().to_vec())))
     }
 
     /// Stops the run because its replicas are no longer replicas. None of their states is written.

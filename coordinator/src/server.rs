@@ -64,6 +64,9 @@ struct Limits {
     workers: usize,
 }
 
+/// A worker of which nothing comes for this long is taken for lost: one that lives says so every second.
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+
 const LIMITS: Limits = Limits { handshake: Duration::from_secs(10), unproved: 256, workers: WORKER_LIMIT };
 
 /// Accepts connections for ever.
@@ -191,7 +194,10 @@ async fn serve(
     };
     let reader = async {
         loop {
-            let frame = match stream.next().await {
+            let Ok(next) = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await else {
+                return format!("nothing came from it for {} s", SILENCE_LIMIT.as_secs());
+            };
+            let frame = match next {
                 None => return "its connection closed; the process has probably ended".to_owned(),
                 Some(Err(error)) => return format!("reading from it failed: {error}"),
                 Some(Ok(frame)) => frame,

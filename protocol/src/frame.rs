@@ -197,7 +197,7 @@ pub fn decode<M: Decode<()>>(frame: Bytes) -> Result<Frame<M>, FrameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{Stop, ToCoordinator, ToWorker};
+    use crate::message::{HeldState, Stop, ToCoordinator, ToWorker};
     use proptest::prelude::*;
 
     const HEADER: BulkHeader =
@@ -205,11 +205,11 @@ mod tests {
 
     #[test]
     fn messages_have_these_bytes() {
-        let message =
-            ToCoordinator::Stopped { generation: 2, step: 300, owes_evaluation: false, why: Stop::Drained };
+        let state = Some(HeldState { step: 300, owes_evaluation: false });
+        let message = ToCoordinator::Stopped { generation: 2, state, why: Stop::Drained };
         let bytes = encode_message(&message);
         let golden =
-            [&[0, 6, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0][..], &[44, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]];
+            [&[0, 7, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1][..], &[44, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]];
         assert_eq!(bytes, golden.concat());
         assert_eq!(decode::<ToCoordinator>(bytes), Ok(Frame::Message(message)));
     }

@@ -1,6 +1,7 @@
 //! Control messages between the coordinator and its workers.
 //!
-//! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job.
+//! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
+//! fleets that change: pauses, states from a member, signs of life.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -11,7 +12,7 @@ use crate::problem::Problem;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -36,6 +37,8 @@ pub enum ToCoordinator {
         /// Batches.
         batches: u32,
     },
+    /// Nothing is to be said, and the worker lives: sent when it has been silent for a while.
+    Alive,
     /// A step is done.
     Step(StepReport),
     /// An evaluation is done; equal on every worker.
@@ -56,14 +59,12 @@ pub enum ToCoordinator {
         /// The digest.
         digest: u64,
     },
-    /// The worker has stopped after a step and holds the state.
+    /// The worker has stopped after a step.
     Stopped {
         /// The generation.
         generation: Generation,
-        /// Steps done.
-        step: u64,
-        /// The evaluation that belongs to this step is not done: the state is that of the step, but not whole.
-        owes_evaluation: bool,
+        /// The state that it holds; none if the generation ended before it had one.
+        state: Option<HeldState>,
         /// Why.
         why: Stop,
     },
@@ -85,6 +86,15 @@ pub enum ToCoordinator {
     },
 }
 
+/// How far the state is that a worker holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct HeldState {
+    /// Steps done.
+    pub step: u64,
+    /// The evaluation that belongs to this step is not done: the state is that of the step, but not whole.
+    pub owes_evaluation: bool,
+}
+
 /// Why a worker stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Stop {
@@ -92,6 +102,8 @@ pub enum Stop {
     Finished,
     /// All workers agreed to stop after this step because one was told to drain.
     Drained,
+    /// All workers agreed to stop after this step because another generation is to be formed.
+    Paused,
     /// The coordinator aborted the generation; the partial step is dropped.
     Aborted,
     /// A peer was lost or is silent, in words; the partial step is dropped. Usually the coordinator learns more of
@@ -211,6 +223,11 @@ pub enum ToWorker {
     StandBy,
     /// Stop after a step, all together.
     Drain,
+    /// Stop after a step, all together, for another generation.
+    Pause {
+        /// The generation that ends.
+        generation: Generation,
+    },
     /// Drop the partial step of this generation.
     Abort {
         /// The generation.
@@ -303,6 +320,8 @@ pub enum StateSource {
     Initial,
     /// Streamed by the coordinator, from a checkpoint.
     Coordinator,
-    /// The worker holds it already: for fleets that change, which are not formed yet.
+    /// Every member holds it already.
     Kept,
+    /// The member of this rank holds it and sends it to the others.
+    Member(u32),
 }

@@ -12,8 +12,8 @@ use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_m
 use protocol::job::{InitialState, JobFile};
 use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{
-    Form, Goodbye, Hello, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest, StateSource, StepReport,
-    Stop, ToCoordinator, ToWorker, Welcome,
+    Form, Goodbye, HeldState, Hello, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest, StateSource,
+    StepReport, Stop, ToCoordinator, ToWorker, Welcome,
 };
 use protocol::schedule::{Schedule, Work};
 use protocol::sums::StepSums;
@@ -93,6 +93,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
     let stops = [
         Stop::Finished,
         Stop::Drained,
+        Stop::Paused,
         Stop::Aborted,
         Stop::Broken("why".to_owned()),
         Stop::NonFinite,
@@ -122,14 +123,16 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Hello(hello),
         ToCoordinator::Connected { generation: 1 },
         ToCoordinator::Credit { generation: 1, batches: 2 },
+        ToCoordinator::Alive,
         ToCoordinator::Step(report),
         ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS },
         ToCoordinator::Digest { generation: 1, step: 2, digest: 3 },
         ToCoordinator::Failed { sentence: "no".to_owned(), hint: Some("yes".to_owned()) },
         ToCoordinator::Sample { generation: 1, step: 2, tokens: vec![3, 4] },
     ];
-    let stopped = |why| ToCoordinator::Stopped { generation: 1, step: 2, owes_evaluation: true, why };
-    messages.extend(stops.map(stopped));
+    let state = Some(HeldState { step: 2, owes_evaluation: true });
+    messages.extend(stops.map(|why| ToCoordinator::Stopped { generation: 1, state, why }));
+    messages.push(ToCoordinator::Stopped { generation: 1, state: None, why: Stop::Aborted });
     messages
 }
 
@@ -169,10 +172,12 @@ fn to_worker() -> Vec<ToWorker> {
         ToWorker::Welcome(Box::new(welcome)),
         ToWorker::StandBy,
         ToWorker::Drain,
+        ToWorker::Pause { generation: 1 },
         ToWorker::Abort { generation: 1 },
         ToWorker::SendState { at_step: 2 },
     ];
-    messages.extend([StateSource::Initial, StateSource::Coordinator, StateSource::Kept].map(form));
+    let sources = [StateSource::Initial, StateSource::Coordinator, StateSource::Kept, StateSource::Member(3)];
+    messages.extend(sources.map(form));
     messages
         .extend([Goodbye::Done, Goodbye::Requeue, Goodbye::Failed("why".to_owned())].map(ToWorker::Goodbye));
     messages
@@ -216,6 +221,7 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::Hello(_) => "hello",
         ToCoordinator::Connected { .. } => "connected",
         ToCoordinator::Credit { .. } => "credit",
+        ToCoordinator::Alive => "alive",
         ToCoordinator::Step(_) => "step",
         ToCoordinator::Evaluation { .. } => "evaluation",
         ToCoordinator::Digest { .. } => "digest",
@@ -232,6 +238,7 @@ fn name_to_worker(message: &ToWorker) -> &'static str {
         ToWorker::Form(_) => "form",
         ToWorker::StandBy => "stand by",
         ToWorker::Drain => "drain",
+        ToWorker::Pause { .. } => "pause",
         ToWorker::Abort { .. } => "abort",
         ToWorker::SendState { .. } => "send state",
         ToWorker::Goodbye(_) => "goodbye",

@@ -14,11 +14,14 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::metrics::WorkerMetrics;
 use crate::replica::Replica;
+use crate::sums_exchange::Wish;
 
 /// What the coordinator asked for.
 #[derive(Debug, Default)]
 struct Requests {
     drain: bool,
+    /// The last generation that is to pause.
+    pause: Option<Generation>,
     /// Steps after which the state is to be streamed.
     states: Vec<u64>,
 }
@@ -69,6 +72,28 @@ impl Outbox {
     /// Whether [`request_drain`](Self::request_drain) was called.
     pub fn drain_requested(&self) -> bool {
         self.lock().drain
+    }
+
+    /// Asks the loop to stop after the next step of this generation, for the next generation.
+    pub fn request_pause(&self, generation: Generation) {
+        self.lock().pause = Some(generation);
+    }
+
+    /// What was asked of this generation.
+    pub fn wish(&self, generation: Generation) -> Wish {
+        let requests = self.lock();
+        match (requests.drain, requests.pause == Some(generation)) {
+            (true, _) => Wish::Drain,
+            (false, true) => Wish::Pause,
+            (false, false) => Wish::GoOn,
+        }
+    }
+
+    /// Forgets what was asked of the last generation. A drain is asked of the worker, and stays.
+    pub fn begin_generation(&self) {
+        let mut requests = self.lock();
+        requests.pause = None;
+        requests.states.clear();
     }
 
     /// Asks the loop for the state after the first step that is at least this one.

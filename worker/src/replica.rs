@@ -9,6 +9,8 @@ use protocol::job::JobSpec;
 use protocol::layout::{Progress, StateLayout};
 use protocol::random::mix64;
 
+use crate::collective::{Collective, CollectiveError};
+
 /// Parameters, moments, recurrent state, progress and control state on a device.
 pub struct Replica<D: Device> {
     /// Names, shapes and places of everything.
@@ -72,7 +74,46 @@ impl<D: Device> Replica<D> {
         Ok(replica)
     }
 
-    fn zeros(device: &D, layout: StateLayout) -> Result<Self> {
+    /// The state that the worker of rank `source` holds; its own where that is this worker. Whoever holds the same already
+    /// gets it once more, which is simpler than to ask.
+    ///
+    /// # Errors
+    /// The generation broke. What has arrived by then is no state.
+    pub fn shared(
+        mut self,
+        device: &D,
+        collective: &mut dyn Collective<D>,
+        source: u32,
+    ) -> std::result::Result<Self, CollectiveError> {
+        let [parameters, first, second, state] = self.layout.image_ranges().map(|range| range.len());
+        let buffers = [
+            (&mut self.parameters, parameters),
+            (&mut self.first_moment, first),
+            (&mut self.second_moment, second),
+            (&mut self.state, state),
+        ];
+        for (buffer, len) in buffers {
+            let part = |rank| if rank == source { 0..len } else { 0..0 };
+            let parts = (0..collective.world_size()).map(part).collect();
+            let ticket = collective.begin_gather(device, buffer, parts)?;
+            collective.wait(device, ticket, buffer)?;
+        }
+        let own: Vec<u8> = [&self.progress.to_bytes()[..], &self.control.to_bytes()].concat();
+        let everybodys = collective.exchange(&own)?;
+        let words = everybodys[source as usize].split_first_chunk().and_then(|(progress, control)| {
+            Some((Progress::from_bytes(progress), ControlState::from_bytes(control.try_into().ok()?)))
+        });
+        let (progress, control) =
+            words.ok_or_else(|| DeviceError("another worker sent a state that is cut short".to_owned()))?;
+        (self.progress, self.control) = (progress, control);
+        Ok(self)
+    }
+
+    /// A state of zeros, to be filled.
+    ///
+    /// # Errors
+    /// The device has no room.
+    pub fn zeros(device: &D, layout: StateLayout) -> Result<Self> {
         let (parameters, recurrent) = (layout.parameters(), layout.recurrent());
         Ok(Self {
             layout,

@@ -6,6 +6,7 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 use bytes::Bytes;
 use model::device::Backend;
@@ -13,10 +14,13 @@ use protocol::batch::Batch;
 use protocol::frame::{BulkHeader, BulkKind, Frame};
 use protocol::handshake::Token;
 use protocol::layout::StateLayout;
-use protocol::message::{Form, Goodbye, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome};
+use protocol::message::{
+    Form, Goodbye, HeldState, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome,
+};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 
 use crate::abort::Abort;
 use crate::connection::{Connection, lost};
@@ -25,6 +29,9 @@ use crate::metrics::{self, WorkerMetrics};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
 use crate::trainer::{Task, Trainer};
+
+/// How often a worker says that it lives.
+const SIGN_OF_LIFE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a worker is told at its start; everything else comes from the coordinator.
 #[derive(Debug, Clone)]
@@ -180,6 +187,8 @@ impl<D: model::device::Device + 'static> Session<D> {
     }
 
     async fn obey_all(&mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
+        let mut signs_of_life = tokio::time::interval(SIGN_OF_LIFE_INTERVAL);
+        signs_of_life.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 frame = self.connection.receive() => match frame {
@@ -190,6 +199,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                     None => return Err(lost("it closed the connection")),
                 },
                 Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
+                _ = signs_of_life.tick() => self.connection.send(&ToCoordinator::Alive).await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
                 Some(()) = shutdown.recv() => match &self.stage {
                     Stage::Training(_) if !self.outbox.drain_requested() => self.outbox.request_drain(),
@@ -207,13 +217,21 @@ impl<D: model::device::Device + 'static> Session<D> {
             }
             ToWorker::Form(form) => self.start(form, None)?,
             ToWorker::Drain => self.outbox.request_drain(),
-            ToWorker::Abort { generation } => {
-                if let Stage::Training(running) = &mut self.stage
-                    && running.generation == generation
+            ToWorker::Pause { generation } => self.outbox.request_pause(generation),
+            ToWorker::Abort { generation } => match &mut self.stage {
+                Stage::Training(running) if running.generation == generation => running.end(),
+                // It has not begun: its state is still on the way.
+                Stage::Idle(trainer)
+                    if self
+                        .waiting_for_state
+                        .take_if(|(form, _)| form.generation == generation)
+                        .is_some() =>
                 {
-                    running.end();
+                    trainer.generation = generation;
+                    self.stopped(Stop::Aborted);
                 }
-            }
+                _ => {}
+            },
             ToWorker::SendState { at_step } => match &self.stage {
                 Stage::Idle(trainer) => self.send_state(trainer)?,
                 _ => self.outbox.request_state(at_step),
@@ -263,6 +281,7 @@ impl<D: model::device::Device + 'static> Session<D> {
         let Stage::Idle(mut trainer) = std::mem::replace(&mut self.stage, Stage::Between) else {
             return Err(lost("it formed a generation while another one runs"));
         };
+        self.outbox.begin_generation();
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
         let generation = form.generation;
@@ -289,34 +308,34 @@ impl<D: model::device::Device + 'static> Session<D> {
 
     /// The training thread has ended: says so, and waits for what comes next.
     fn rest(&mut self, (trainer, outcome): Worked<D>) -> Result<(), Problem> {
-        match outcome {
+        let why = match outcome {
             Ok(why) => {
-                if let Some(replica) = &trainer.replica {
-                    let failed = |e: model::device::DeviceError| Problem::failed(e.to_string());
-                    // Members that were cut off at different points of an evaluation differ, and may.
-                    if !replica.owes_evaluation() {
-                        self.outbox
-                            .send_digest(&trainer.device, replica, trainer.generation)
-                            .map_err(failed)?;
-                    }
-                    self.outbox.send(ToCoordinator::Stopped {
-                        generation: trainer.generation,
-                        step: replica.progress.step,
-                        owes_evaluation: replica.owes_evaluation(),
-                        why,
-                    });
+                // Members that were cut off at different points of an evaluation differ, and may.
+                if let Some(replica) = trainer.replica.as_ref().filter(|replica| !replica.owes_evaluation()) {
+                    let sent = self.outbox.send_digest(&trainer.device, replica, trainer.generation);
+                    sent.map_err(|error| Problem::failed(error.to_string()))?;
                 }
+                why
             }
             Err(sentence) => {
                 self.outbox.send(ToCoordinator::Failed { sentence, hint: None });
-                let (generation, step) = (trainer.generation, trainer.step());
-                let owes_evaluation = trainer.replica.as_ref().is_some_and(Replica::owes_evaluation);
-                let why = Stop::Aborted;
-                self.outbox.send(ToCoordinator::Stopped { generation, step, owes_evaluation, why });
+                Stop::Aborted
             }
-        }
+        };
         self.stage = Stage::Idle(trainer);
+        self.stopped(why);
         Ok(())
+    }
+
+    /// Tells that the worker rests, and what it holds.
+    fn stopped(&self, why: Stop) {
+        let Stage::Idle(trainer) = &self.stage else { unreachable!("a worker that rests is idle") };
+        let held = |replica: &Replica<D>| HeldState {
+            step: replica.progress.step,
+            owes_evaluation: replica.owes_evaluation(),
+        };
+        let state = trainer.replica.as_ref().map(held);
+        self.outbox.send(ToCoordinator::Stopped { generation: trainer.generation, state, why });
     }
 
     fn send_state(&self, trainer: &Trainer<D>) -> Result<(), Problem> {

@@ -1,4 +1,4 @@
-//! Exchange of the shards' sums, and of the wish to stop, between the workers of a generation.
+//! Exchange of the shards' sums, and of what the workers wish to do next, between the workers of a generation.
 
 use model::device::Device;
 use protocol::message::Member;
@@ -9,20 +9,30 @@ use crate::collective::{Collective, CollectiveError, Result};
 /// Bytes of one shard's sums: six little-endian words.
 const SUMS_BYTES: usize = 8 * 6;
 
-/// Gives every worker the sums of all shards, `[batch][shard]`, and whether any worker wants to stop. `own` holds this
-/// worker's shards, `[batch][own shard]`. Members hold contiguous shards in rank order, so their sums follow one
-/// another.
+/// What is to happen after a step. If workers wish different things, the greatest wish is done by all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wish {
+    /// The next step.
+    GoOn,
+    /// Another generation.
+    Pause,
+    /// The end.
+    Drain,
+}
+
+/// Gives every worker the sums of all shards, `[batch][shard]`, and what all do next. `own` holds this worker's shards,
+/// `[batch][own shard]`. Members hold contiguous shards in rank order, so their sums follow one another.
 pub(crate) fn exchange_sums<D: Device>(
     collective: &mut dyn Collective<D>,
     members: &[Member],
     own: &[Vec<StepSums>],
-    stop: bool,
-) -> Result<(Vec<Vec<StepSums>>, bool)> {
-    let mut message = vec![u8::from(stop)];
+    wish: Wish,
+) -> Result<(Vec<Vec<StepSums>>, Wish)> {
+    let mut message = vec![wish as u8];
     message.extend(own.iter().flatten().flat_map(encode));
     let received = collective.exchange(&message)?;
     let mut by_batch = vec![Vec::new(); own.len()];
-    let mut any_stop = false;
+    let mut common = Wish::GoOn;
     for ((bytes, member), rank) in received.iter().zip(members).zip(0..) {
         let batch_bytes = SUMS_BYTES * member.shards.len();
         let Some((flag, sums)) =
@@ -31,12 +41,16 @@ pub(crate) fn exchange_sums<D: Device>(
             let cause = format!("it sent {} bytes of sums for {} batches", bytes.len(), own.len());
             return Err(CollectiveError::PeerLost { rank, name: member.name.clone(), cause });
         };
-        any_stop |= *flag != 0;
+        common = common.max(match flag {
+            0 => Wish::GoOn,
+            1 => Wish::Pause,
+            _ => Wish::Drain,
+        });
         for (batch, sums) in by_batch.iter_mut().zip(sums.chunks_exact(batch_bytes)) {
             batch.extend(sums.chunks_exact(SUMS_BYTES).map(decode));
         }
     }
-    Ok((by_batch, any_stop))
+    Ok((by_batch, common))
 }
 
 fn encode(sums: &StepSums) -> impl Iterator<Item = u8> + use<> {

@@ -19,7 +19,7 @@ use crate::collective::{Collective, CollectiveError, Ticket};
 use crate::feed::{Feed, FeedClosed};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
-use crate::sums_exchange::exchange_sums;
+use crate::sums_exchange::{Wish, exchange_sums};
 
 /// Shards' sums of an evaluation that are exchanged together: few messages, each below a frame's limit.
 const SUMS_PER_EXCHANGE: usize = 16_384;
@@ -123,7 +123,7 @@ impl<D: Device> Generation<D> {
         Self { sample: request.filter(|_| self.form.rank == 0), ..self }
     }
 
-    /// Trains until the schedule ends, the control state ends the run, the fleet drains, or something breaks. The replica
+    /// Trains until the schedule ends, the control state ends the run, the fleet pauses or drains, or something breaks. The replica
     /// is always in the state after some step; if it was cut off before the evaluation that belongs to it, the control
     /// state says so, and whoever goes on from there begins with that.
     ///
@@ -135,7 +135,7 @@ impl<D: Device> Generation<D> {
             self.evaluate(device, replica)?;
             self.outbox.after_step(device, replica, self.form.generation)?;
         }
-        let mut drain = false;
+        let mut wish = Wish::GoOn;
         loop {
             if let Some(stop) = replica.control.early_end(&self.job, replica.progress) {
                 return Ok(stop);
@@ -143,11 +143,13 @@ impl<D: Device> Generation<D> {
             if replica.progress.step >= schedule.total_steps {
                 return Ok(Stop::Finished);
             }
-            if drain {
-                return Ok(Stop::Drained);
+            match wish {
+                Wish::GoOn => {}
+                Wish::Pause => return Ok(Stop::Paused),
+                Wish::Drain => return Ok(Stop::Drained),
             }
-            drain = match self.step(device, replica)? {
-                Some(drain) => drain,
+            wish = match self.step(device, replica)? {
+                Some(wish) => wish,
                 None => return Ok(Stop::NonFinite),
             };
             if schedule.evaluates_after(replica.progress.step) {
@@ -157,9 +159,9 @@ impl<D: Device> Generation<D> {
         }
     }
 
-    /// One step. Gives whether any worker asks to stop after it, or `None` if it is not finite and the job does not
-    /// leave such steps out: it is then not done.
-    fn step(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Option<bool>, StepError> {
+    /// One step. Gives what all workers do after it, or `None` if it is not finite and the job does not leave such steps
+    /// out: it is then not done.
+    fn step(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Option<Wish>, StepError> {
         let started = Instant::now();
         let step = replica.progress.step;
         let steps_per_epoch = self.data.schedule.steps_per_epoch;
@@ -173,8 +175,8 @@ impl<D: Device> Generation<D> {
         let (own_sums, tickets) = self.begin_gradient(device, &mut replica.gradient)?;
         let computed = Instant::now();
 
-        let drain = self.outbox.drain_requested();
-        let (by_shard, drain) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], drain)?;
+        let wish = self.outbox.wish(self.form.generation);
+        let (by_shard, wish) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], wish)?;
         let sums = StepSums::total(&by_shard[0]);
         for ticket in tickets {
             self.collective.wait(device, ticket, &mut replica.gradient)?;
@@ -208,7 +210,7 @@ impl<D: Device> Generation<D> {
                 update: reduced.elapsed().as_secs_f64(),
             },
         }));
-        Ok(Some(drain))
+        Ok(Some(wish))
     }
 
     /// Completes the gradient and begins to reduce it to `into`, bucket by bucket: each travels while the next is computed, unless
@@ -282,7 +284,8 @@ impl<D: Device> Generation<D> {
                 unreachable!("an evaluation has no training steps")
             };
             if own.len() >= SUMS_PER_EXCHANGE / self.job.shards as usize || index + 1 == batches {
-                let (by_batch, _) = exchange_sums(&mut *self.collective, &self.form.members, &own, false)?;
+                let (by_batch, _) =
+                    exchange_sums(&mut *self.collective, &self.form.members, &own, Wish::GoOn)?;
                 own.clear();
                 sums =
                     by_batch.iter().map(|by_shard| StepSums::total(by_shard)).fold(sums, StepSums::combine);

@@ -47,11 +47,6 @@ impl<D: Device> Trainer<D> {
         Self { device, replica: None, generation: 0 }
     }
 
-    /// Steps done in the state it holds; 0 without one.
-    pub(crate) fn step(&self) -> u64 {
-        self.replica.as_ref().map_or(0, |replica| replica.progress.step)
-    }
-
     /// Connects to the peers and trains until the generation ends. Whatever happens, the replica is in the state
     /// after some whole step.
     ///
@@ -61,39 +56,56 @@ impl<D: Device> Trainer<D> {
         let Task { form, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } = task;
         self.generation = form.generation;
         let (device, job) = (&mut self.device, &welcome.job);
-        let replica = match (image, form.state, self.replica.take()) {
-            (Some(image), _, _) => Replica::from_image(device, layout, &image),
-            (None, StateSource::Initial, _) => Replica::initial(device, layout, job),
-            (None, _, Some(kept)) => Ok(kept),
-            (None, _, None) => return Err("there is no state to start the generation from".to_owned()),
-        };
-        let replica = self.replica.insert(replica.map_err(|error| error.to_string())?);
         metrics.shards(form.members[form.rank as usize].shards.len());
 
         let place = Place { generation: form.generation, rank: form.rank, members: form.members.clone() };
         let mesh = match Mesh::connect(&data_listener, &token, place, FORM_LIMIT, abort.flag()) {
             Ok(mesh) => mesh,
             Err(MeshError::Aborted) => return Ok(Stop::Aborted),
-            Err(error) => return Err(error.to_string()),
+            Err(error @ MeshError::Missing { .. }) => return Ok(Stop::Broken(error.to_string())),
+            Err(error @ MeshError::Listener(_)) => return Err(error.to_string()),
         };
-        let collective: Box<dyn Collective<D>> = Box::new(
+        let mut collective: Box<dyn Collective<D>> = Box::new(
             TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane())
                 .map_err(|error| format!("cannot start the threads of the data plane: {error}"))?,
         );
         abort.attach(collective.abort_handle());
+        // A state that arrives in part is none: until it is whole, this worker holds nothing.
+        let replica = match (image, form.state, self.replica.take()) {
+            (Some(image), _, _) => Replica::from_image(device, layout, &image),
+            (None, StateSource::Initial, _) => Replica::initial(device, layout, job),
+            (None, StateSource::Kept, Some(kept)) => Ok(kept),
+            (None, StateSource::Member(source), kept) => {
+                let own = kept.map_or_else(|| Replica::zeros(device, layout), Ok);
+                match own.map(|own| own.shared(device, &mut *collective, source)) {
+                    Ok(Ok(replica)) => Ok(replica),
+                    Ok(Err(error)) => return stopped_by(error.into()),
+                    Err(error) => Err(error),
+                }
+            }
+            (None, StateSource::Kept | StateSource::Coordinator, _) => {
+                return Err("there is no state to start the generation from".to_owned());
+            }
+        };
+        let replica = self.replica.insert(replica.map_err(|error| error.to_string())?);
         outbox.send(ToCoordinator::Connected { generation: form.generation });
 
         let links = (collective, feed, outbox);
         let mut generation = Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
             .map_err(|error| error.to_string())?
             .with_sample(welcome.sample.clone());
-        match generation.train(device, replica) {
-            Ok(stop) => Ok(stop),
-            Err(StepError::Collective(CollectiveError::Aborted) | StepError::Feed(FeedClosed::Ended)) => {
-                Ok(Stop::Aborted)
-            }
-            Err(StepError::Collective(cause)) => Ok(Stop::Broken(cause.to_string())),
-            Err(other) => Err(other.to_string()),
+        generation.train(device, replica).or_else(stopped_by)
+    }
+}
+
+/// What it means for the worker that something ended its training.
+fn stopped_by(error: StepError) -> Result<Stop, String> {
+    match error {
+        StepError::Collective(CollectiveError::Aborted) | StepError::Feed(FeedClosed::Ended) => {
+            Ok(Stop::Aborted)
         }
+        StepError::Collective(CollectiveError::Device(error)) => Err(error.to_string()),
+        StepError::Collective(cause) => Ok(Stop::Broken(cause.to_string())),
+        other => Err(other.to_string()),
     }
 }

@@ -7,7 +7,8 @@ use protocol::problem::Problem;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::Run;
-use crate::records::{CheckpointWriter, Stage};
+use crate::records::CheckpointWriter;
+use crate::stage::Stage;
 use crate::store::journal::Record;
 
 pub(super) type WrittenCheckpoint = Result<(Stage, String), Problem>;

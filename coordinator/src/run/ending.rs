@@ -41,7 +41,7 @@ pub(super) struct Ending {
 impl Run {
     /// A signal asks the run to stop: after the step under way, or at once if it has asked before.
     pub(super) fn stop_asked(&mut self) {
-        if self.drain_asked || self.members.is_empty() {
+        if self.drain_asked || self.training() == 0 {
             self.end(Ok(Exit::Requeue));
             if let Some(ending) = &mut self.ending {
                 ending.cut_short = true;
@@ -58,12 +58,6 @@ impl Run {
     }
 
     pub(super) fn tick(&mut self) -> Result<(), Problem> {
-        if self.ending.is_none()
-            && self.broken.as_ref().is_some_and(|(deadline, _)| Instant::now() >= *deadline)
-            && let Some((_, cause)) = self.broken.take()
-        {
-            self.give_up(Problem::failed(cause).hint(GO_ON))?;
-        }
         self.decide(Event::Tick)
     }
 
@@ -141,8 +135,8 @@ impl Run {
     pub(super) fn settle(&mut self) {
         let is_idle = self.writing == 0 && !self.arriving.is_under_way();
         let all_rest = self.training() == 0;
-        let most_advanced = self.stopped.iter().max_by_key(|(_, stage)| **stage);
-        let (Some(ending), Some((&id, &stage))) = (&mut self.ending, most_advanced) else {
+        let held = self.stopped.iter().filter_map(|(id, stage)| Some(((*stage)?, *id)));
+        let (Some(ending), Some((stage, id))) = (&mut self.ending, held.max()) else {
             return;
         };
         let is_written = self.parts.records.checkpoint.is_some_and(|written| written >= stage);
@@ -176,7 +170,7 @@ impl Run {
 
     /// Sends everybody home.
     pub(super) async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
-        let newest = self.stopped.values().max().filter(|stage| stage.step > 0);
+        let newest = self.stopped.values().flatten().max().filter(|stage| stage.step > 0);
         let is_written = newest.is_none_or(|newest| self.parts.records.checkpoint >= Some(*newest));
         let is_done = is_written || self.ending.as_ref().is_some_and(|ending| ending.cut_short);
         let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result).and_then(|exit| {
