@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,11 @@ TUNED_MALLOC = {
 
 class Failed(Exception):
     """A program could not be started or did not end well."""
+
+
+def allow_interrupts():
+    """Lets Ctrl-C, or SIGINT, end the measurement with what was measured, also in the background of a script."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def machine_seconds():

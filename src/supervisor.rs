@@ -84,6 +84,8 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     };
     let mut fleet: Vec<Local> =
         (1..=workers).map(|number| Ok(Local::new(start_worker(number)?))).collect::<Result<_, Problem>>()?;
+    // Why a worker is not started again: what is left of the fleet stops after a step then.
+    let mut given_up = None;
     let status = loop {
         tokio::select! {
             status = coordinator.wait() => break status,
@@ -91,15 +93,16 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
                 asked_to_stop = true;
                 signal(&coordinator, Signal::TERM);
             }
-            number = next_to_start(&mut fleet), if !asked_to_stop => match number {
-                Ok(at) => fleet[at].restarted(start_worker(at + 1)?),
-                // Without workers the coordinator would wait for ever.
-                Err(problem) => {
-                    signal(&coordinator, Signal::TERM);
-                    let _ = coordinator.wait().await;
-                    return Err(problem);
+            at = next_to_start(&mut fleet), if !asked_to_stop && given_up.is_none() => {
+                let started = at.and_then(|at| Ok((at, start_worker(at + 1)?)));
+                match started {
+                    Ok((at, child)) => fleet[at].restarted(child),
+                    Err(problem) => {
+                        given_up = Some(problem);
+                        signal(&coordinator, Signal::TERM);
+                    }
                 }
-            },
+            }
         }
     };
     // Whoever was still looking for the coordinator would go on looking.
@@ -110,7 +113,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
             let _ = worker.child.kill().await;
         }
     }
-    exit_of(status, asked_to_stop)
+    given_up.map_or_else(|| exit_of(status, asked_to_stop), Err)
 }
 
 fn spawn(command: &mut Command, what: &str) -> Result<Child, Problem> {

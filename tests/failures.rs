@@ -131,6 +131,13 @@ fn an_evaluation_that_was_cut_off_is_made_up_for() {
     wait_for_steps(&run, 9);
     kill(child_with(&process, "--name worker-2"));
     process.end().expect_exit(0);
+    let journal = std::fs::read_to_string(run.dir().join("journal")).unwrap();
+    let line_of = |words: &str| journal.lines().position(|line| line.contains(words)).unwrap();
+    let second = line_of("\"generation\":2");
+    assert!(
+        line_of("\"step\":9") < second && second < line_of("\"evaluation\""),
+        "the kill was not in the evaluation"
+    );
     assert_undisturbed(&folder, &run, &job, "--epochs 3");
     assert_eq!(run.metric_steps("epoch"), [9, 18, 27]);
 }

@@ -170,7 +170,8 @@ impl Worker {
         let mut device = backend.open(layout, job, data, false)?;
         let mut replica = Replica::initial(&device, layout.clone(), job)?;
         let (rank, members) = (place.rank, place.members.clone());
-        let form = Form { generation: GENERATION, rank, members, step: 0, state: StateSource::Initial };
+        let (step, owes_evaluation, state) = (0, false, StateSource::Initial);
+        let form = Form { generation: GENERATION, rank, members, step, owes_evaluation, state };
         let mesh = Mesh::connect(&listener, &Token::new(""), place, FORM_LIMIT, &AtomicBool::new(false))?;
         let collective = Box::new(TcpCollective::new(mesh, SILENCE_LIMIT, Arc::default())?);
         let links = (collective as _, Feed::new(batches, GENERATION, outbox.clone()), outbox);

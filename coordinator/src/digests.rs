@@ -37,9 +37,11 @@ impl Digests {
         parted
     }
 
-    /// Drops what has come of steps that not all members have spoken of: there are other members now.
-    pub(crate) fn forget(&mut self) {
+    /// Begins anew with other members, whose state is that after `step` steps: what was said of later ones was said of
+    /// states that are gone.
+    pub(crate) fn begin(&mut self, step: u64) {
         self.by_step.clear();
+        self.agreed = self.agreed.min(step);
     }
 
     /// The last step after which all members' digests were the same; 0 before the first.

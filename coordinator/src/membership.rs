@@ -26,6 +26,9 @@ const GATHER_LIMIT: Duration = Duration::from_secs(10);
 /// When members have lost each other, the control connection of whoever caused it has this long to say so.
 const BROKEN_GRACE: Duration = Duration::from_millis(300);
 
+/// A member that was told to drop its step and has not stopped after so long hangs. Above the time of any step.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
 /// Generations in a row that may break before they have done a step.
 const IN_VAIN_LIMIT: u32 = 3;
 
@@ -87,6 +90,8 @@ enum Phase {
         why: String,
         /// Nobody knows whose fault it is yet.
         is_blameless: bool,
+        /// When the members were told to drop their step, if they were.
+        aborted: Option<Duration>,
     },
     /// The run is ending; who leaves now may.
     Ending,
@@ -131,6 +136,8 @@ pub enum Event {
 pub enum Action {
     /// Send the worker away with this sentence.
     Refuse(WorkerId, String),
+    /// Close the connection of a worker; that it is lost, and why, is the next event.
+    Evict(WorkerId, String),
     /// Tell the worker what the run is.
     Welcome(WorkerId),
     /// Tell the worker that it is not needed now.
@@ -282,7 +289,7 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
 fn other_build(mut next: Membership, id: WorkerId, sentence: String) -> Decision {
     next.refused += 1;
     let mut actions = vec![Action::Refuse(id, sentence.clone())];
-    let is_hopeless = next.workers.is_empty() && next.refused >= next.expected;
+    let is_hopeless = !next.has_begun && next.workers.is_empty() && next.refused >= next.expected;
     if is_hopeless && next.phase == Phase::Gathering {
         next.phase = Phase::Ending;
         actions.push(Action::Fail(Problem::failed(sentence.clone()).hint(OTHER_BUILD)));
@@ -304,13 +311,15 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
             let survivors = next.members.clone();
             let actions =
                 vec![Action::Notice(lost.clone()), Action::Abort(next.generation, survivors.clone())];
-            next.enter(Phase::Stopping { at_work: survivors, why: lost, is_blameless: false }, now);
+            let at_work = survivors;
+            next.enter(Phase::Stopping { at_work, why: lost, is_blameless: false, aborted: Some(now) }, now);
             rest(next, now, actions)
         }
-        Phase::Stopping { at_work, why, is_blameless } if was_member => {
+        Phase::Stopping { at_work, why, is_blameless, aborted } if was_member => {
             at_work.retain(|&member| member != id);
             let actions = vec![Action::Notice(lost.clone()), Action::Abort(next.generation, at_work.clone())];
             (*why, *is_blameless) = (lost, false);
+            aborted.get_or_insert(now);
             rest(next, now, actions)
         }
         Phase::Formed { .. } | Phase::Stopping { .. } => {
@@ -327,7 +336,7 @@ fn stopped(mut next: Membership, now: Duration, id: WorkerId, broken: Option<Str
             let at_work: Vec<WorkerId> = next.members.iter().copied().filter(|&other| other != id).collect();
             let actions = vec![Action::Abort(next.generation, at_work.clone())];
             let why = cause.unwrap_or_else(|| format!("worker {name} stopped"));
-            next.enter(Phase::Stopping { at_work, why, is_blameless: true }, now);
+            next.enter(Phase::Stopping { at_work, why, is_blameless: true, aborted: Some(now) }, now);
             rest(next, now, actions)
         }
         Phase::Stopping { at_work, .. } => {
@@ -340,7 +349,7 @@ fn stopped(mut next: Membership, now: Duration, id: WorkerId, broken: Option<Str
 
 /// Goes on to the next generation once all members of the last one rest.
 fn rest(mut next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
-    let Phase::Stopping { at_work, why, is_blameless } = &next.phase else {
+    let Phase::Stopping { at_work, why, is_blameless, .. } = &next.phase else {
         return (next, actions, String::new());
     };
     if !at_work.is_empty() {
@@ -372,6 +381,13 @@ fn rest(mut next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
 fn tick(mut next: Membership, now: Duration) -> Decision {
     match &next.phase {
         Phase::Stopping { at_work, .. } if at_work.is_empty() => rest(next, now, vec![]),
+        Phase::Stopping { at_work, aborted: Some(aborted), .. } if now >= *aborted + STOP_LIMIT => {
+            let evict = |&id: &WorkerId| {
+                Action::Evict(id, format!("it did not stop within {} s", STOP_LIMIT.as_secs()))
+            };
+            let actions = at_work.iter().map(evict).collect();
+            (next, actions, "members that do not stop are not waited for".into())
+        }
         Phase::Formed { waiting } if waiting.is_empty() && (next.members.len() as u32) < next.shards => {
             let names: Vec<String> = next.others().map(|id| next.name(id)).collect();
             if names.is_empty() {
@@ -380,7 +396,8 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
             let why = format!("worker {} joins", names.join(", "));
             let actions = vec![Action::Pause(next.generation, next.members.clone())];
             let at_work = next.members.clone();
-            next.enter(Phase::Stopping { at_work, why: why.clone(), is_blameless: false }, now);
+            let phase = Phase::Stopping { at_work, why: why.clone(), is_blameless: false, aborted: None };
+            next.enter(phase, now);
             (next, actions, why)
         }
         Phase::Gathering => {
@@ -442,6 +459,9 @@ fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decisi
         )));
     }
     let source = source(&next, &ids);
+    // Whatever is computed from now on is gone on with by the same bits only.
+    next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
+    let goes_back = source == Source::Disk && next.has_begun;
     next.has_begun = true;
     next.formed_from = match source {
         Source::Disk => None,
@@ -449,7 +469,8 @@ fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decisi
     };
     actions.push(Action::Form(next.generation, members, source));
     let who = if world_size == 1 { "1 worker has".to_owned() } else { format!("{world_size} workers share") };
-    let reason = format!("generation {}: {who} {} shards", next.generation, next.shards);
+    let back = if goes_back { ", going back to what is on the disk" } else { "" };
+    let reason = format!("generation {}: {who} {} shards{back}", next.generation, next.shards);
     next.states.clear();
     next.members = ids.clone();
     next.enter(Phase::Formed { waiting: ids }, now);
@@ -626,6 +647,30 @@ mod tests {
     }
 
     #[test]
+    fn the_bits_of_the_first_generation_bind_those_that_come_when_all_are_lost() {
+        let (state, ..) = play(trains(1, 8), vec![lost(1)]);
+        let other = Candidate { bits: "cpu 2".into(), ..candidate(2) };
+        let (_, actions, reason) = play(state, vec![Event::Joined(2, other)]);
+        assert_eq!(actions, [Action::Refuse(2, reason.clone())]);
+        assert!(reason.contains("was computed with cpu 1") && reason.contains("cpu 2"), "{reason}");
+    }
+
+    #[test]
+    fn who_does_not_stop_is_given_up_unless_it_was_only_asked_to_pause() {
+        let (state, ..) = play(trains(3, 8), vec![lost(1), stopped(2, 1, 4)]);
+        let later = |after| play_at(SOON + after, state.clone(), vec![Event::Tick]);
+        assert_eq!(later(STOP_LIMIT - Duration::from_millis(1)).1, []);
+        let (state, actions, _) = later(STOP_LIMIT);
+        let cause = "it did not stop within 60 s".to_owned();
+        assert_eq!(actions, [Action::Evict(3, cause.clone())]);
+        let (_, actions, _) = play(state, vec![Event::Left(3, cause)]);
+        assert_eq!(formed(&actions), (vec![(2, 0..8)], Source::Kept(at(4))));
+
+        let (state, ..) = play(trains(2, 8), [join(3..=3), vec![Event::Tick]].concat());
+        assert_eq!(play_at(SOON + 10 * STOP_LIMIT, state, vec![Event::Tick]).1, []);
+    }
+
+    #[test]
     fn members_that_lose_each_other_are_tried_again_but_not_for_ever() {
         let mut state = trains(2, 8);
         let mut now = SOON;
@@ -747,6 +792,8 @@ mod tests {
         alive: BTreeMap<WorkerId, Option<Stage>>,
         /// Members that have not stopped.
         at_work: Vec<WorkerId>,
+        /// Those of them whose state is still on the way: if they stop, they hold none.
+        receiving: Vec<WorkerId>,
         generation: Generation,
         /// The most that any worker has ever done.
         furthest: u64,
@@ -774,7 +821,9 @@ mod tests {
                     Some(id) => {
                         self.at_work.retain(|&other| other != id);
                         // Some have done a step that others have not.
-                        let state = self.alive[&id].map(|stage| at(stage.step + (choice >> 16) % 2));
+                        let state = self.alive[&id]
+                            .filter(|_| !self.receiving.contains(&id))
+                            .map(|stage| at(stage.step + (choice >> 16) % 2));
                         self.alive.insert(id, state);
                         self.furthest = self.furthest.max(state.map_or(0, |stage| stage.step));
                         let broken = (choice >> 20).is_multiple_of(3).then(|| "why".to_owned());
@@ -783,7 +832,10 @@ mod tests {
                     None => Event::Tick,
                 },
                 6 => match pick(&self.at_work) {
-                    Some(id) => Event::Connected(id, self.generation),
+                    Some(id) => {
+                        self.receiving.retain(|&other| other != id);
+                        Event::Connected(id, self.generation)
+                    }
                     None => Event::Tick,
                 },
                 _ => Event::Tick,
@@ -836,6 +888,9 @@ mod tests {
                         }
                     };
                     prop_assert_eq!(stage, best);
+                    let behind = |member: &&Member| fleet.alive[&member.worker_id] != stage;
+                    let receiving = members.iter().filter(behind).map(|member| member.worker_id);
+                    fleet.receiving = receiving.collect();
                     for member in &members {
                         fleet.alive.insert(member.worker_id, Some(stage.unwrap_or(at(0))));
                     }

@@ -116,6 +116,8 @@ pub(crate) struct Run {
     /// Checkpoints that are being written or wait for it.
     writing: usize,
     images: std::sync::mpsc::Sender<Vec<u8>>,
+    /// The most advanced state that a member of this generation has stopped with, whether it is still there or not.
+    furthest: Option<Stage>,
     /// Members that have stopped, and how far the state is that each holds, if it does.
     stopped: HashMap<WorkerId, Option<Stage>>,
     drain_asked: bool,
@@ -181,6 +183,7 @@ impl Run {
             announced: 0,
             writing: 0,
             images,
+            furthest: None,
             stopped: HashMap::new(),
             drain_asked: false,
             ending: None,
@@ -254,7 +257,12 @@ impl Run {
             ending.state_from = None;
         }
         self.with_status(|status| status.workers.remove(&id));
-        self.decide(Event::Left(id, cause))
+        self.decide(Event::Left(id, cause))?;
+        if self.drain_asked && !self.has_states() {
+            // Nobody is left who could stop after a step.
+            self.end(Ok(Exit::Requeue));
+        }
+        Ok(())
     }
 
     fn message(&mut self, id: WorkerId, message: ToCoordinator) -> Result<(), Problem> {
@@ -285,6 +293,7 @@ impl Run {
                 self.feeders.remove(&id);
                 let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
                 self.stopped.insert(id, state);
+                self.furthest = self.furthest.max(state);
                 self.ending_goes_on();
                 match why {
                     Stop::Finished => self.end(Ok(Exit::Done)),
@@ -325,7 +334,13 @@ impl Run {
                     self.workers.remove(&id);
                     self.with_status(|status| status.workers.remove(&id));
                 }
-                Action::Welcome(id) => self.send(id, &self.welcome(id)),
+                Action::Evict(id, cause) => self.left(id, cause)?,
+                Action::Welcome(id) => {
+                    self.send(id, &self.welcome(id));
+                    if self.drain_asked {
+                        self.send(id, &ToWorker::Drain);
+                    }
+                }
                 Action::StandBy(id) => self.send(id, &ToWorker::StandBy),
                 Action::Form(generation, members, source) => {
                     self.form(generation, &members, source, &reason)?;
@@ -360,7 +375,7 @@ impl Run {
     ) -> Result<(), Problem> {
         (self.generation, self.members) = (generation, members.iter().map(|m| m.worker_id).collect());
         self.stopped.clear();
-        self.digests.forget();
+        self.furthest = None;
         (self.arriving, self.held) = (Arriving::default(), None);
         self.parts.records.journal(&Record::Generation {
             generation,
@@ -379,9 +394,11 @@ impl Run {
             (Source::Kept(stage), _) => (stage, StateSource::Kept),
             (Source::Member(rank, stage), _) => (stage, StateSource::Member(rank)),
         };
+        self.digests.begin(stage.step);
         for (member, rank) in members.iter().zip(0..) {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
-            let form = Form { generation, rank, members: members.to_vec(), step: stage.step, state };
+            let (members, step, owes_evaluation) = (members.to_vec(), stage.step, !stage.whole);
+            let form = Form { generation, rank, members, step, owes_evaluation, state };
             link.send(&ToWorker::Form(form));
             if let Some((stage, image)) = &from_disk {
                 send_image(link, generation, stage.step, image);
@@ -403,7 +420,9 @@ impl Run {
             write_atomic(path, format!("{text}generation={generation}\n").as_bytes())?;
         }
         self.parts.screen.notice(reason);
-        self.epoch = EpochClock::new();
+        if source == Source::Disk {
+            self.epoch = EpochClock::new();
+        }
         self.announce_checkpoint();
         Ok(())
     }

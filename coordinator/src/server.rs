@@ -65,7 +65,7 @@ struct Limits {
 }
 
 /// A worker of which nothing comes for this long is taken for lost: one that lives says so every second.
-const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+const SILENCE_LIMIT_SECONDS: u32 = 5;
 
 const LIMITS: Limits = Limits { handshake: Duration::from_secs(10), unproved: 256, workers: WORKER_LIMIT };
 
@@ -170,6 +170,20 @@ fn admit(hello: &Hello, places: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, 
     places.try_acquire_owned().map_err(|_| Problem::failed("there is no place for one more worker"))
 }
 
+/// What comes next, if it comes within so many seconds. They are counted one by one: when this process itself was stopped
+/// for a while, that is one of them.
+async fn next_within<S: futures_util::Stream + Unpin>(
+    seconds: u32,
+    stream: &mut S,
+) -> Option<Option<S::Item>> {
+    for _ in 0..seconds {
+        if let Ok(next) = tokio::time::timeout(Duration::from_secs(1), stream.next()).await {
+            return Some(next);
+        }
+    }
+    None
+}
+
 /// Moves frames both ways until the connection ends.
 async fn serve(
     id: WorkerId,
@@ -194,8 +208,8 @@ async fn serve(
     };
     let reader = async {
         loop {
-            let Ok(next) = tokio::time::timeout(SILENCE_LIMIT, stream.next()).await else {
-                return format!("nothing came from it for {} s", SILENCE_LIMIT.as_secs());
+            let Some(next) = next_within(SILENCE_LIMIT_SECONDS, &mut stream).await else {
+                return format!("nothing came from it for {SILENCE_LIMIT_SECONDS} s");
             };
             let frame = match next {
                 None => return "its connection closed; the process has probably ended".to_owned(),

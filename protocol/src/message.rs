@@ -296,6 +296,8 @@ pub struct Form {
     pub members: Vec<Member>,
     /// Steps done in the state to start from.
     pub step: u64,
+    /// The evaluation that belongs to the last of them comes first.
+    pub owes_evaluation: bool,
     /// Where that state comes from.
     pub state: StateSource,
 }

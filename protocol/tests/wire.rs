@@ -166,7 +166,14 @@ fn to_worker() -> Vec<ToWorker> {
     };
     let member = Member { worker_id: 1, name: "name".to_owned(), address: "host:1".to_owned(), shards: 0..3 };
     let form = |state| {
-        ToWorker::Form(Form { generation: 1, rank: 0, members: vec![member.clone()], step: 2, state })
+        ToWorker::Form(Form {
+            generation: 1,
+            rank: 0,
+            members: vec![member.clone()],
+            step: 2,
+            owes_evaluation: true,
+            state,
+        })
     };
     let mut messages = vec![
         ToWorker::Welcome(Box::new(welcome)),

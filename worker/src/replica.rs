@@ -74,17 +74,18 @@ impl<D: Device> Replica<D> {
         Ok(replica)
     }
 
-    /// The state that the worker of rank `source` holds; its own where that is this worker. Whoever holds the same already
-    /// gets it once more, which is simpler than to ask.
+    /// Becomes the state that the worker of rank `source` holds. Whoever holds the same already gets it once more, which is
+    /// simpler than to ask.
     ///
     /// # Errors
-    /// The generation broke. What has arrived by then is no state.
-    pub fn shared(
-        mut self,
+    /// The generation broke. What has arrived by then is no state, unless it was that of the same step before: then it is
+    /// as it was.
+    pub fn become_that_of(
+        &mut self,
+        source: u32,
         device: &D,
         collective: &mut dyn Collective<D>,
-        source: u32,
-    ) -> std::result::Result<Self, CollectiveError> {
+    ) -> std::result::Result<(), CollectiveError> {
         let [parameters, first, second, state] = self.layout.image_ranges().map(|range| range.len());
         let buffers = [
             (&mut self.parameters, parameters),
@@ -106,7 +107,7 @@ impl<D: Device> Replica<D> {
         let (progress, control) =
             words.ok_or_else(|| DeviceError("another worker sent a state that is cut short".to_owned()))?;
         (self.progress, self.control) = (progress, control);
-        Ok(self)
+        Ok(())
     }
 
     /// A state of zeros, to be filled.

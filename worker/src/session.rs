@@ -61,7 +61,7 @@ pub async fn run<B>(
     mut shutdown: tokio::sync::mpsc::Receiver<()>,
 ) -> Result<Exit, Problem>
 where
-    B: Backend,
+    B: Backend + 'static,
     B::Device: 'static,
 {
     let mut connection = tokio::select! {
@@ -99,9 +99,18 @@ where
         _ => return Err(lost("it began with something else than a welcome")),
     };
     let layout = StateLayout::new(welcome.data.model.clone(), welcome.job.batch_size as usize);
-    let device = backend
-        .open(&layout, &welcome.job, &welcome.data, welcome.run.recompute)
-        .map_err(|error| Problem::failed(error.to_string()))?;
+    let mut opened = tokio::task::spawn_blocking({
+        let (layout, welcome) = (layout.clone(), welcome.clone());
+        move || backend.open(&layout, &welcome.job, &welcome.data, welcome.run.recompute)
+    });
+    let mut signs_of_life = signs_of_life();
+    let device = loop {
+        tokio::select! {
+            device = &mut opened => break device.expect("opening a device does not panic"),
+            _ = signs_of_life.tick() => connection.send(&ToCoordinator::Alive).await?,
+        }
+    };
+    let device = device.map_err(|error| Problem::failed(error.to_string()))?;
     let (frames, outgoing) = unbounded_channel();
     let outbox = Outbox::new(frames, metrics.clone(), welcome.data.schedule, welcome.run.digest_steps);
     let session = Session {
@@ -117,6 +126,13 @@ where
         waiting_for_state: None,
     };
     session.serve(shutdown).await
+}
+
+/// When a worker says that it lives.
+fn signs_of_life() -> tokio::time::Interval {
+    let mut interval = tokio::time::interval(SIGN_OF_LIFE_INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
 }
 
 /// Where others find what listens at `bound`: an unspecified address means every one of this host's.
@@ -187,8 +203,8 @@ impl<D: model::device::Device + 'static> Session<D> {
     }
 
     async fn obey_all(&mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
-        let mut signs_of_life = tokio::time::interval(SIGN_OF_LIFE_INTERVAL);
-        signs_of_life.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut signs_of_life = signs_of_life();
+        let mut was_asked_to_stop = false;
         loop {
             tokio::select! {
                 frame = self.connection.receive() => match frame {
@@ -202,7 +218,10 @@ impl<D: model::device::Device + 'static> Session<D> {
                 _ = signs_of_life.tick() => self.connection.send(&ToCoordinator::Alive).await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
                 Some(()) = shutdown.recv() => match &self.stage {
-                    Stage::Training(_) if !self.outbox.drain_requested() => self.outbox.request_drain(),
+                    Stage::Training(_) if !was_asked_to_stop => {
+                        was_asked_to_stop = true;
+                        self.outbox.request_drain();
+                    }
                     _ => return Ok(Exit::Requeue),
                 },
             }
@@ -218,20 +237,13 @@ impl<D: model::device::Device + 'static> Session<D> {
             ToWorker::Form(form) => self.start(form, None)?,
             ToWorker::Drain => self.outbox.request_drain(),
             ToWorker::Pause { generation } => self.outbox.request_pause(generation),
-            ToWorker::Abort { generation } => match &mut self.stage {
-                Stage::Training(running) if running.generation == generation => running.end(),
-                // It has not begun: its state is still on the way.
-                Stage::Idle(trainer)
-                    if self
-                        .waiting_for_state
-                        .take_if(|(form, _)| form.generation == generation)
-                        .is_some() =>
+            ToWorker::Abort { generation } => {
+                if let Stage::Training(running) = &mut self.stage
+                    && running.generation == generation
                 {
-                    trainer.generation = generation;
-                    self.stopped(Stop::Aborted);
+                    running.end();
                 }
-                _ => {}
-            },
+            }
             ToWorker::SendState { at_step } => match &self.stage {
                 Stage::Idle(trainer) => self.send_state(trainer)?,
                 _ => self.outbox.request_state(at_step),
@@ -322,20 +334,18 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Stop::Aborted
             }
         };
-        self.stage = Stage::Idle(trainer);
-        self.stopped(why);
-        Ok(())
-    }
-
-    /// Tells that the worker rests, and what it holds.
-    fn stopped(&self, why: Stop) {
-        let Stage::Idle(trainer) = &self.stage else { unreachable!("a worker that rests is idle") };
-        let held = |replica: &Replica<D>| HeldState {
-            step: replica.progress.step,
-            owes_evaluation: replica.owes_evaluation(),
+        let schedule = self.welcome.data.schedule;
+        let held = |replica: &Replica<D>| {
+            let step = replica.progress.step;
+            // That at the end of a run which ends within an epoch is in no control state; who has done it has finished.
+            let owes_last =
+                why != Stop::Finished && schedule.evaluates_after(step) && !schedule.ends_epoch(step);
+            HeldState { step, owes_evaluation: replica.owes_evaluation() || owes_last }
         };
         let state = trainer.replica.as_ref().map(held);
         self.outbox.send(ToCoordinator::Stopped { generation: trainer.generation, state, why });
+        self.stage = Stage::Idle(trainer);
+        Ok(())
     }
 
     fn send_state(&self, trainer: &Trainer<D>) -> Result<(), Problem> {

@@ -131,7 +131,7 @@ impl<D: Device> Generation<D> {
     /// An aborted or broken generation, a failed device.
     pub fn train(&mut self, device: &mut D, replica: &mut Replica<D>) -> Result<Stop, StepError> {
         let schedule = self.data.schedule;
-        if replica.owes_evaluation() {
+        if self.form.owes_evaluation {
             self.evaluate(device, replica)?;
             self.outbox.after_step(device, replica, self.form.generation)?;
         }

@@ -70,18 +70,20 @@ impl<D: Device> Trainer<D> {
                 .map_err(|error| format!("cannot start the threads of the data plane: {error}"))?,
         );
         abort.attach(collective.abort_handle());
-        // A state that arrives in part is none: until it is whole, this worker holds nothing.
         let replica = match (image, form.state, self.replica.take()) {
             (Some(image), _, _) => Replica::from_image(device, layout, &image),
             (None, StateSource::Initial, _) => Replica::initial(device, layout, job),
             (None, StateSource::Kept, Some(kept)) => Ok(kept),
             (None, StateSource::Member(source), kept) => {
+                // One of the same step differs in nothing but what arrives last.
+                let stays_whole = kept.as_ref().is_some_and(|kept| kept.progress.step == form.step);
                 let own = kept.map_or_else(|| Replica::zeros(device, layout), Ok);
-                match own.map(|own| own.shared(device, &mut *collective, source)) {
-                    Ok(Ok(replica)) => Ok(replica),
-                    Ok(Err(error)) => return stopped_by(error.into()),
-                    Err(error) => Err(error),
+                let mut own = own.map_err(|error| error.to_string())?;
+                if let Err(error) = own.become_that_of(source, device, &mut *collective) {
+                    self.replica = Some(own).filter(|_| stays_whole);
+                    return stopped_by(error.into());
                 }
+                Ok(own)
             }
             (None, StateSource::Kept | StateSource::Coordinator, _) => {
                 return Err("there is no state to start the generation from".to_owned());

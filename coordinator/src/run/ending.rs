@@ -39,9 +39,10 @@ pub(super) struct Ending {
 }
 
 impl Run {
-    /// A signal asks the run to stop: after the step under way, or at once if it has asked before.
+    /// A signal asks the run to stop: after the step under way, or at once if it has asked before or nothing is there that
+    /// could be kept.
     pub(super) fn stop_asked(&mut self) {
-        if self.drain_asked || self.training() == 0 {
+        if self.drain_asked || (self.ending.is_none() && !self.has_states()) {
             self.end(Ok(Exit::Requeue));
             if let Some(ending) = &mut self.ending {
                 ending.cut_short = true;
@@ -117,6 +118,11 @@ impl Run {
         }
     }
 
+    /// Whether any worker holds a state: it trains, or has stopped with one.
+    pub(super) fn has_states(&self) -> bool {
+        self.training() > 0 || self.stopped.values().any(Option::is_some)
+    }
+
     /// Members that are connected and still train.
     pub(super) fn training(&self) -> usize {
         let at_work = |id: &&WorkerId| self.workers.contains_key(*id) && !self.stopped.contains_key(*id);
@@ -135,8 +141,10 @@ impl Run {
     pub(super) fn settle(&mut self) {
         let is_idle = self.writing == 0 && !self.arriving.is_under_way();
         let all_rest = self.training() == 0;
-        let held = self.stopped.iter().filter_map(|(id, stage)| Some(((*stage)?, *id)));
-        let (Some(ending), Some((stage, id))) = (&mut self.ending, held.max()) else {
+        // Of several that are equal the first, which may have been asked before: one asked twice sends one after the other.
+        let held = self.members.iter().rev().filter_map(|id| Some(((*self.stopped.get(id)?)?, *id)));
+        let (Some(ending), Some((stage, id))) = (&mut self.ending, held.max_by_key(|(stage, _)| *stage))
+        else {
             return;
         };
         let is_written = self.parts.records.checkpoint.is_some_and(|written| written >= stage);
@@ -170,8 +178,8 @@ impl Run {
 
     /// Sends everybody home.
     pub(super) async fn say_goodbye(mut self, arrivals: &mut UnboundedReceiver<Arrival>) -> Outcome {
-        let newest = self.stopped.values().flatten().max().filter(|stage| stage.step > 0);
-        let is_written = newest.is_none_or(|newest| self.parts.records.checkpoint >= Some(*newest));
+        let newest = self.furthest.filter(|stage| stage.step > 0);
+        let is_written = newest.is_none_or(|newest| self.parts.records.checkpoint >= Some(newest));
         let is_done = is_written || self.ending.as_ref().is_some_and(|ending| ending.cut_short);
         let result = self.ending.take().map_or(Ok(Exit::Done), |ending| ending.result).and_then(|exit| {
             if is_done {

@@ -11,10 +11,10 @@ use crate::cost::Flop;
 /// How long the probe takes.
 const PROBE: Duration = Duration::from_millis(40);
 
-/// Share of the probed rate that whole steps reach, with their pointwise operations, packing and optimizer. By the
-/// processor time of one thread with AVX-512, 2026-11-22, medians: char-lstm 0.53, char-gru 0.47, char-lstm-512 0.73,
-/// mnist-rnn 0.58, mnist-lstm 0.53, mnist-gru 0.43. Other machines differ.
-const TYPICAL_EFFICIENCY: f64 = 0.5;
+/// Share of the probed rate that whole steps reach, with their pointwise operations, packing and optimizer. Two threads
+/// with AVX-512, 2026-11-22, medians: char-lstm 0.71, char-gru 0.63, char-lstm-512 0.70, mnist-rnn 0.43, mnist-lstm 0.64,
+/// mnist-gru 0.57, where the probe reaches 0.88 of the multiply-adds in registers. Other machines differ.
+const TYPICAL_EFFICIENCY: f64 = 0.6;
 
 /// Seconds of a step and of a batch of an evaluation, as far as can be known before.
 #[derive(Debug, Clone, Copy, PartialEq)]
