@@ -26,8 +26,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// A worker that has died is started again after twice this time, and after twice as long each time it dies again soon.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 
-/// A worker that has lived for so long has not died early.
-const LONG_LIFE: Duration = Duration::from_secs(30);
+/// A worker that has lived for so long, while the run did a step or more, has not died early.
+const LIFE: Duration = Duration::from_secs(1);
 
 /// Early deaths of one worker, one after another, after which it is not started again.
 const EARLY_DEATHS_LIMIT: u32 = 3;
@@ -93,7 +93,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
                 asked_to_stop = true;
                 signal(&coordinator, Signal::TERM);
             }
-            at = next_to_start(&mut fleet), if !asked_to_stop && given_up.is_none() => {
+            at = next_to_start(&mut fleet, &ready), if !asked_to_stop && given_up.is_none() => {
                 let started = at.and_then(|at| Ok((at, start_worker(at + 1)?)));
                 match started {
                     Ok((at, child)) => fleet[at].restarted(child),
@@ -148,8 +148,10 @@ struct Local {
     started: Instant,
     /// When it is to be started again, once it has died.
     due: Option<Instant>,
-    /// Deaths soon after a start, one after another.
+    /// Deaths soon after a start, or without a step of the run between them, one after another.
     early_deaths: u32,
+    /// Steps of the run at the last death, as far as was known.
+    steps: u64,
     /// How the first of these was.
     first_death: String,
 }
@@ -157,7 +159,7 @@ struct Local {
 impl Local {
     fn new(child: Child) -> Self {
         let started = Instant::now();
-        Self { child, started, due: None, early_deaths: 0, first_death: String::new() }
+        Self { child, started, due: None, early_deaths: 0, steps: 0, first_death: String::new() }
     }
 
     fn restarted(&mut self, child: Child) {
@@ -165,14 +167,16 @@ impl Local {
     }
 
     /// Looks whether it lives. Gives when it is to be started again if it does not, or why it is not any more.
-    fn look(&mut self, number: usize) -> Result<Option<Instant>, Problem> {
+    fn look(&mut self, number: usize, ready: &ReadyFile) -> Result<Option<Instant>, Problem> {
         if self.due.is_none()
             && let Ok(Some(status)) = self.child.try_wait()
             && !matches!(status.code(), Some(0 | REQUEUE))
         {
-            if self.started.elapsed() >= LONG_LIFE {
+            let steps = ready.steps();
+            if self.started.elapsed() >= LIFE && steps > self.steps {
                 self.early_deaths = 0;
             }
+            self.steps = steps;
             if self.early_deaths == 0 {
                 self.first_death = status.to_string();
             }
@@ -180,10 +184,9 @@ impl Local {
             self.due = Some(Instant::now() + RESTART_PAUSE * (1 << self.early_deaths));
         }
         if self.early_deaths > EARLY_DEATHS_LIMIT {
-            let (deaths, limit) = (self.early_deaths, LONG_LIFE.as_secs());
             return Err(Problem::failed(format!(
-                "worker {number} ended {deaths} times within {limit} s of its start; the first time: {}",
-                self.first_death
+                "worker {number} ended {} times, each time soon after its start; the first time: {}",
+                self.early_deaths, self.first_death
             )));
         }
         Ok(self.due)
@@ -191,10 +194,10 @@ impl Local {
 }
 
 /// Waits until a worker is to be started again; gives its place. The first that dies again and again is a problem.
-async fn next_to_start(fleet: &mut [Local]) -> Result<usize, Problem> {
+async fn next_to_start(fleet: &mut [Local], ready: &ReadyFile) -> Result<usize, Problem> {
     loop {
         for (at, worker) in fleet.iter_mut().enumerate() {
-            if worker.look(at + 1)?.is_some_and(|due| Instant::now() >= due) {
+            if worker.look(at + 1, ready)?.is_some_and(|due| Instant::now() >= due) {
                 return Ok(at);
             }
         }
@@ -211,6 +214,12 @@ impl ReadyFile {
     /// A path that nobody can guess. `random` is no secret: anybody may list the folder.
     fn new(random: &str) -> Self {
         Self { path: std::env::temp_dir().join(format!("lockstep-{}-{random}.ready", std::process::id())) }
+    }
+
+    /// Steps that the run had done when its last generation formed.
+    fn steps(&self) -> u64 {
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        text.lines().find_map(|line| line.strip_prefix("step=")?.parse().ok()).unwrap_or(0)
     }
 
     /// The control address, once it is known.

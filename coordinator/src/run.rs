@@ -417,7 +417,7 @@ impl Run {
             }
         });
         if let Some((path, text)) = &self.parts.ready {
-            write_atomic(path, format!("{text}generation={generation}\n").as_bytes())?;
+            write_atomic(path, format!("{text}generation={generation}\nstep={}\n", self.step).as_bytes())?;
         }
         self.parts.screen.notice(reason);
         if source == Source::Disk {

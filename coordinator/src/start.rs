@@ -59,7 +59,8 @@ pub struct Config {
     /// The run's secret.
     pub token: Token,
     /// Written, atomically, when both ports are bound: `control=HOST:PORT` and `http=HOST:PORT`, a line
-    /// each; once workers train, also `generation=N`.
+    /// each; once workers train, also `generation=N` and `step=N`, steps done when
+    /// it formed.
     pub ready_file: Option<PathBuf>,
     /// How long status and metrics are served after the run's end, for a last scrape.
     pub linger: Duration,
