@@ -339,9 +339,15 @@ fn stopped(mut next: Membership, now: Duration, id: WorkerId, broken: Option<Str
             next.enter(Phase::Stopping { at_work, why, is_blameless: true, aborted: Some(now) }, now);
             rest(next, now, actions)
         }
-        Phase::Stopping { at_work, .. } => {
+        Phase::Stopping { at_work, aborted, .. } => {
             at_work.retain(|&other| other != id);
-            rest(next, now, vec![])
+            let mut actions = Vec::new();
+            if cause.is_some() && aborted.is_none() {
+                // The others wait in vain for the step after which they were to pause.
+                *aborted = Some(now);
+                actions.push(Action::Abort(next.generation, at_work.clone()));
+            }
+            rest(next, now, actions)
         }
         Phase::Gathering | Phase::Ending => (next, vec![], format!("worker {name} has stopped")),
     }
@@ -667,7 +673,12 @@ mod tests {
         assert_eq!(formed(&actions), (vec![(2, 0..8)], Source::Kept(at(4))));
 
         let (state, ..) = play(trains(2, 8), [join(3..=3), vec![Event::Tick]].concat());
-        assert_eq!(play_at(SOON + 10 * STOP_LIMIT, state, vec![Event::Tick]).1, []);
+        assert_eq!(play_at(SOON + 10 * STOP_LIMIT, state.clone(), vec![Event::Tick]).1, []);
+        // Unless a member breaks meanwhile: then the rest waits for a step that never ends.
+        let (state, actions, _) = play(state, vec![broken(1, 1, 4, "why")]);
+        assert_eq!(actions, [Action::Abort(1, vec![2])]);
+        let (_, actions, _) = play_at(SOON + STOP_LIMIT, state, vec![Event::Tick]);
+        assert!(matches!(actions[..], [Action::Evict(2, _)]), "{actions:?}");
     }
 
     #[test]
