@@ -150,16 +150,16 @@ struct Local {
     due: Option<Instant>,
     /// Deaths soon after a start, or without a step of the run between them, one after another.
     early_deaths: u32,
-    /// Steps of the run at the last death, as far as was known.
-    steps: u64,
     /// How the first of these was.
     first_death: String,
+    /// Steps of the run at the last death, as far as was known.
+    steps: u64,
 }
 
 impl Local {
     fn new(child: Child) -> Self {
         let started = Instant::now();
-        Self { child, started, due: None, early_deaths: 0, steps: 0, first_death: String::new() }
+        Self { child, started, due: None, early_deaths: 0, first_death: String::new(), steps: 0 }
     }
 
     fn restarted(&mut self, child: Child) {

@@ -306,12 +306,12 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
     let lost = format!("worker {name} was lost: {cause}");
     match &mut next.phase {
         Phase::Ending => (next, vec![], format!("worker {name} is gone, as expected")),
-        Phase::Gathering => (next, vec![], format!("worker {name} left before the start: {cause}")),
+        Phase::Gathering => {
+            (next, vec![], format!("worker {name} left while others are waited for: {cause}"))
+        }
         Phase::Formed { .. } if was_member => {
-            let survivors = next.members.clone();
-            let actions =
-                vec![Action::Notice(lost.clone()), Action::Abort(next.generation, survivors.clone())];
-            let at_work = survivors;
+            let at_work = next.members.clone();
+            let actions = vec![Action::Notice(lost.clone()), Action::Abort(next.generation, at_work.clone())];
             next.enter(Phase::Stopping { at_work, why: lost, is_blameless: false, aborted: Some(now) }, now);
             rest(next, now, actions)
         }

@@ -430,15 +430,9 @@ impl Run {
     /// The newest state on the disk: the one that the run went on from, if none was written since.
     fn newest_state(&self) -> Result<Option<(Stage, Vec<u8>)>, Problem> {
         let resumed = self.parts.resumed.as_ref();
-        let resumed =
-            resumed.map(|start| (Stage { step: start.step, whole: !start.owes_evaluation }, &start.image));
-        if self
-            .parts
-            .records
-            .checkpoint
-            .is_none_or(|written| resumed.as_ref().is_some_and(|(stage, _)| *stage >= written))
-        {
-            return Ok(resumed.map(|(stage, image)| (stage, image.clone())));
+        let stage = resumed.map(|start| Stage { step: start.step, whole: !start.owes_evaluation });
+        if self.parts.records.checkpoint <= stage {
+            return Ok(stage.zip(resumed.map(|start| start.image.clone())));
         }
         let newest = self.parts.records.newest_state()?;
         Ok(newest.map(|image| (Stage::of(&image), image.bytes().to_vec())))

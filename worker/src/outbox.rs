@@ -69,11 +69,6 @@ impl Outbox {
         self.lock().drain = true;
     }
 
-    /// Whether [`request_drain`](Self::request_drain) was called.
-    pub fn drain_requested(&self) -> bool {
-        self.lock().drain
-    }
-
     /// Asks the loop to stop after the next step of this generation, for the next generation.
     pub fn request_pause(&self, generation: Generation) {
         self.lock().pause = Some(generation);

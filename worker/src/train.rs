@@ -123,9 +123,9 @@ impl<D: Device> Generation<D> {
         Self { sample: request.filter(|_| self.form.rank == 0), ..self }
     }
 
-    /// Trains until the schedule ends, the control state ends the run, the fleet pauses or drains, or something breaks. The replica
-    /// is always in the state after some step; if it was cut off before the evaluation that belongs to it, the control
-    /// state says so, and whoever goes on from there begins with that.
+    /// Trains until the schedule ends, the control state ends the run, the fleet pauses or drains, or something breaks.
+    /// The replica is always in the state after some step; if it was cut off before the evaluation that belongs to it,
+    /// the control state says so, and whoever goes on from there begins with that.
     ///
     /// # Errors
     /// An aborted or broken generation, a failed device.
@@ -213,9 +213,9 @@ impl<D: Device> Generation<D> {
         Ok(Some(wish))
     }
 
-    /// Completes the gradient and begins to reduce it to `into`, bucket by bucket: each travels while the next is computed, unless
-    /// there is nobody to send it to, or shards are clipped, for which all of it must be known. Gives the sums of this
-    /// worker's shards too.
+    /// Completes the gradient and begins to reduce it to `into`, bucket by bucket: each travels while the next is computed,
+    /// unless there is nobody to send it to, or shards are clipped, for which all of it must be known. Gives the sums of
+    /// this worker's shards too.
     fn begin_gradient(
         &mut self,
         device: &mut D,

@@ -168,19 +168,6 @@ impl Links {
         self.send_frame(rank, frame, bytes, || self.kept(values));
     }
 
-    /// As [`send_to_all`](Self::send_to_all), for floats that stay where they are only for now.
-    fn send_all_from(&self, ticket: u32, block: u32, values: &[f32]) {
-        if self.peers.len() == 1 {
-            return; // Nobody reads the checksum.
-        }
-        let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
-        let bytes = bytemuck::cast_slice(values);
-        let frame = Outgoing::new(self.place.generation, address, false, bytes);
-        for peer in self.peers() {
-            self.send_frame(peer, frame.clone(), bytes, || self.kept(values));
-        }
-    }
-
     /// A copy of floats that are still to be sent.
     fn kept(&self, values: &[f32]) -> Payload {
         let mut kept = self.spare();
@@ -191,14 +178,26 @@ impl Links {
 
     /// Sends finished values of this worker's part to all peers.
     pub(super) fn send_to_all(&self, ticket: u32, block: u32, payload: &Payload) {
+        let is_bytes = matches!(payload, Payload::Bytes(_));
+        self.send_finished(ticket, block, is_bytes, payload.as_bytes(), || payload.clone());
+    }
+
+    /// `keep` gives the values to keep for a peer whose socket does not take all of them at once.
+    fn send_finished(
+        &self,
+        ticket: u32,
+        block: u32,
+        is_bytes: bool,
+        values: &[u8],
+        keep: impl Fn() -> Payload,
+    ) {
         if self.peers.len() == 1 {
             return; // Nobody reads the checksum.
         }
         let address = Address { kind: BulkKind::Gather, ticket, place: self.place.rank, block };
-        let is_bytes = matches!(payload, Payload::Bytes(_));
-        let frame = Outgoing::new(self.place.generation, address, is_bytes, payload.as_bytes());
+        let frame = Outgoing::new(self.place.generation, address, is_bytes, values);
         for peer in self.peers() {
-            self.send_frame(peer, frame.clone(), payload.as_bytes(), || payload.clone());
+            self.send_frame(peer, frame.clone(), values, &keep);
         }
     }
 
@@ -409,7 +408,7 @@ impl Links {
         let complete = lock(&self.state).sums.complete(&self.plan, (ticket, block), own, sum.len())?;
         let Some(pieces) = complete else { return Ok(false) };
         self.plan.sum_to(sum, pieces, |values| self.recycle(values));
-        self.send_all_from(ticket, block, sum);
+        self.send_finished(ticket, block, false, bytemuck::cast_slice(sum), || self.kept(sum));
         self.finish(ticket, Piece { rank: self.place.rank, block, payload: None });
         Ok(true)
     }
