@@ -50,6 +50,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Train(train) => runtime()?.block_on(supervisor::train(train)),
         Command::Coordinator(options) => {
             let (watch_stdin, config) = (options.supervised, options.config()?);
+            failpoints::obey("coordinator", "coordinator").map_err(Problem::usage)?;
             runtime()?.block_on(async {
                 let signals = signals::stop_requests(watch_stdin)?;
                 coordinator::run(config, signals).await
@@ -58,6 +59,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Worker(options) => {
             let (supervised, config, backend) = (options.supervised, options.config()?, options.backend()?);
             let name = config.name.clone();
+            failpoints::obey("worker", &name).map_err(Problem::usage)?;
             // What a worker of `train` has to say, the coordinator beside it says.
             let say = |what: String| if supervised { Ok(()) } else { commands::print(&what) };
             say(format!("worker {name}: looking for the coordinator at {}\n", config.coordinator))?;

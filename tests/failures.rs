@@ -78,24 +78,41 @@ fn a_run_that_loses_all_its_workers_goes_on_from_the_disk() {
 }
 
 #[test]
-fn workers_come_and_go() {
+fn a_fleet_of_1_then_4_then_2_then_3_workers_computes_the_same_from_the_same_rows() {
     let folder = Folder::new();
     let run = folder.run("run", &job(&folder));
     let mut coordinator = Coordinator::start(&run, "--steps 3000 --workers 1", None);
     let here = folder.empty("worker");
-    let first = coordinator.worker(&here, "--name first");
+    let mut workers = vec![coordinator.worker(&here, "--name first")];
     coordinator.process.line_with("generation 1: 1 worker has 8 shards");
-    let others: Vec<Process> =
-        ["second", "third", "fourth"].map(|name| coordinator.worker(&here, &format!("--name {name}"))).into();
+    for name in ["second", "third", "fourth"] {
+        workers.push(coordinator.worker(&here, &format!("--name {name}")));
+    }
     coordinator.process.line_with("4 workers share 8 shards");
-    drop(first);
+    wait_for_steps(&run, run.steps_so_far() + 20);
+    // The first holds the run's state longest; it goes too.
+    drop(workers.drain(..2));
     coordinator.process.line_with("worker first was lost: ");
-    coordinator.process.line_with("3 workers share 8 shards");
+    coordinator.process.line_with("worker second was lost: ");
+    coordinator.process.line_with("2 workers share 8 shards");
+    wait_for_steps(&run, run.steps_so_far() + 20);
+    workers.push(coordinator.worker(&here, "--name fifth"));
+    let grown = eventually("a third generation of that size", || {
+        let formed = coordinator.process.output();
+        let sizes: Vec<_> = formed.lines().filter_map(|line| line.split_once(" share 8 shards")).collect();
+        sizes.last().is_some_and(|(line, _)| line.ends_with("3 workers")).then(|| run.steps_so_far())
+    });
+    assert!(grown < 3000, "the run was over before the fleet had grown again");
     coordinator.process.line_with("done: 3000 steps");
-    for process in others.into_iter().chain([coordinator.process]) {
+    for process in workers.into_iter().chain([coordinator.process]) {
         process.end().expect_exit(0);
     }
     assert_undisturbed(&folder, &run, &job(&folder), "--steps 3000");
+    let audit = Process::start(lockstep().args(["inspect", "--audit"]).arg(run.dir())).end();
+    audit.expect_exit(0);
+    let passed =
+        "audit: 3,000 steps, 192,000 rows: each step used exactly the rows that job and data prescribe";
+    assert_eq!(audit.stdout.lines().last(), Some(passed));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use failpoints::{Point, reach};
 use protocol::frame::{BulkHeader, BulkKind, encode_bulk};
 use protocol::message::Generation;
 use protocol::schedule::{Schedule, Work};
@@ -35,6 +36,7 @@ impl Feeder {
                 credits.acquire().await.expect("the window is never closed").forget();
                 let payload = dataset.batch(work, shards.clone()).to_bytes();
                 let (Work::Train { step, .. } | Work::Evaluate { step, .. }) = work;
+                reach(Point::Feed, step);
                 let header =
                     BulkHeader { kind: BulkKind::Batch, generation, step, sequence: sequence as u32, tag: 0 };
                 link.send_frame(encode_bulk(&header, &payload));

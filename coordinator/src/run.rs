@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use failpoints::{Point, reach};
 use protocol::control::ControlState;
 use protocol::job::JobFile;
 use protocol::layout::StateLayout;
@@ -346,6 +347,7 @@ impl Run {
                     self.form(generation, &members, source, &reason)?;
                 }
                 Action::Pause(generation, ids) => {
+                    reach(Point::Admission, self.step);
                     for id in ids {
                         self.send(id, &ToWorker::Pause { generation });
                     }
@@ -395,12 +397,14 @@ impl Run {
             (Source::Member(rank, stage), _) => (stage, StateSource::Member(rank)),
         };
         self.digests.begin(stage.step);
+        reach(Point::Recovery, stage.step);
         for (member, rank) in members.iter().zip(0..) {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
             let (members, step, owes_evaluation) = (members.to_vec(), stage.step, !stage.whole);
             let form = Form { generation, rank, members, step, owes_evaluation, state };
             link.send(&ToWorker::Form(form));
             if let Some((stage, image)) = &from_disk {
+                reach(Point::StateTransfer, stage.step);
                 send_image(link, generation, stage.step, image);
             }
             let (data, shards) = (self.parts.data.handle(), member.shards.clone());

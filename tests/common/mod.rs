@@ -4,6 +4,7 @@
 //! - [`run`]: one run directory: train in it, inspect it, read its metrics.
 //! - [`process`]: one started process: its output while it runs, how it ended. Killed when dropped.
 //! - [`by_hand`]: a coordinator and workers started one by one.
+//! - [`failing`]: a run whose processes do something at failpoints.
 //! - [`in_process`]: a coordinator and workers inside the test, on devices of the test's own.
 //! - [`meddling`]: a device that hands other rows to the kernels, breaks steps, or says that it computes other bits.
 //! - [`refusal`]: what every refused command has in common.
@@ -13,6 +14,7 @@
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 
 mod by_hand;
+mod failing;
 mod folder;
 mod http;
 mod in_process;
@@ -23,6 +25,7 @@ mod refusal;
 mod run;
 
 pub(crate) use by_hand::Coordinator;
+pub(crate) use failing::{Event, Events};
 pub(crate) use folder::{Folder, files_below};
 pub(crate) use http::{Answer, get};
 pub(crate) use in_process::train_in_process;

@@ -2,6 +2,7 @@
 
 use std::sync::mpsc::Receiver;
 
+use failpoints::{Point, reach};
 use protocol::batch::Batch;
 use protocol::message::{Generation, ToCoordinator};
 use protocol::schedule::Work;
@@ -46,6 +47,8 @@ impl Feed {
     /// # Errors
     /// No more batches come, or another one than the schedule's next.
     pub fn next(&mut self, expected: Work) -> Result<Batch, FeedClosed> {
+        let (Work::Train { step, .. } | Work::Evaluate { step, .. }) = expected;
+        reach(Point::Feed, step);
         let batch = self.batches.recv().map_err(|_| FeedClosed::Ended)?;
         if batch.work != expected {
             return Err(FeedClosed::Unexpected { got: batch.work, expected });

@@ -93,6 +93,11 @@ impl WorkerMetrics {
         }
     }
 
+    /// Steps that this worker has finished.
+    pub(crate) fn steps_done(&self) -> u64 {
+        self.steps.get()
+    }
+
     /// Says how many shards the worker holds.
     pub fn shards(&self, count: usize) {
         self.shards.set(count as i64);

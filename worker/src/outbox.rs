@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use failpoints::{Point, reach};
 use model::device::{Device, Result};
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk, encode_message};
 use protocol::message::{Generation, ToCoordinator};
@@ -62,6 +63,11 @@ impl Outbox {
         );
         let hint = "start over with --fresh and a smaller learning_rate or another init; --set non_finite=skip leaves such steps out";
         self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
+    }
+
+    /// Steps that this worker has finished.
+    pub(crate) fn steps_done(&self) -> u64 {
+        self.metrics.steps_done()
     }
 
     /// Asks the loop to stop after the next step.
@@ -148,7 +154,12 @@ impl Outbox {
         generation: Generation,
     ) -> Result<()> {
         let image = replica.image(device)?;
-        for (sequence, chunk) in image.chunks(BULK_CHUNK_BYTES).enumerate() {
+        let chunks = image.chunks(BULK_CHUNK_BYTES);
+        let half = chunks.len() / 2;
+        for (sequence, chunk) in chunks.enumerate() {
+            if sequence == half {
+                reach(Point::Checkpoint, replica.progress.step);
+            }
             let header = BulkHeader {
                 kind: BulkKind::State,
                 generation,

@@ -210,6 +210,18 @@ impl<D: Device> Replica<D> {
         Ok(bytes)
     }
 
+    /// Turns one bit of the first moment's mantissas, as a fault of the memory might.
+    ///
+    /// # Errors
+    /// The device could not hand out its numbers.
+    pub(crate) fn flip_bit(&mut self, device: &D) -> Result<()> {
+        let at = self.layout.parameters() / 2;
+        let mut value = [0.0];
+        device.export(&self.first_moment, at..at + 1, &mut value)?;
+        let flipped = [f32::from_bits(value[0].to_bits() ^ 1)];
+        device.import(&mut self.first_moment, at, &flipped)
+    }
+
     /// A 64-bit digest of the whole state. Replicas with different digests have parted.
     ///
     /// # Errors

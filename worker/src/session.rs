@@ -9,6 +9,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use bytes::Bytes;
+use failpoints::{Point, reach};
 use model::device::Backend;
 use protocol::batch::Batch;
 use protocol::frame::{BulkHeader, BulkKind, Frame};
@@ -236,7 +237,10 @@ impl<D: model::device::Device + 'static> Session<D> {
             }
             ToWorker::Form(form) => self.start(form, None)?,
             ToWorker::Drain => self.outbox.request_drain(),
-            ToWorker::Pause { generation } => self.outbox.request_pause(generation),
+            ToWorker::Pause { generation } => {
+                reach(Point::Admission, self.outbox.steps_done());
+                self.outbox.request_pause(generation);
+            }
             ToWorker::Abort { generation } => {
                 if let Stage::Training(running) = &mut self.stage
                     && running.generation == generation

@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use failpoints::{Injected, Point, reach};
 use model::device::{Device, DeviceError, Pass, Update};
 use model::sample::{SampleOptions, Sampler};
 use protocol::batch::{Batch, DataShape};
@@ -168,12 +169,16 @@ impl<D: Device> Generation<D> {
         let (epoch, index) = self.data.schedule.position(step);
         let batch = self.feed.next(Work::Train { step, epoch, index })?;
         let fed = Instant::now();
+        if let Some(Injected::Error) = reach(Point::Compute, step) {
+            return Err(DeviceError("a failpoint".to_owned()).into());
+        }
 
         let (parameters, state) = (&replica.parameters, &replica.state);
         device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
         let (own_sums, tickets) = self.begin_gradient(device, &mut replica.gradient)?;
         let computed = Instant::now();
+        reach(Point::Reduce, step);
 
         let wish = self.outbox.wish(self.form.generation);
         let (by_shard, wish) = exchange_sums(&mut *self.collective, &self.form.members, &[own_sums], wish)?;
@@ -197,6 +202,9 @@ impl<D: Device> Generation<D> {
             return Ok(None);
         }
         replica.control.after_step(index, steps_per_epoch, &sums, gradient_norm);
+        if let Some(Injected::Flip) = reach(Point::Update, step) {
+            replica.flip_bit(device)?;
+        }
         self.outbox.send(ToCoordinator::Step(StepReport {
             generation: self.form.generation,
             step: replica.progress.step,
@@ -280,6 +288,7 @@ impl<D: Device> Generation<D> {
             device.step(Pass::Evaluate, &replica.parameters, &batch, &state, &mut next_state)?;
             std::mem::swap(&mut state, &mut next_state);
             own.push(device.read_sums()?.to_vec());
+            reach(Point::Evaluation, step);
             let Work::Evaluate { index, .. } = work else {
                 unreachable!("an evaluation has no training steps")
             };
@@ -294,9 +303,11 @@ impl<D: Device> Generation<D> {
         let ends_epoch = self.data.schedule.ends_epoch(step);
         if ends_epoch {
             replica.control.after_epoch(&sums);
+            reach(Point::EpochEnd, step);
         }
         self.outbox.send(ToCoordinator::Evaluation { generation: self.form.generation, step, sums });
         if let Some(request) = self.sample.as_ref().filter(|_| ends_epoch) {
+            reach(Point::Sampling, step);
             let tokens = write_sample(device, replica, request)?;
             self.outbox.send(ToCoordinator::Sample { generation: self.form.generation, step, tokens });
         }

@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::sync::Arc;
 
+use failpoints::{Point, reach};
 use model::device::Device;
 use protocol::handshake::Token;
 use protocol::layout::StateLayout;
@@ -58,6 +59,7 @@ impl<D: Device> Trainer<D> {
         let (device, job) = (&mut self.device, &welcome.job);
         metrics.shards(form.members[form.rank as usize].shards.len());
 
+        reach(Point::Recovery, form.step);
         let place = Place { generation: form.generation, rank: form.rank, members: form.members.clone() };
         let mesh = match Mesh::connect(&data_listener, &token, place, FORM_LIMIT, abort.flag()) {
             Ok(mesh) => mesh,
@@ -79,6 +81,7 @@ impl<D: Device> Trainer<D> {
                 let stays_whole = kept.as_ref().is_some_and(|kept| kept.progress.step == form.step);
                 let own = kept.map_or_else(|| Replica::zeros(device, layout), Ok);
                 let mut own = own.map_err(|error| error.to_string())?;
+                reach(Point::StateTransfer, form.step);
                 if let Err(error) = own.become_that_of(source, device, &mut *collective) {
                     self.replica = Some(own).filter(|_| stays_whole);
                     return stopped_by(error.into());

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use failpoints::{Point, reach};
 use protocol::message::{ToWorker, WorkerId};
 use protocol::problem::Problem;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -34,6 +35,7 @@ impl Run {
         step: u64,
         image: Vec<u8>,
     ) -> Result<(), Problem> {
+        reach(Point::Checkpoint, step);
         self.checkpoint_asked = Instant::now();
         self.ending_goes_on();
         if let Some(ending) = &mut self.ending

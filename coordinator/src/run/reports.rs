@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use failpoints::{Point, reach};
 use protocol::message::StepReport;
 use protocol::problem::Problem;
 use protocol::sums::StepSums;
@@ -72,6 +73,7 @@ impl Run {
         }
         (self.evaluated_at, self.validation) = (Some(step), Some(*sums));
         if self.schedule.ends_epoch(step) {
+            reach(Point::EpochEnd, step);
             self.control.after_epoch(sums);
         }
         let train_loss = self.control.epoch.mean_loss();

@@ -8,12 +8,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use failpoints::{Injected, Point, reach};
 use protocol::problem::{Exit, Problem};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Checkpoint;
 use super::files::{
     create_dir, io_problem, link_atomic, names_in, read_if_there, remove_if_there, write_atomic,
+    write_of_step,
 };
 use crate::hex::sha256_hex;
 
@@ -88,7 +90,10 @@ impl CheckpointDir {
             entries.retain(|old| old.step != step);
             self.write_manifest(&entries)?;
         }
-        write_atomic(&self.folder().join(&entry.file), &content)?;
+        if let Some(Injected::Error) = reach(Point::CheckpointWrite, step) {
+            return Err(Problem::failed("a failpoint"));
+        }
+        write_of_step(&self.folder().join(&entry.file), &content, step)?;
 
         let is_sound = |other: &u64| *other == step || *other < step && !self.damaged.contains(other);
         let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(is_sound).collect();

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use failpoints::{Point, reach};
 use protocol::problem::Problem;
 
 /// A failed file operation as a sentence: `cannot write runs/a/job.toml: Permission denied (os error 13)`.
@@ -34,7 +35,12 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
     if path.file_name().is_none() {
         return Err(io_problem("write", path, &ErrorKind::IsADirectory.into()));
     }
-    write_through(&temporary_path(path), path, bytes)
+    write_through(&temporary_path(path), path, bytes, None)
+}
+
+/// As [`write_atomic`], for the state after so many steps.
+pub(super) fn write_of_step(path: &Path, bytes: &[u8], step: u64) -> Result<(), Problem> {
+    write_through(&temporary_path(path), path, bytes, Some(step))
 }
 
 /// The same where no lock says who writes: the temporary name carries the process, so that two of them do not write
@@ -44,14 +50,17 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
 /// As [`write_atomic`].
 pub fn write_beside(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
     let temporary = temporary_path(path).with_extension(format!("{}.tmp", std::process::id()));
-    write_through(&temporary, path, bytes)
+    write_through(&temporary, path, bytes, None)
 }
 
-fn write_through(temporary: &Path, path: &Path, bytes: &[u8]) -> Result<(), Problem> {
+fn write_through(temporary: &Path, path: &Path, bytes: &[u8], step: Option<u64>) -> Result<(), Problem> {
+    let at = |point| step.map(|step| reach(point, step));
     let written = (|| {
         let mut file = File::create(temporary)?;
         file.write_all(bytes)?;
+        at(Point::CheckpointFsync);
         file.sync_all()?;
+        at(Point::CheckpointRename);
         fs::rename(temporary, path)
     })();
     written.map_err(|error| {
