@@ -24,6 +24,8 @@
 //! [`oracle`] is the same mathematics, naive and in f64, which the tests of all of these compare with.
 
 pub mod cpu;
+#[cfg(feature = "cube")]
+pub mod cube;
 pub mod oracle;
 
 pub use cpu::gemm::{Start, gemm, gemm_transposed};

@@ -1,0 +1,88 @@
+//! A kernel that cannot be made is dropped by cubecl without a word: the thread of the device catches the panic, launch,
+//! sync and read return as if all were well, and the outputs are what they were. So nobody may go on after such a panic.
+
+use std::io::Write;
+use std::panic::{set_hook, take_hook};
+use std::sync::Once;
+
+/// Threads of cubecl's devices are named so.
+const DEVICE_THREAD: &str = "DSD-";
+
+/// From now on a panic on a device's thread ends the process. Every test that launches kernels calls this first.
+pub fn abort_on_device_panic() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let before = take_hook();
+        set_hook(Box::new(move |info| {
+            before(info);
+            let thread = std::thread::current();
+            let name = thread.name().unwrap_or_default();
+            if name.starts_with(DEVICE_THREAD) {
+                // Not by a macro: the test harness keeps what those print of tests that do not end.
+                let _ = writeln!(std::io::stderr(), "the device's thread {name} panicked: {info}");
+                std::process::abort();
+            }
+        }));
+    });
+}
+
+#[cfg(all(test, feature = "wgpu"))]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Output};
+
+    use cubecl::prelude::*;
+    use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
+
+    use super::*;
+
+    /// Names what a child of the test has to do.
+    const CHILD: &str = "LOCKSTEP_TEST_GUARD";
+    const ABORTED: i32 = 6;
+
+    /// Changes a constant while it runs: its expansion panics.
+    #[cube(launch)]
+    fn broken_kernel(out: &mut Array<f32>, #[comptime] n: usize) {
+        let mut left = n;
+        while left > 0 {
+            left /= 2;
+        }
+        out[0] = f32::cast_from(left);
+    }
+
+    fn launch_broken() -> f32 {
+        let client = WgpuRuntime::client(&WgpuDevice::Cpu);
+        let out = client.create_from_slice(f32::as_bytes(&[-1.0]));
+        // SAFETY: it has one float.
+        let arg = unsafe { ArrayArg::from_raw_parts(out.clone(), 1) };
+        let count = CubeCount::Static(1, 1, 1);
+        broken_kernel::launch::<WgpuRuntime>(&client, count, CubeDim::new_1d(1), arg, 8);
+        cubecl::future::block_on(client.sync()).unwrap();
+        f32::from_bytes(&client.read_one(out).unwrap())[0]
+    }
+
+    fn child(what: &str) -> Output {
+        let name = "cube::guard::tests::a_kernel_that_cannot_be_made_ends_the_process";
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", name, "--nocapture"]).env(CHILD, what).output().unwrap()
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_be_made_ends_the_process() {
+        if let Ok(what) = std::env::var(CHILD) {
+            if what == "guarded" {
+                abort_on_device_panic();
+            }
+            println!("went on with {}", launch_broken());
+            return;
+        }
+        let unguarded = child("unguarded");
+        let out = String::from_utf8_lossy(&unguarded.stdout);
+        assert!(unguarded.status.success() && out.contains("went on with -1"), "{unguarded:?}");
+        let guarded = child("guarded");
+        let out = String::from_utf8_lossy(&guarded.stdout);
+        let errors = String::from_utf8_lossy(&guarded.stderr);
+        assert_eq!(guarded.status.signal(), Some(ABORTED), "{guarded:?}");
+        assert!(!out.contains("went on") && errors.contains("the device's thread DSD-"), "{guarded:?}");
+    }
+}

@@ -1,0 +1,348 @@
+//! A device that computes nothing: it keeps the CUDA C++ of every kernel that is launched on it, as an NVIDIA GPU's
+//! device would give it to NVRTC. Neither a GPU nor a driver is needed. Buffers have no memory; what is read is zero.
+//!
+//! `scripts/cuda-check` drives the training step on it and compiles what comes out.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cubecl::bytes::Bytes;
+use cubecl::client::ComputeClient;
+use cubecl::cuda::{CudaCompiler, CudaRuntime};
+use cubecl::device::{Device, DeviceId, DeviceService, ServerUtilitiesHandle};
+use cubecl::future::DynFut;
+use cubecl::ir::{
+    DeviceProperties, HardwareProperties, MemoryDeviceProperties, TargetProperties, VectorSize,
+};
+use cubecl::profile::{ProfileDuration, TimingMethod};
+use cubecl::server::{
+    Binding, ComputeServer, CopyDescriptor, IoError, KernelArguments, ProfileError, ProfilingToken,
+    ServerCommunication, ServerError, ServerUtilities,
+};
+use cubecl::stream_id::StreamId;
+use cubecl::zspace::{Shape, Strides};
+use cubecl::{Compiler, CubeCount, CubeTask, ExecutionMode, MemoryUsage, Runtime};
+use cubecl_runtime::allocator::PitchedMemoryLayoutPolicy;
+use cubecl_runtime::logging::ServerLogger;
+use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode};
+use cubecl_runtime::storage::{BytesResource, BytesStorage, ManagedResource};
+use cubecl_runtime::timestamp_profiler::TimestampProfiler;
+
+/// A generation of NVIDIA's GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Architecture {
+    /// A100.
+    Sm80,
+    /// H100, H200.
+    Sm90,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Sm80, Self::Sm90];
+
+    /// As NVRTC is told it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90 => "sm_90a",
+        }
+    }
+
+    /// Bytes of shared memory that a cube may have at most.
+    pub const fn shared_memory_bytes(self) -> usize {
+        match self {
+            Self::Sm80 => 163 << 10,
+            Self::Sm90 => 227 << 10,
+        }
+    }
+
+    const fn multiprocessors(self) -> u32 {
+        match self {
+            Self::Sm80 => 108,
+            Self::Sm90 => 132,
+        }
+    }
+
+    /// What `cubecl-cuda` says of such a device, as far as kernels can ask.
+    fn properties(self) -> DeviceProperties {
+        let hardware = HardwareProperties {
+            load_width: 128,
+            plane_size_min: 32,
+            plane_size_max: 32,
+            max_bindings: 1024,
+            max_shared_memory_size: self.shared_memory_bytes(),
+            max_cube_count: (i32::MAX as u32, 65535, 65535),
+            max_units_per_cube: 1024,
+            max_cube_dim: (1024, 1024, 64),
+            num_streaming_multiprocessors: Some(self.multiprocessors()),
+            num_tensor_cores: Some(4),
+            min_tensor_cores_dim: Some(8),
+            num_cpu_cores: None,
+            max_vector_size: VectorSize::MAX,
+        };
+        let memory = MemoryDeviceProperties { max_page_size: 1 << 34, alignment: ALIGNMENT as u64 };
+        let mut properties =
+            DeviceProperties::new(Default::default(), memory, hardware, TimingMethod::System);
+        cubecl_cpp::register_supported_types(&mut properties);
+        properties
+    }
+
+    fn options(self) -> <CudaCompiler as Compiler>::CompilationOptions {
+        let mut options = <CudaCompiler as Compiler>::CompilationOptions::default();
+        let features = &mut options.supports_features;
+        // As cubecl-cuda has them. Fast functions are taken only by kernels that ask for them.
+        features.fast_math = true;
+        features.fast_tanh = true;
+        features.grid_constants = true;
+        features.clusters = self >= Self::Sm90;
+        features.elect_sync = self >= Self::Sm90;
+        options
+    }
+}
+
+/// Alignment of buffers on a CUDA device, in bytes.
+const ALIGNMENT: usize = 512;
+
+/// The kernel of a launch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelSource {
+    /// What it is compiled for.
+    pub architecture: Architecture,
+    /// Its name in the source.
+    pub entry: String,
+    /// Its kind, and the values that it was made for, as cubecl prints them.
+    pub id: String,
+    /// Units of a cube.
+    pub units: u32,
+    /// Bytes of shared memory that the launch gives each cube.
+    pub shared_bytes: usize,
+    /// CUDA C++.
+    pub text: String,
+}
+
+/// All kernels that were launched in this process, in the order of their architectures and names.
+pub fn launched() -> Vec<KernelSource> {
+    kernels().values().cloned().collect()
+}
+
+static KERNELS: Mutex<BTreeMap<String, KernelSource>> = Mutex::new(BTreeMap::new());
+
+fn kernels() -> MutexGuard<'static, BTreeMap<String, KernelSource>> {
+    KERNELS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The device of an architecture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceDevice(pub Architecture);
+
+impl Default for SourceDevice {
+    fn default() -> Self {
+        Self(Architecture::Sm90)
+    }
+}
+
+impl Device for SourceDevice {
+    fn from_id(id: DeviceId) -> Self {
+        Self(Architecture::ALL[usize::from(id.index_id)])
+    }
+
+    fn to_id(&self) -> DeviceId {
+        DeviceId { type_id: TYPE_ID, index_id: self.0 as u16 }
+    }
+}
+
+/// No other runtime's devices have it.
+const TYPE_ID: u16 = u16::MAX;
+
+/// The runtime of [`SourceDevice`].
+#[derive(Debug, Clone)]
+pub struct SourceRuntime;
+
+impl Runtime for SourceRuntime {
+    type Compiler = CudaCompiler;
+    type Server = SourceServer;
+    type Device = SourceDevice;
+
+    fn client(device: &SourceDevice) -> ComputeClient<Self> {
+        ComputeClient::load(device)
+    }
+
+    fn name(_: &ComputeClient<Self>) -> &'static str {
+        "cuda source"
+    }
+
+    fn max_cube_count() -> (u32, u32, u32) {
+        CudaRuntime::max_cube_count()
+    }
+
+    fn can_read_tensor(shape: &Shape, strides: &Strides) -> bool {
+        CudaRuntime::can_read_tensor(shape, strides)
+    }
+
+    fn target_properties() -> TargetProperties {
+        CudaRuntime::target_properties()
+    }
+
+    fn enumerate_devices(_: u16, (): &()) -> Vec<DeviceId> {
+        Architecture::ALL.map(|architecture| SourceDevice(architecture).to_id()).to_vec()
+    }
+}
+
+/// What runs behind a [`SourceDevice`].
+#[derive(Debug)]
+pub struct SourceServer {
+    architecture: Architecture,
+    utilities: Arc<ServerUtilities<Self>>,
+    timestamps: TimestampProfiler,
+}
+
+impl DeviceService for SourceServer {
+    fn init(id: DeviceId) -> Self {
+        let SourceDevice(architecture) = SourceDevice::from_id(id);
+        let (properties, logger) = (architecture.properties(), Arc::new(ServerLogger::default()));
+        let policy = PitchedMemoryLayoutPolicy::new(ALIGNMENT);
+        let utilities = Arc::new(ServerUtilities::new(properties, logger, (), policy));
+        Self { architecture, utilities, timestamps: TimestampProfiler::default() }
+    }
+
+    fn utilities(&self) -> ServerUtilitiesHandle {
+        self.utilities.clone()
+    }
+}
+
+impl ServerCommunication for SourceServer {
+    const SERVER_COMM_ENABLED: bool = false;
+}
+
+impl ComputeServer for SourceServer {
+    type Kernel = Box<dyn CubeTask<CudaCompiler>>;
+    type Info = ();
+    type MemoryLayoutPolicy = PitchedMemoryLayoutPolicy;
+    type Storage = BytesStorage;
+
+    /// # Safety
+    /// Nothing is executed and no memory touched: any arguments will do.
+    unsafe fn launch(
+        &mut self,
+        kernel: Self::Kernel,
+        _: CubeCount,
+        _: KernelArguments,
+        mode: ExecutionMode,
+        _: StreamId,
+    ) {
+        let architecture = self.architecture;
+        let id = kernel.id();
+        let key = format!("{} {id:?} {mode:?}", architecture.name());
+        if kernels().contains_key(&key) {
+            return;
+        }
+        let compiled = kernel
+            .compile(&mut CudaCompiler::default(), &architecture.options(), mode, kernel.address_type())
+            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name()));
+        let hardware = &self.utilities.properties.hardware;
+        let units = compiled.cube_dim.num_elems();
+        let shared_bytes = compiled.repr.as_ref().map_or(0, |kernel| kernel.shared_memory_size());
+        assert!(
+            units <= hardware.max_units_per_cube && shared_bytes <= hardware.max_shared_memory_size,
+            "{}: {units} units and {shared_bytes} bytes of shared memory are more than {} has",
+            kernel.name(),
+            architecture.name()
+        );
+        let source = KernelSource {
+            architecture,
+            entry: compiled.entrypoint_name,
+            id: format!("{id:?}"),
+            units,
+            shared_bytes,
+            text: compiled.source,
+        };
+        kernels().insert(key, source);
+    }
+
+    fn initialize_memory(&mut self, _: ManagedMemoryHandle, _: u64, _: StreamId) {}
+
+    fn write(&mut self, _: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {}
+
+    fn read(&mut self, from: Vec<CopyDescriptor>, _: StreamId) -> DynFut<Result<Vec<Bytes>, ServerError>> {
+        let zeros =
+            |from: CopyDescriptor| Bytes::from_bytes_vec(vec![0; from.handle.size_in_used() as usize]);
+        let zeros = from.into_iter().map(zeros).collect();
+        Box::pin(async move { Ok(zeros) })
+    }
+
+    fn get_resource(
+        &mut self,
+        _: Binding,
+        _: StreamId,
+    ) -> Result<ManagedResource<BytesResource>, ServerError> {
+        Err(IoError::UnsupportedIoOperation { backtrace: cubecl::backtrace::BackTrace::capture() }.into())
+    }
+
+    fn logger(&self) -> Arc<ServerLogger> {
+        self.utilities.logger.clone()
+    }
+
+    fn utilities(&self) -> Arc<ServerUtilities<Self>> {
+        self.utilities.clone()
+    }
+
+    fn sync(&mut self, _: StreamId) -> DynFut<Result<(), ServerError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn flush(&mut self, _: StreamId) -> Result<(), ServerError> {
+        Ok(())
+    }
+
+    fn memory_usage(&mut self, _: StreamId) -> Result<MemoryUsage, ServerError> {
+        Ok(MemoryUsage { number_allocs: 0, bytes_in_use: 0, bytes_padding: 0, bytes_reserved: 0 })
+    }
+
+    fn memory_cleanup(&mut self, _: StreamId) {}
+
+    fn allocation_mode(&mut self, _: MemoryAllocationMode, _: StreamId) {}
+
+    fn start_profile(&mut self, _: StreamId) -> Result<ProfilingToken, ServerError> {
+        Ok(self.timestamps.start())
+    }
+
+    fn end_profile(&mut self, _: StreamId, token: ProfilingToken) -> Result<ProfileDuration, ProfileError> {
+        self.timestamps.stop(token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cubecl::future::block_on;
+
+    use super::*;
+    use crate::cube::guard::abort_on_device_panic;
+    use crate::cube::roofline::copy;
+
+    #[test]
+    fn what_is_launched_is_kept_once_for_each_architecture() {
+        abort_on_device_panic();
+        for architecture in Architecture::ALL {
+            let client = SourceRuntime::client(&SourceDevice(architecture));
+            let buffer = client.empty(64);
+            for len in [4, 8, 16] {
+                copy(&client, &buffer, &buffer, len);
+            }
+            block_on(client.sync()).unwrap();
+            assert_eq!(client.read_one(buffer).unwrap()[..], [0; 64]);
+            assert_eq!(
+                client.properties().hardware.max_shared_memory_size,
+                architecture.shared_memory_bytes()
+            );
+            let copies = launched();
+            let of_this =
+                |kernel: &&KernelSource| kernel.architecture == architecture && kernel.entry == "copy_kernel";
+            let [kernel] = copies.iter().filter(of_this).collect::<Vec<_>>()[..] else {
+                panic!("{copies:?}");
+            };
+            assert_eq!((kernel.units, kernel.shared_bytes), (256, 0));
+            assert!(kernel.text.contains("__launch_bounds__(256)copy_kernel"), "{}", kernel.text);
+        }
+    }
+}
