@@ -11,7 +11,6 @@ use clap::{Args, Parser, Subcommand};
 use coordinator::InitialParameters;
 use kernels::Simd;
 use kernels::cpu::simd::SimdError;
-use model::cpu::CpuBackend;
 use protocol::handshake::Token;
 use protocol::job::{JobFile, MOST_THREADS, presets};
 use protocol::problem::Problem;
@@ -27,6 +26,7 @@ use crate::commands::import::ImportArgs;
 use crate::commands::inspect::InspectArgs;
 use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
+use crate::device::{Chosen, DeviceArg};
 use crate::forecast::Estimate;
 use crate::token::TokenArgs;
 use crate::warm_start::{ArrayArgs, WarmStart};
@@ -305,6 +305,8 @@ pub(crate) struct TrainArgs {
     /// Threads per worker [default: an equal part of the cores]
     #[arg(long, value_name = "N", value_parser = thread_count())]
     pub(crate) threads: Option<usize>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArg,
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     pub(crate) http: SocketAddr,
@@ -362,6 +364,8 @@ pub(crate) struct WorkerArgs {
     #[arg(long, value_name = "N", value_parser = thread_count())]
     threads: Option<usize>,
     #[command(flatten)]
+    device: DeviceArg,
+    #[command(flatten)]
     simd: SimdArg,
     /// Name for people [default: host name and process id]
     #[arg(long, value_name = "NAME")]
@@ -392,8 +396,9 @@ impl WorkerArgs {
         })
     }
 
-    pub(crate) fn backend(&self) -> Result<CpuBackend, Problem> {
-        Ok(CpuBackend::new(self.simd.resolve()?, self.threads.unwrap_or_else(cores)))
+    /// What computes; on a CPU, with which instructions and how many threads.
+    pub(crate) fn device(&self) -> Result<(Chosen, Simd, usize), Problem> {
+        Ok((self.device.resolve()?, self.simd.resolve()?, self.threads.unwrap_or_else(cores)))
     }
 }
 

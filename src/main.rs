@@ -3,6 +3,7 @@
 
 mod args;
 mod commands;
+mod device;
 mod forecast;
 mod memory;
 mod signals;
@@ -14,9 +15,11 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use model::device::Backend;
 use protocol::problem::{Exit, Problem};
 
 use args::{Cli, Command};
+use device::WithBackend;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -57,16 +60,14 @@ fn run(command: Command) -> Result<Exit, Problem> {
             })
         }
         Command::Worker(options) => {
-            let (supervised, config, backend) = (options.supervised, options.config()?, options.backend()?);
+            let (supervised, config) = (options.supervised, options.config()?);
+            let (device, simd, threads) = options.device()?;
             let name = config.name.clone();
             failpoints::obey("worker", &name).map_err(Problem::usage)?;
             // What a worker of `train` has to say, the coordinator beside it says.
             let say = |what: String| if supervised { Ok(()) } else { commands::print(&what) };
             say(format!("worker {name}: looking for the coordinator at {}\n", config.coordinator))?;
-            let result = runtime()?.block_on(async {
-                let signals = signals::stop_requests(false)?;
-                worker::run(config, backend, signals).await
-            });
+            let result = device.run(simd, threads, Worker { config });
             match result {
                 Err(problem) if supervised => {
                     tracing::info!("{problem}");
@@ -91,6 +92,26 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Bench(args) => commands::bench::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Man(args) => commands::man::run(&args),
+    }
+}
+
+/// Works for a coordinator, with whatever computes.
+struct Worker {
+    config: worker::Config,
+}
+
+impl WithBackend for Worker {
+    type Output = Result<Exit, Problem>;
+
+    fn with<B>(self, backend: B) -> Self::Output
+    where
+        B: Backend + 'static,
+        B::Device: 'static,
+    {
+        runtime()?.block_on(async {
+            let signals = signals::stop_requests(false)?;
+            worker::run(self.config, backend, signals).await
+        })
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
 use crate::args::{TrainArgs, cores};
+use crate::device::{Chosen, LOCAL_RANK};
 use crate::signals;
 
 /// After the coordinator's end, workers have this long to end too.
@@ -38,6 +39,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let workers = file.fleet.workers as usize;
     let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
+    let device = args.device.resolve()?;
     let mut requests = signals::stop_requests(false)?;
     let random = || {
         Token::generate()
@@ -57,7 +59,9 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let mut command = child("coordinator");
     command.args(args.job.to_words()).args(args.start.to_words()).arg("--supervised").stdin(Stdio::piped());
     command.args(["--listen", "127.0.0.1:0", "--http"]).arg(args.http.to_string());
-    command.args(["--local-threads", &threads.to_string()]);
+    if device == Chosen::Cpu {
+        command.args(["--local-threads", &threads.to_string()]);
+    }
     let mut coordinator = spawn(command.arg("--ready-file").arg(&ready.path), "the coordinator")?;
     let mut asked_to_stop = false;
     // Held open to the end: when this process is gone, however it went, the coordinator sees it close. (Waiting for
@@ -79,7 +83,8 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let start_worker = |number: usize| {
         let mut command = child("worker");
         command.args(["--supervised", "--coordinator", &control, "--name", &format!("worker-{number}")]);
-        command.args(["--threads", &threads.to_string()]).stdin(Stdio::null());
+        command.args(["--threads", &threads.to_string(), &args.device.to_word()]).stdin(Stdio::null());
+        command.env(LOCAL_RANK, (number - 1).to_string());
         spawn(&mut command, &format!("worker {number}"))
     };
     let mut fleet: Vec<Local> =

@@ -179,3 +179,29 @@ fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
     assert_eq!(run.hashes().step, run.steps_so_far());
     assert!(run.inspect()["step"].as_u64().unwrap() >= 1);
 }
+
+/// One that is there is another matter: these are not.
+#[test]
+fn a_device_that_is_not_there_is_refused_before_anything_starts() {
+    let folder = Folder::new();
+    let (job, before) = (job(&folder), files_below(folder.path()));
+    let refused = |words: &str, sentence: &str| {
+        let ended =
+            Process::start(lockstep().current_dir(folder.path()).args(words.split_whitespace())).end();
+        ended.expect_failure(2, &[sentence]);
+    };
+    for device in ["gpu", "cpu:0", "cuda:", "cuda:x"] {
+        for command in [format!("train {job}"), "worker --coordinator 127.0.0.1:1".to_owned()] {
+            refused(
+                &format!("{command} --device {device}"),
+                &format!(
+                    "--device: unknown device '{device}', expected auto, cpu, cuda, cuda:N, wgpu or wgpu:N"
+                ),
+            );
+        }
+    }
+    for device in ["cuda:4096", "wgpu:4096"] {
+        refused(&format!("train {job} --device {device}"), &format!("--device {device}: "));
+    }
+    assert_eq!(files_below(folder.path()), before);
+}

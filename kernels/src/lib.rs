@@ -26,6 +26,8 @@
 pub mod cpu;
 #[cfg(feature = "cube")]
 pub mod cube;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod oracle;
 
 pub use cpu::gemm::{Start, gemm, gemm_transposed};

@@ -10,8 +10,7 @@ use coordinator::data::{self, Dataset};
 use coordinator::store::checkpoint::Checkpoint;
 use coordinator::store::load::Loaded;
 use coordinator::store::run_dir::StoredRun;
-use model::cpu::CpuDevice;
-use model::device::DeviceError;
+use model::device::{Backend, DeviceError};
 use model::evaluate::evaluate;
 use protocol::job::{JobFile, RunSpec, Task};
 use protocol::layout::{ModelShape, Progress};
@@ -22,6 +21,7 @@ use serde_json::json;
 
 use super::{CheckpointArg, print};
 use crate::args::{SimdArg, cores, thread_count};
+use crate::device::{DeviceArg, WithBackend, open};
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
@@ -37,6 +37,8 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "N", value_parser = thread_count())]
     threads: Option<usize>,
     #[command(flatten)]
+    device: DeviceArg,
+    #[command(flatten)]
     simd: SimdArg,
     /// As one JSON object
     #[arg(long)]
@@ -44,27 +46,22 @@ pub(crate) struct EvalArgs {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
-    let simd = args.simd.resolve()?;
+    let (device, simd) = (args.device.resolve()?, args.simd.resolve()?);
     let loaded = args.checkpoint.load("lockstep eval RUN_DIR")?;
     let checkpoint = &loaded.checkpoint;
     let (job, image) = (&checkpoint.job, &checkpoint.image);
     let mut data = data::open(job, &args.run_spec(&loaded)?, args.data_dir.as_deref())?;
     check_fits(checkpoint, &*data)?;
 
-    let failed = |error: DeviceError| Problem::failed(error.to_string());
     let threads = args.threads.unwrap_or_else(cores);
-    let batches = data.shape().schedule.evaluation_batches;
-    let mut device = CpuDevice::new(simd, threads, image.layout().clone(), job, false).map_err(failed)?;
-    let (started, progress) = (Instant::now(), image.progress());
-    let work = (0..batches).map(|index| Work::Evaluate { step: progress.step, index });
-    let batches = work.map(|work| data.batch(work, 0..job.shards));
-    let sums = evaluate(&mut device, image.layout(), &image.parameters(), batches).map_err(failed)?;
-    let seconds = started.elapsed().as_secs_f64();
+    let (sums, seconds) = device
+        .run(simd, threads, Evaluating { checkpoint, data: &mut *data })
+        .map_err(|error| Problem::failed(error.to_string()))?;
 
     let facts = data.facts();
     let evaluation = Evaluation {
         checkpoint: loaded.path.display().to_string(),
-        progress,
+        progress: image.progress(),
         data: facts.name.clone(),
         is_data_of_run: facts.digest == checkpoint.data_digest,
         task: job.task,
@@ -77,6 +74,26 @@ pub(crate) fn run(args: &EvalArgs) -> Result<Exit, Problem> {
         print(&evaluation.to_string())?;
     }
     Ok(Exit::Done)
+}
+
+/// What is to be evaluated; gives the sums, and the seconds that it took.
+struct Evaluating<'a> {
+    checkpoint: &'a Checkpoint,
+    data: &'a mut dyn Dataset,
+}
+
+impl WithBackend for Evaluating<'_> {
+    type Output = Result<(StepSums, f64), DeviceError>;
+
+    fn with<B: Backend>(self, backend: B) -> Self::Output {
+        let Self { checkpoint: Checkpoint { job, image, .. }, data } = self;
+        let (mut device, parameters) = open(&backend, job, image, data.shape().seq_len)?;
+        let (started, step) = (Instant::now(), image.progress().step);
+        let work = (0..data.shape().schedule.evaluation_batches).map(|index| Work::Evaluate { step, index });
+        let batches = work.map(|work| data.batch(work, 0..job.shards));
+        let sums = evaluate(&mut device, image.layout(), &parameters, batches)?;
+        Ok((sums, started.elapsed().as_secs_f64()))
+    }
 }
 
 impl EvalArgs {

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use coordinator::data::vocabulary::Vocabulary;
 use coordinator::store::checkpoint::Checkpoint;
-use model::cpu::CpuDevice;
-use model::device::DeviceError;
+use model::device::{Backend, DeviceError};
 use model::sample::{SampleOptions, Sampler};
 use protocol::job::Task;
 use protocol::problem::{Exit, Problem};
 
 use super::CheckpointArg;
 use crate::args::SimdArg;
+use crate::device::{DeviceArg, WithBackend, open};
 
 /// Text waits at most this long for the rest of its line.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(20);
@@ -51,6 +51,8 @@ pub(crate) struct SampleArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     #[command(flatten)]
+    device: DeviceArg,
+    #[command(flatten)]
     simd: SimdArg,
 }
 
@@ -58,7 +60,7 @@ pub(crate) fn run(args: &SampleArgs) -> Result<Exit, Problem> {
     let options = args.options();
     options.check()?;
     let given = args.prime()?;
-    let simd = args.simd.resolve()?;
+    let (device, simd) = (args.device.resolve()?, args.simd.resolve()?);
     let loaded = args.checkpoint.load("lockstep sample RUN_DIR")?;
     let checkpoint = &loaded.checkpoint;
     let vocabulary = vocabulary_of(checkpoint, &loaded.path)?;
@@ -66,27 +68,50 @@ pub(crate) fn run(args: &SampleArgs) -> Result<Exit, Problem> {
         "" => vocabulary.default_prime(),
         text => vocabulary.tokens("the prime", text)?,
     };
-    let failed = |error: DeviceError| Problem::failed(error.to_string());
-    let layout = checkpoint.image.layout();
-    let mut device = CpuDevice::new(simd, 1, layout.clone(), &checkpoint.job, false).map_err(failed)?;
-    let parameters = checkpoint.image.parameters();
+    let length = args.length;
+    device.run(simd, 1, Writing { checkpoint, vocabulary, given, prime, options, length })
+}
 
-    let mut text = TextStream::new();
-    let written = text.write(&given);
-    let mut sampler =
-        Sampler::new(&mut device, &layout.shape, &parameters, &prime, options).map_err(failed)?;
-    let written = written.and_then(|()| {
-        for _ in 0..args.length {
-            let token = sampler.next().expect("a sample has no end").map_err(io::Error::other)?;
-            vocabulary.character(token).map_or(Ok(()), |character| text.write_character(character))?;
+/// What is to be written.
+struct Writing<'a> {
+    checkpoint: &'a Checkpoint,
+    vocabulary: Vocabulary,
+    /// The text to go on from, as it was given.
+    given: String,
+    /// The same in tokens, or what stands for an empty one.
+    prime: Vec<u32>,
+    options: SampleOptions,
+    length: u64,
+}
+
+impl WithBackend for Writing<'_> {
+    type Output = Result<Exit, Problem>;
+
+    fn with<B: Backend>(self, backend: B) -> Self::Output {
+        let Self { checkpoint, vocabulary, given, prime, options, length } = self;
+        let failed = |error: DeviceError| Problem::failed(error.to_string());
+        let layout = checkpoint.image.layout();
+        let job = &checkpoint.job;
+        let opened = open(&backend, job, &checkpoint.image, job.seq_len as usize);
+        let (mut device, parameters) = opened.map_err(failed)?;
+
+        let mut text = TextStream::new();
+        let written = text.write(&given);
+        let mut sampler =
+            Sampler::new(&mut device, &layout.shape, &parameters, &prime, options).map_err(failed)?;
+        let written = written.and_then(|()| {
+            for _ in 0..length {
+                let token = sampler.next().expect("a sample has no end").map_err(io::Error::other)?;
+                vocabulary.character(token).map_or(Ok(()), |character| text.write_character(character))?;
+            }
+            text.end()
+        });
+        match written {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Exit::Done),
+            Err(error) => Err(Problem::failed(format!("the sample was cut off: {error}"))),
+            Ok(()) => Ok(Exit::Done),
         }
-        text.end()
-    });
-    match written {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Exit::Done),
-        Err(error) => Err(Problem::failed(format!("the sample was cut off: {error}"))),
-        Ok(()) => Ok(Exit::Done),
     }
 }
 

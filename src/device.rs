@@ -1,0 +1,212 @@
+//! `--device`: which device computes, and the one place that makes a backend of it.
+
+use clap::Args;
+use coordinator::store::state::StateImage;
+use kernels::Simd;
+use model::cpu::CpuBackend;
+use model::device::{Backend, Device, DeviceError};
+use protocol::batch::DataShape;
+use protocol::job::JobSpec;
+use protocol::problem::Problem;
+use protocol::schedule::Schedule;
+
+/// Numbers the workers of one machine from 0; `train` sets it for its workers.
+pub(crate) const LOCAL_RANK: &str = "LOCKSTEP_LOCAL_RANK";
+
+/// Where the number of this process among those of its machine is looked for.
+#[cfg(any(feature = "cuda", test))]
+const LOCAL_RANKS: [&str; 2] = [LOCAL_RANK, "SLURM_LOCALID"];
+
+/// Which device computes.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DeviceArg {
+    /// What computes: auto, cpu, cuda, cuda:N, wgpu or wgpu:N; without N each worker of a machine takes the next one
+    /// [auto: cuda if this build has it and it works here, else cpu]
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Auto,
+    Cpu,
+    Cuda(Option<usize>),
+    Wgpu(Option<usize>),
+}
+
+/// A device that is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    /// The CPU.
+    Cpu,
+}
+
+/// Something to be done with a backend, whichever it is.
+pub(crate) trait WithBackend {
+    /// What comes out of it.
+    type Output;
+
+    /// Does it.
+    fn with<B>(self, backend: B) -> Self::Output
+    where
+        B: Backend + 'static,
+        B::Device: 'static;
+}
+
+impl DeviceArg {
+    /// The device that was asked for, if it is there.
+    pub(crate) fn resolve(&self) -> Result<Chosen, Problem> {
+        match wanted(&self.device)? {
+            Wanted::Auto | Wanted::Cpu => Ok(Chosen::Cpu),
+            Wanted::Cuda(number) => cuda(&self.device, number),
+            Wanted::Wgpu(_) => Err(not_built(&self.device, "wgpu")),
+        }
+    }
+
+    /// The same option as a word of a command line.
+    pub(crate) fn to_word(&self) -> String {
+        format!("--device={}", self.device)
+    }
+}
+
+impl Chosen {
+    /// Does something on this device. `threads` is how many compute where the CPU does.
+    pub(crate) fn run<W: WithBackend>(self, simd: Simd, threads: usize, work: W) -> W::Output {
+        match self {
+            Self::Cpu => work.with(CpuBackend::new(simd, threads)),
+        }
+    }
+}
+
+/// Opens a device for a trained network that reads rows of up to `seq_len` steps, and puts its parameters there.
+pub(crate) fn open<B: Backend>(
+    backend: &B,
+    job: &JobSpec,
+    image: &StateImage,
+    seq_len: usize,
+) -> Result<(B::Device, <B::Device as Device>::Buffer), DeviceError> {
+    let layout = image.layout();
+    let schedule = Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 0 };
+    let data = DataShape { model: layout.shape.clone(), seq_len, schedule };
+    let device = backend.open(layout, job, &data, false)?;
+    let values = image.parameters();
+    let mut parameters = device.zeros(values.len())?;
+    device.import(&mut parameters, 0, &values)?;
+    Ok((device, parameters))
+}
+
+fn wanted(word: &str) -> Result<Wanted, Problem> {
+    let unknown = || {
+        Problem::usage(format!(
+            "--device: unknown device '{word}', expected auto, cpu, cuda, cuda:N, wgpu or wgpu:N"
+        ))
+    };
+    let (kind, number) = match word.split_once(':') {
+        None => (word, None),
+        Some((kind, number)) if !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) => {
+            (kind, Some(number.parse().map_err(|_| unknown())?))
+        }
+        Some(_) => return Err(unknown()),
+    };
+    match (kind, number) {
+        ("auto", None) => Ok(Wanted::Auto),
+        ("cpu", None) => Ok(Wanted::Cpu),
+        ("cuda", number) => Ok(Wanted::Cuda(number)),
+        ("wgpu", number) => Ok(Wanted::Wgpu(number)),
+        _ => Err(unknown()),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(word: &str, _: Option<usize>) -> Result<Chosen, Problem> {
+    Err(not_built(word, "cuda"))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(word: &str, number: Option<usize>) -> Result<Chosen, Problem> {
+    let cuda = kernels::cuda::Cuda::look()
+        .map_err(|missing| Problem::usage(format!("--device {word}: {missing}")).hint(missing.hint()))?;
+    ordinal(word, number, cuda.devices.len())?;
+    Err(not_built(word, "backend for CUDA"))
+}
+
+fn not_built(word: &str, feature: &str) -> Problem {
+    Problem::usage(format!("--device {word}: this build has no {feature}"))
+        .hint(format!("build it with cargo build --release --features {feature}"))
+}
+
+/// Which of so many devices of one kind.
+#[cfg(any(feature = "cuda", test))]
+fn ordinal(word: &str, number: Option<usize>, count: usize) -> Result<usize, Problem> {
+    match number {
+        Some(number) if number < count => Ok(number),
+        Some(_) => Err(Problem::usage(format!(
+            "--device {word}: there {}",
+            match count {
+                1 => "is 1 such device, number 0".to_owned(),
+                _ => format!("are {count} such devices, 0 to {}", count - 1),
+            }
+        ))
+        .hint("see lockstep doctor")),
+        None => Ok(local_rank(|name| std::env::var(name).ok())? % count),
+    }
+}
+
+/// The number of this process among those of its machine; 0 where nobody says.
+#[cfg(any(feature = "cuda", test))]
+fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, Problem> {
+    let said = LOCAL_RANKS.iter().find_map(|name| Some((name, variable(name)?)));
+    said.map_or(Ok(0), |(name, text)| {
+        text.parse().map_err(|_| {
+            Problem::usage(format!("{name} is '{text}', expected a number")).hint(
+                "it numbers the workers of this machine from 0; or name a device, as in --device cuda:0",
+            )
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_these_names() {
+        for (word, meaning) in [
+            ("auto", Wanted::Auto),
+            ("cpu", Wanted::Cpu),
+            ("cuda", Wanted::Cuda(None)),
+            ("cuda:0", Wanted::Cuda(Some(0))),
+            ("wgpu", Wanted::Wgpu(None)),
+            ("wgpu:12", Wanted::Wgpu(Some(12))),
+        ] {
+            assert_eq!(wanted(word).unwrap(), meaning);
+        }
+        for word in ["", "gpu", "cpu:0", "auto:1", "cuda:", "cuda:x", "cuda:-1", "cuda:+1", "CUDA"] {
+            let problem = wanted(word).unwrap_err();
+            assert!(problem.sentence.starts_with(&format!("--device: unknown device '{word}', expected ")));
+        }
+        assert!(wanted("cuda:99999999999999999999").is_err());
+    }
+
+    #[test]
+    fn each_worker_of_a_machine_takes_the_next_device() {
+        let given = |pairs: &'static [(&str, &str)]| {
+            local_rank(|name| pairs.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
+        };
+        assert_eq!(given(&[]).unwrap(), 0);
+        assert_eq!(given(&[("SLURM_LOCALID", "5")]).unwrap(), 5);
+        assert_eq!(given(&[("SLURM_LOCALID", "5"), (LOCAL_RANK, "2")]).unwrap(), 2);
+        let problem = given(&[(LOCAL_RANK, "two")]).unwrap_err();
+        assert_eq!(problem.sentence, "LOCKSTEP_LOCAL_RANK is 'two', expected a number");
+    }
+
+    #[test]
+    fn a_device_beyond_those_there_are_is_refused() {
+        assert_eq!(ordinal("cuda:1", Some(1), 2).unwrap(), 1);
+        let problem = ordinal("cuda:2", Some(2), 2).unwrap_err();
+        assert_eq!(problem.sentence, "--device cuda:2: there are 2 such devices, 0 to 1");
+        let problem = ordinal("wgpu:1", Some(1), 1).unwrap_err();
+        assert_eq!(problem.sentence, "--device wgpu:1: there is 1 such device, number 0");
+    }
+}
