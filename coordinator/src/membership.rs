@@ -168,6 +168,9 @@ pub enum Source {
 /// The state after an event, what to do, and why.
 pub type Decision = (Membership, Vec<Action>, String);
 
+/// What decides: [`membership`].
+pub type Decide = fn(Duration, &Membership, Event) -> Decision;
+
 impl Membership {
     /// A run that waits for `expected` workers to share `shards` shards. Generations are numbered from
     /// `last_generation + 1`. `recorded_bits` is what the state that the run goes on from was computed with, where
@@ -494,5 +497,7 @@ fn source(state: &Membership, members: &[WorkerId]) -> Source {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod broken;
 #[cfg(test)]
 mod tests;

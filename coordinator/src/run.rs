@@ -1,13 +1,16 @@
-//! A run from its first worker to its end: events in, decisions of [`membership`] out, records on the way.
+//! A run from its first worker to its end: events in, decisions of [`membership`](crate::membership) out, records on
+//! the way.
 
 mod checkpoints;
 mod ending;
 mod reports;
+#[cfg(test)]
+mod simulation;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use failpoints::{Point, reach};
 use protocol::control::ControlState;
@@ -20,6 +23,7 @@ use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+use tokio::time::Instant;
 
 use crate::data::Dataset;
 use crate::digests::Digests;
@@ -29,7 +33,7 @@ use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
 use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
-use crate::membership::{Action, Candidate, Event, Membership, Source, membership};
+use crate::membership::{Action, Candidate, Decide, Event, Membership, Source};
 use crate::metrics::Metrics;
 use crate::records::Records;
 use crate::screen::Screen;
@@ -43,6 +47,8 @@ use ending::Ending;
 
 /// What the run is made of.
 pub(crate) struct Parts {
+    /// What decides who trains: [`membership`](crate::membership::membership), but for tests.
+    pub(crate) decide: Decide,
     pub(crate) file: JobFile,
     pub(crate) data: Box<dyn Dataset>,
     pub(crate) layout: StateLayout,
@@ -143,10 +149,7 @@ impl Run {
                 Some(()) = signals.recv() => { run.stop_asked(); Ok(()) }
                 _ = ticks.tick() => run.tick(),
             };
-            if let Err(problem) = handled {
-                run.fail(problem, true);
-            }
-            run.settle();
+            run.handled(handled);
         }
         run.say_goodbye(&mut arrivals).await
     }
@@ -191,6 +194,14 @@ impl Run {
             early_end: None,
             parts,
         }
+    }
+
+    /// What follows from anything that was handled.
+    fn handled(&mut self, result: Result<(), Problem>) {
+        if let Err(problem) = result {
+            self.fail(problem, true);
+        }
+        self.settle();
     }
 
     fn arrive(&mut self, arrival: Arrival) -> Result<(), Problem> {
@@ -322,7 +333,7 @@ impl Run {
 
     /// Asks the membership what follows, and does it.
     fn decide(&mut self, event: Event) -> Result<(), Problem> {
-        let (next, actions, reason) = membership(self.started.elapsed(), &self.membership, event);
+        let (next, actions, reason) = (self.parts.decide)(self.started.elapsed(), &self.membership, event);
         self.membership = next;
         if !reason.is_empty() {
             tracing::debug!("{reason}");

@@ -33,6 +33,7 @@ enum Form {
 
 /// Where a run shows itself.
 pub(crate) struct Screen {
+    out: Box<dyn Write + Send>,
     form: Form,
     task: Task,
     total_steps: u64,
@@ -80,8 +81,19 @@ impl Screen {
             (false, true) => Form::Live,
             (false, false) => Form::Plain,
         };
+        Self::on(Box::new(stdout()), form, task, schedule)
+    }
+
+    /// A screen that shows nothing.
+    #[cfg(test)]
+    pub(crate) fn dark(task: Task, schedule: &Schedule) -> Self {
+        Self::on(Box::new(std::io::sink()), Form::Plain, task, schedule)
+    }
+
+    fn on(out: Box<dyn Write + Send>, form: Form, task: Task, schedule: &Schedule) -> Self {
         let now = Instant::now();
         Self {
+            out,
             form,
             task,
             total_steps: schedule.total_steps,
@@ -197,16 +209,17 @@ impl Screen {
             .then(|| of_terminal().filter(|columns| *columns > 0).unwrap_or(DEFAULT_COLUMNS))
     }
 
-    fn json(&self, event: &serde_json::Value) {
+    fn json(&mut self, event: &serde_json::Value) {
         self.lines(&[event.to_string()]);
     }
 
     /// Writes lines, above the bar if there is one. A reader that closed the pipe, or a terminal that is gone, has
     /// seen enough: the run goes on.
-    fn lines(&self, lines: &[String]) {
+    fn lines(&mut self, lines: &[String]) {
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-        let write = || {
-            let _ = stdout().write_all(text.as_bytes());
+        let out = &mut self.out;
+        let mut write = || {
+            let _ = out.write_all(text.as_bytes());
         };
         match &self.bar {
             Some(bar) => bar.suspend(write),

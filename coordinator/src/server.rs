@@ -14,7 +14,7 @@ use protocol::message::{Goodbye, Hello, ToCoordinator, ToWorker, WORKER_LIMIT, W
 use protocol::problem::Problem;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio_util::codec::Framed;
@@ -41,6 +41,12 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    /// The way to the worker at `peer`, and what is sent on it.
+    pub(crate) fn new(peer: SocketAddr) -> (Self, UnboundedReceiver<Bytes>) {
+        let (frames, queued) = unbounded_channel();
+        (Self { frames, peer }, queued)
+    }
+
     /// Queues a message. A worker that is gone is reported by its connection, not here.
     pub(crate) fn send(&self, message: &ToWorker) {
         self.send_frame(encode_message(message));
@@ -193,8 +199,8 @@ async fn serve(
     arrivals: UnboundedSender<Arrival>,
 ) {
     let (mut sink, mut stream) = frames.split();
-    let (queue, mut queued) = unbounded_channel::<Bytes>();
-    if arrivals.send(Arrival::Joined(id, Box::new(hello), Link { frames: queue, peer })).is_err() {
+    let (link, mut queued) = Link::new(peer);
+    if arrivals.send(Arrival::Joined(id, Box::new(hello), link)).is_err() {
         return;
     }
     let writer = async {
@@ -233,7 +239,6 @@ async fn serve(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc::UnboundedReceiver;
     use tokio::time::timeout;
 
     /// Longer than anything here takes.

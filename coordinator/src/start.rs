@@ -22,6 +22,7 @@ use crate::early_end::{EarlyEnd, epochs};
 use crate::forecast::Forecast;
 use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
+use crate::membership::membership;
 use crate::metrics::Metrics;
 use crate::records::{Opening, Records};
 use crate::run::{Outcome, Parts, Run, StartState};
@@ -123,6 +124,7 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
 
     let ready = config.ready_file.clone().map(|path| (path, ready_text(control_address, http_address)));
     let parts = Parts {
+        decide: membership,
         file: config.file.clone(),
         data,
         layout,

@@ -1,11 +1,10 @@
 //! Checkpoints of a run under way: when a state is asked for, when it may be written, and what came of it.
 
-use std::time::Instant;
-
 use failpoints::{Point, reach};
 use protocol::message::{ToWorker, WorkerId};
 use protocol::problem::Problem;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::Instant;
 
 use super::Run;
 use crate::records::CheckpointWriter;

@@ -2,12 +2,13 @@
 //!
 //! Whatever the reason, the members rest first, then the most advanced state is written, then everybody is sent home.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use protocol::layout::Progress;
 use protocol::message::{Goodbye, Stop, ToWorker, WorkerId};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::Instant;
 
 use super::{Outcome, Run};
 use crate::early_end::EarlyEnd;

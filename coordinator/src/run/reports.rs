@@ -1,11 +1,12 @@
 //! What members report: steps, evaluations and texts, each taken in once, into records, metrics and the screen.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use failpoints::{Point, reach};
 use protocol::message::StepReport;
 use protocol::problem::Problem;
 use protocol::sums::StepSums;
+use tokio::time::Instant;
 
 use super::Run;
 use crate::epoch_clock::EpochClock;
