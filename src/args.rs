@@ -14,6 +14,7 @@ use kernels::cpu::simd::SimdError;
 use protocol::handshake::Token;
 use protocol::job::{JobFile, MOST_THREADS, presets};
 use protocol::problem::Problem;
+use worker::collective::Choice;
 
 use crate::commands::bench::BenchArgs;
 use crate::commands::completions::CompletionsArgs;
@@ -307,6 +308,8 @@ pub(crate) struct TrainArgs {
     pub(crate) threads: Option<usize>,
     #[command(flatten)]
     pub(crate) device: DeviceArg,
+    #[command(flatten)]
+    pub(crate) collective: CollectiveArg,
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     pub(crate) http: SocketAddr,
@@ -366,6 +369,8 @@ pub(crate) struct WorkerArgs {
     #[command(flatten)]
     device: DeviceArg,
     #[command(flatten)]
+    collective: CollectiveArg,
+    #[command(flatten)]
     simd: SimdArg,
     /// Name for people [default: host name and process id]
     #[arg(long, value_name = "NAME")]
@@ -392,6 +397,7 @@ impl WorkerArgs {
             token: self.token.read()?,
             advertise: self.advertise.clone(),
             metrics: self.metrics,
+            collective: self.collective.resolve()?,
             build: BUILD.to_owned(),
         })
     }
@@ -450,6 +456,26 @@ impl SimdArg {
             || Ok(Simd::detect()),
             |level| level.parse().map_err(|e: SimdError| Problem::usage(format!("--simd: {e}"))),
         )
+    }
+}
+
+/// How gradients travel.
+#[derive(Debug, Args)]
+pub(crate) struct CollectiveArg {
+    /// How gradients travel between workers: auto, tcp or nccl; the bits are the same [auto: nccl between CUDA devices
+    /// where all workers have it, else tcp]
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    collective: String,
+}
+
+impl CollectiveArg {
+    pub(crate) fn resolve(&self) -> Result<Choice, Problem> {
+        self.collective.parse().map_err(|error| Problem::usage(format!("--collective: {error}")))
+    }
+
+    /// The same option as a word of a command line.
+    pub(crate) fn to_word(&self) -> String {
+        format!("--collective={}", self.collective)
     }
 }
 

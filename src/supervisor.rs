@@ -40,6 +40,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
     let device = args.device.resolve()?;
+    args.collective.resolve()?;
     let mut requests = signals::stop_requests(false)?;
     let random = || {
         Token::generate()
@@ -83,7 +84,8 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let start_worker = |number: usize| {
         let mut command = child("worker");
         command.args(["--supervised", "--coordinator", &control, "--name", &format!("worker-{number}")]);
-        command.args(["--threads", &threads.to_string(), &args.device.to_word()]).stdin(Stdio::null());
+        command.args(["--threads", &threads.to_string(), &args.device.to_word()]);
+        command.arg(args.collective.to_word()).stdin(Stdio::null());
         command.env(LOCAL_RANK, (number - 1).to_string());
         spawn(&mut command, &format!("worker {number}"))
     };

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Coordinator, Folder, Hashes, Run};
+use common::{Coordinator, Folder, Hashes, Meddling, Run, train_in_process};
+use protocol::problem::Exit;
 
 /// Workers and threads of each; the first is what the others are compared with.
 const FLEETS: [(u32, u32); 7] = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (8, 1)];
@@ -98,6 +99,25 @@ fn a_text_with_wrapped_targets_that_starts_anew_at_lines_gives_the_same_bits() {
     let with_resets = folder.run("run", &job).hashes();
     let without = folder.run("other", &job).train("--workers 1");
     assert_ne!(without.parameter, with_resets.parameter, "the resets did nothing");
+}
+
+/// Its numbers go through copies on the host, or, for a worker alone, from buffer to buffer.
+#[test]
+fn a_device_whose_memory_is_not_the_hosts_gives_the_same_bits() {
+    let folder = Folder::new();
+    let text = folder.text(12_000);
+    for clip in ["global", "shard"] {
+        let settings =
+            "--set batch_size=33 --set shards=7 --set hidden_size=18 --set seq_len=9 --set epochs=0";
+        let job = format!("char-lstm --set data={text} {settings} --set clip={clip} --set clip_norm=0.02");
+        let expected = folder.run(&format!("cpu-{clip}"), &job).train("--steps 8 --workers 2");
+        for workers in 1..=5 {
+            let run = folder.run(&format!("{clip}-{workers}"), &job);
+            let fleet = vec![Meddling::HONEST; workers];
+            assert_eq!(train_in_process(&run, "--set steps=8", fleet), Ok(Exit::Done));
+            assert_eq!(run.hashes(), expected, "{workers} workers, clip {clip}");
+        }
+    }
 }
 
 #[test]

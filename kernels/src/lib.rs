@@ -28,6 +28,7 @@ pub mod cpu;
 pub mod cube;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod nccl;
 pub mod oracle;
 
 pub use cpu::gemm::{Start, gemm, gemm_transposed};

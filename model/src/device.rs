@@ -153,6 +153,11 @@ pub trait Device: Send {
         None
     }
 
+    /// The device's memory as NCCL sees it, where that is a CUDA device's. `None` where it is not.
+    fn cuda(&self) -> Option<&dyn CudaMemory<Self::Buffer>> {
+        None
+    }
+
     /// Runs the network over the rows of a batch.
     ///
     /// | argument | shape | in/out |
@@ -209,6 +214,28 @@ pub trait Device: Send {
         range: Range<usize>,
     ) -> Result<()>;
 
+    /// Some additions of a tree, one after another: for each `(left, right)`, `nodes[left][range] += nodes[right][range]`.
+    /// What remains of the right node is not specified.
+    fn tree_sum(
+        &self,
+        nodes: &mut [Self::Buffer],
+        additions: &[(usize, usize)],
+        range: Range<usize>,
+    ) -> Result<()> {
+        additions.iter().try_for_each(|&(left, right)| {
+            let [left, right] =
+                nodes.get_disjoint_mut([left, right]).expect("an addition has two distinct operands");
+            self.tree_add(left, right, range.clone())
+        })
+    }
+
+    /// `destination[range] = source[range]`.
+    fn copy(&self, destination: &mut Self::Buffer, source: &Self::Buffer, range: Range<usize>) -> Result<()> {
+        let mut values = vec![0.0; range.len()];
+        self.export(source, range.clone(), &mut values)?;
+        self.import(destination, range.start, &values)
+    }
+
     /// Clips one shard's summed gradient as a mean: `G ← n · clip(G / n, clip_norm)` with `n` its weight.
     fn clip_shard(&self, gradient: &mut Self::Buffer, weight: u64, clip_norm: f64) -> Result<()>;
 
@@ -230,6 +257,23 @@ pub trait Device: Send {
     /// A 64-bit digest of a buffer that lies at `at` of the state image, keyed by position: digests of the parts
     /// add up (wrapping) to the digest of the whole.
     fn digest(&self, buffer: &Self::Buffer, at: usize) -> Result<u64>;
+}
+
+/// Memory of a CUDA device, for what reads and writes it on a stream of its own.
+///
+/// A device enqueues its work on streams that nobody else sees. So whoever uses its memory beside it calls
+/// [`synchronize`](Self::synchronize) before, and waits for its own stream before the device's next call that touches
+/// the same numbers.
+pub trait CudaMemory<Buffer> {
+    /// Position of the device among those that CUDA shows this process. Buffers belong to its *primary* context.
+    fn ordinal(&self) -> usize;
+
+    /// Address of a buffer's first number in the device's memory. The numbers lie one after another, and stay there until
+    /// the buffer is dropped.
+    fn address(&self, buffer: &Buffer) -> Result<u64>;
+
+    /// Waits until everything that was enqueued by any call has run.
+    fn synchronize(&self) -> Result<()>;
 }
 
 impl fmt::Display for Pass {

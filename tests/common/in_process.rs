@@ -10,6 +10,7 @@ use protocol::job::JobFile;
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::channel;
 use tokio::task::{LocalSet, spawn_local};
+use worker::collective::Choice;
 
 use super::Run;
 
@@ -46,6 +47,7 @@ where
                 token: Token::new(""),
                 advertise: None,
                 metrics: None,
+                collective: Choice::Auto,
                 build: "test".to_owned(),
             };
             spawn_local(async {

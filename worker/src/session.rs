@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use crate::abort::Abort;
+use crate::collective::Choice;
 use crate::connection::{Connection, lost};
 use crate::feed::{BATCHES_AHEAD, Feed};
 use crate::metrics::{self, WorkerMetrics};
@@ -47,6 +48,8 @@ pub struct Config {
     pub advertise: Option<String>,
     /// Where to serve the worker's own metrics; nowhere if not given.
     pub metrics: Option<SocketAddr>,
+    /// How gradients are to travel.
+    pub collective: Choice,
     /// What this binary is.
     pub build: String,
 }
@@ -123,7 +126,7 @@ where
         token: config.token,
         data_listener: Arc::new(data_listener),
         metrics,
-        stage: Stage::Idle(Box::new(Trainer::new(device))),
+        stage: Stage::Idle(Box::new(Trainer::new(device, config.collective))),
         waiting_for_state: None,
     };
     session.serve(shutdown).await

@@ -12,7 +12,7 @@ use protocol::message::{Form, Generation as Number, StateSource, Stop, ToCoordin
 use crate::abort::Abort;
 use crate::collective::mesh::{FORM_LIMIT, Mesh, MeshError, Place};
 use crate::collective::tcp::{SILENCE_LIMIT, TcpCollective};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Choice, Collective, CollectiveError, choose};
 use crate::feed::{Feed, FeedClosed};
 use crate::metrics::WorkerMetrics;
 use crate::outbox::Outbox;
@@ -26,6 +26,8 @@ pub(crate) struct Trainer<D: Device> {
     pub(crate) replica: Option<Replica<D>>,
     /// The last generation it belonged to.
     pub(crate) generation: Number,
+    /// How its gradients are to travel.
+    collective: Choice,
 }
 
 /// One generation's work.
@@ -43,9 +45,9 @@ pub(crate) struct Task {
     pub(crate) outbox: Outbox,
 }
 
-impl<D: Device> Trainer<D> {
-    pub(crate) fn new(device: D) -> Self {
-        Self { device, replica: None, generation: 0 }
+impl<D: Device + 'static> Trainer<D> {
+    pub(crate) fn new(device: D, collective: Choice) -> Self {
+        Self { device, replica: None, generation: 0, collective }
     }
 
     /// Connects to the peers and trains until the generation ends. Whatever happens, the replica is in the state
@@ -67,10 +69,13 @@ impl<D: Device> Trainer<D> {
             Err(error @ MeshError::Missing { .. }) => return Ok(Stop::Broken(error.to_string())),
             Err(error @ MeshError::Listener(_)) => return Err(error.to_string()),
         };
-        let mut collective: Box<dyn Collective<D>> = Box::new(
-            TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane())
-                .map_err(|error| format!("cannot start the threads of the data plane: {error}"))?,
-        );
+        let tcp = TcpCollective::new(mesh, SILENCE_LIMIT, metrics.data_plane())
+            .map_err(|error| format!("cannot start the threads of the data plane: {error}"))?;
+        abort.attach(Collective::<D>::abort_handle(&tcp));
+        let mut collective = match choose(tcp, device, self.collective) {
+            Ok(collective) => collective?,
+            Err(error) => return stopped_by(error.into()),
+        };
         abort.attach(collective.abort_handle());
         let replica = match (image, form.state, self.replica.take()) {
             (Some(image), _, _) => Replica::from_image(device, layout, &image),

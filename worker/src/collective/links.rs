@@ -344,6 +344,11 @@ impl Links {
         }
     }
 
+    /// Whether an operation can still succeed.
+    pub(super) fn check(&self) -> Result<()> {
+        self.failure(&lock(&self.state)).map_or(Ok(()), Err)
+    }
+
     fn failure(&self, state: &State) -> Option<CollectiveError> {
         if state.is_aborted {
             return Some(CollectiveError::Aborted);

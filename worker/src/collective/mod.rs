@@ -5,18 +5,24 @@
 //! order of additions is the tree's, so the result has the same bits for any number of workers.
 //!
 //! In reading order: [`reduce`] (the pure part), [`mesh`] (who is connected), `wire` (one frame), `outbox` (what
-//! is on its way to a peer), `links` (the threads), [`tcp`] (the trait over all of these).
+//! is on its way to a peer), `links` (the threads), [`tcp`] (the trait over all of these), [`nccl`] (the trait over NCCL,
+//! beside a TCP mesh), `choice` (which of the two).
 
+mod choice;
 #[cfg(test)]
 mod host_device;
 mod links;
 pub mod mesh;
+pub mod nccl;
 mod outbox;
 pub mod reduce;
 pub mod tcp;
 #[cfg(test)]
 mod tests;
 mod wire;
+
+pub use choice::Choice;
+pub(crate) use choice::choose;
 
 use std::fmt;
 use std::ops::Range;
@@ -55,6 +61,9 @@ pub enum CollectiveError {
         /// How long.
         seconds: u64,
     },
+    /// NCCL failed, or did nothing for too long.
+    #[error("NCCL: {0}")]
+    Nccl(String),
     /// The device could not hand out or take in values.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -91,8 +100,8 @@ pub trait Collective<D: Device>: Send {
     fn world_size(&self) -> u32;
 
     /// Begins to sum one bucket over all shards. `nodes` are the tree nodes that cover this worker's shards, each
-    /// with a buffer whose `bucket` range holds its value; the values are taken before the call returns. The sum goes to
-    /// `into`, of which the `bucket` range is not specified until the operation was waited for.
+    /// with a buffer whose `bucket` range holds its value, which must not change until the operation was waited for. The
+    /// sum goes to `into`, of which the `bucket` range is not specified until then.
     fn begin_reduce(
         &mut self,
         device: &D,
@@ -101,8 +110,8 @@ pub trait Collective<D: Device>: Send {
         into: &mut D::Buffer,
     ) -> Result<Ticket>;
 
-    /// Begins to gather a buffer of which rank `r` holds `parts[r]`; this worker's part is taken before the call
-    /// returns.
+    /// Begins to gather a buffer of which rank `r` holds `parts[r]`. This worker's part must not change until the
+    /// operation was waited for, with the same buffer, and the others' are not specified until then.
     fn begin_gather(&mut self, device: &D, buffer: &D::Buffer, parts: Vec<Range<usize>>) -> Result<Ticket>;
 
     /// Waits until an operation is finished and its result is in `into`: the whole bucket of a reduction, which began with

@@ -88,6 +88,16 @@ impl Plan {
         self.nodes.iter().zip(&self.leaves).filter_map(of_rank)
     }
 
+    /// All nodes of all ranks from left to right, each with the rank that sends it.
+    pub fn nodes(&self) -> &[(u32, TreeNode)] {
+        &self.nodes
+    }
+
+    /// The additions in their order, between positions in [`nodes`](Self::nodes); they leave the sum at position 0.
+    pub fn additions(&self) -> &[(usize, usize)] {
+        &self.additions
+    }
+
     /// Adds the pieces of one block in tree order. `recycle` gets the buffers that are no longer needed.
     pub fn sum(&self, pieces: Pieces<'_>, mut recycle: impl FnMut(Vec<f32>)) -> Vec<f32> {
         match self.last_operands(pieces, &mut recycle) {

@@ -20,7 +20,7 @@ use super::tcp::{DataPlaneBytes, SILENCE_LIMIT, TcpCollective};
 use super::{Collective, CollectiveError, Ticket};
 
 /// The collectives of one generation, by rank.
-fn fleet(shards: u32, world_size: u32, timeout: Duration) -> Vec<TcpCollective> {
+pub(super) fn fleet(shards: u32, world_size: u32, timeout: Duration) -> Vec<TcpCollective> {
     counted_fleet(shards, world_size, timeout, &Arc::default())
 }
 
@@ -75,7 +75,7 @@ fn wild(shard: u32, i: usize) -> f32 {
     f32::from_bits((bits >> 32) as u32 & 0x807f_ffff | (67 + (bits % 120) as u32) << 23)
 }
 
-fn add(places: &mut [Vec<f32>], additions: &[Addition]) {
+pub(super) fn add(places: &mut [Vec<f32>], additions: &[Addition]) {
     for addition in additions {
         let (left, right) = places.split_at_mut(addition.right as usize);
         for (sum, addend) in left[addition.left as usize].iter_mut().zip(&right[0]) {
@@ -84,12 +84,16 @@ fn add(places: &mut [Vec<f32>], additions: &[Addition]) {
     }
 }
 
-fn partials(shards: u32, len: usize) -> Vec<Vec<f32>> {
+pub(super) fn partials(shards: u32, len: usize) -> Vec<Vec<f32>> {
     (0..shards).map(|shard| (0..len).map(|i| wild(shard, i)).collect()).collect()
 }
 
 /// What a worker brings to a reduction: its shards added as far as it can.
-fn covered(shards: u32, range: Range<u32>, mut places: Vec<Vec<f32>>) -> Vec<(TreeNode, Vec<f32>)> {
+pub(super) fn covered(
+    shards: u32,
+    range: Range<u32>,
+    mut places: Vec<Vec<f32>>,
+) -> Vec<(TreeNode, Vec<f32>)> {
     add(&mut places, &tree::subtree(shards, range.clone()));
     let value = |node: &TreeNode| std::mem::take(&mut places[node.range(shards).start as usize]);
     let cover = tree::cover(shards, range);
@@ -101,7 +105,7 @@ fn borrowed(nodes: &[(TreeNode, Vec<f32>)]) -> Vec<(TreeNode, &Vec<f32>)> {
     nodes.iter().map(|(node, values)| (*node, values)).collect()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
