@@ -13,6 +13,7 @@ mod warm_start;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use model::device::Backend;
@@ -20,6 +21,9 @@ use protocol::problem::{Exit, Problem};
 
 use args::{Cli, Command};
 use device::WithBackend;
+
+/// After a worker's end its training thread has this long to end too.
+const TRAINING_THREAD_LIMIT: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -108,10 +112,14 @@ impl WithBackend for Worker {
         B: Backend + 'static,
         B::Device: 'static,
     {
-        runtime()?.block_on(async {
+        let runtime = runtime()?;
+        let result = runtime.block_on(async {
             let signals = signals::stop_requests(false)?;
             worker::run(self.config, backend, signals).await
-        })
+        });
+        // A training thread that hangs is not waited for.
+        runtime.shutdown_timeout(TRAINING_THREAD_LIMIT);
+        result
     }
 }
 

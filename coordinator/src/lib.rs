@@ -5,6 +5,7 @@
 //!
 //! - [`run`](mod@run): one run from its first worker to its end.
 //! - [`membership`]: who trains, as a pure state machine.
+//! - `deadlines`: which worker hangs; `hang_dump`: what all did before.
 //! - [`data`]: data sets and which rows each piece of work has.
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
@@ -17,12 +18,14 @@
 
 pub mod audit;
 pub mod data;
+mod deadlines;
 mod digests;
 mod early_end;
 mod epoch_clock;
 mod epoch_sample;
 mod feeder;
 mod forecast;
+mod hang_dump;
 mod hex;
 mod http;
 mod loss_plot;

@@ -1,11 +1,11 @@
 //! Everything a run writes: journal, metrics file, checkpoints.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::job::{Decay, JobFile, JobSpec};
 use protocol::layout::StateLayout;
-use protocol::message::StepReport;
+use protocol::message::{StepReport, WorkerId};
 use protocol::problem::Problem;
 use protocol::sums::StepSums;
 
@@ -14,6 +14,7 @@ use crate::early_end::EarlyEnd;
 use crate::stage::Stage;
 use crate::store::checkpoint::Checkpoint;
 use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
+use crate::store::diverged;
 use crate::store::files::LineSync;
 use crate::store::identity::{Identity, START_OVER};
 use crate::store::journal::{Journal, Record, Replay};
@@ -261,6 +262,11 @@ impl Records {
         let lines = [self.journal.on_disk(), self.metrics.on_disk()];
         let dir = self.checkpoints.clone();
         CheckpointWriter { dir, make: self.make_checkpoint.clone(), lines }
+    }
+
+    /// Writes the state of a replica that has parted from others; gives the file.
+    pub(crate) fn diverged(&self, image: Vec<u8>, worker: (WorkerId, &str)) -> Result<PathBuf, Problem> {
+        diverged::write(self.dir.path(), &(self.make_checkpoint)(image)?, worker)
     }
 
     /// Records that a checkpoint was written.

@@ -2,6 +2,7 @@
 //! the way.
 
 mod checkpoints;
+mod divergence;
 mod ending;
 mod reports;
 #[cfg(test)]
@@ -26,11 +27,13 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::time::Instant;
 
 use crate::data::Dataset;
+use crate::deadlines::Deadlines;
 use crate::digests::Digests;
 use crate::early_end::EarlyEnd;
 use crate::epoch_clock::EpochClock;
 use crate::epoch_sample::EpochSample;
 use crate::feeder::Feeder;
+use crate::hang_dump::HangDump;
 use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
 use crate::membership::{Action, Candidate, Decide, Event, Membership, Source};
@@ -114,6 +117,8 @@ pub(crate) struct Run {
     /// The texts that the network writes, if any.
     sample: Option<EpochSample>,
     digests: Digests,
+    deadlines: Deadlines,
+    hangs: HangDump,
     arriving: Arriving,
     /// A state that is written when all members' digests of it agree.
     held: Option<(u64, Vec<u8>)>,
@@ -181,6 +186,8 @@ impl Run {
             skip_shown: None,
             sample: EpochSample::new(&parts.file, parts.data.facts()),
             digests: Digests::default(),
+            deadlines: Deadlines::default(),
+            hangs: HangDump::new(parts.records.dir.path()),
             arriving: Arriving::default(),
             held: None,
             checkpoint_asked: Instant::now(),
@@ -262,6 +269,7 @@ impl Run {
         self.workers.remove(&id);
         self.feeders.remove(&id);
         self.stopped.remove(&id);
+        self.deadlines.forget(id);
         self.arriving.forget(id);
         if let Some(ending) = &mut self.ending
             && ending.state_from == Some(id)
@@ -277,8 +285,21 @@ impl Run {
         Ok(())
     }
 
+    /// Closes the connection of a worker that lives and cannot be trained with.
+    fn evict(&mut self, id: WorkerId, cause: String) -> Result<(), Problem> {
+        self.send(id, &ToWorker::Goodbye(Goodbye::Failed(format!("the coordinator let it go: {cause}"))));
+        self.left(id, cause)
+    }
+
     fn message(&mut self, id: WorkerId, message: ToCoordinator) -> Result<(), Problem> {
         match message {
+            ToCoordinator::Alive(position) => {
+                let at_work: Vec<WorkerId> = self.at_work().collect();
+                for (id, cause) in self.deadlines.take(id, position, self.generation, &at_work) {
+                    self.evict(id, cause)?;
+                }
+            }
+            ToCoordinator::Trace(trace) => self.hangs.take(id, &self.name(id), trace),
             ToCoordinator::Connected { generation } => self.decide(Event::Connected(id, generation))?,
             ToCoordinator::Credit { generation, batches } if generation == self.generation => {
                 if let Some(feeder) = self.feeders.get(&id) {
@@ -303,6 +324,7 @@ impl Run {
             }
             ToCoordinator::Stopped { generation, state, why } if generation == self.generation => {
                 self.feeders.remove(&id);
+                self.deadlines.forget(id);
                 let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
                 self.stopped.insert(id, state);
                 self.furthest = self.furthest.max(state);
@@ -346,7 +368,7 @@ impl Run {
                     self.workers.remove(&id);
                     self.with_status(|status| status.workers.remove(&id));
                 }
-                Action::Evict(id, cause) => self.left(id, cause)?,
+                Action::Evict(id, cause) => self.evict(id, cause)?,
                 Action::Welcome(id) => {
                     self.send(id, &self.welcome(id));
                     if self.drain_asked {
@@ -364,6 +386,7 @@ impl Run {
                     }
                 }
                 Action::Abort(generation, ids) => {
+                    self.hangs.broken(self.step, &reason);
                     for id in ids {
                         self.send(id, &ToWorker::Abort { generation });
                     }
@@ -408,6 +431,8 @@ impl Run {
             (Source::Member(rank, stage), _) => (stage, StateSource::Member(rank)),
         };
         self.digests.begin(stage.step);
+        self.deadlines.begin();
+        self.hangs.begin(generation);
         reach(Point::Recovery, stage.step);
         for (member, rank) in members.iter().zip(0..) {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
@@ -451,17 +476,6 @@ impl Run {
         }
         let newest = self.parts.records.newest_state()?;
         Ok(newest.map(|image| (Stage::of(&image), image.bytes().to_vec())))
-    }
-
-    /// Stops the run because its replicas are no longer replicas. None of their states is written.
-    fn replicas_differ(&mut self, step: u64, parted: &[WorkerId]) {
-        let names: Vec<String> = parted.iter().map(|&id| self.name(id)).collect();
-        let problem = Problem::failed(format!(
-            "the replicas differ after step {step}: {} computed another state than the rest",
-            names.join(" and ")
-        ));
-        let hint = "check the memory of these machines; the same command goes on from the newest checkpoint";
-        self.fail(problem.hint(hint), false);
     }
 
     fn name(&self, id: WorkerId) -> String {

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use protocol::frame::{BulkHeader, Frame, codec, decode, encode_message};
+use protocol::frame::{BulkHeader, Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Goodbye, Hello, ToCoordinator, ToWorker, WORKER_LIMIT, WorkerId};
 use protocol::problem::Problem;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -141,6 +142,8 @@ async fn greet(mut stream: TcpStream, token: &Token, places: Arc<Semaphore>) -> 
     let broken =
         |e: std::io::Error| Problem::failed(format!("the connection broke during the handshake: {e}"));
     stream.set_nodelay(true).map_err(broken)?;
+    set_tcp_user_timeout(&stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
+        .map_err(|errno| broken(errno.into()))?;
     let own = Handshake::answerer(Plane::Control, token)
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
     let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);

@@ -4,6 +4,8 @@
 //! bincode; bulk data (batches, state, gradients) is a fixed header and raw little-endian bytes that are never
 //! decoded into a message.
 
+use std::time::Duration;
+
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use bincode::{Decode, Encode};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -14,6 +16,10 @@ pub const FRAME_LIMIT_BYTES: usize = 16 << 20;
 
 /// Longest payload of one frame of a state stream. (A batch is always one frame, however long.)
 pub const BULK_CHUNK_BYTES: usize = 1 << 20;
+
+/// What was sent on a connection, of either plane, and has not been acknowledged by the other side's kernel for so long
+/// ends it: TCP's user timeout. Without it a machine that lost its power keeps a connection for a quarter of an hour.
+pub const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(20);
 
 const KIND_MESSAGE: u8 = 0;
 

@@ -214,15 +214,15 @@ mod tests {
 
     /// Both proofs for the token `secret` and these two hellos, and the token of generation 7, computed with Python's
     /// hmac module.
-    const GOLDEN_OPENER: &str = "4b4c8435f1061980eb5369f9dfdb443449ab0cf3757b6728810d5d87fcb09f45";
-    const GOLDEN_ANSWERER: &str = "005f2669ccb41965d9629f4f6b2a16adc4745701318b39ed02b4722bab303170";
+    const GOLDEN_OPENER: &str = "004f4bd736f1cb345688eff3e7e525f0811bc1b20fa0253b4006fc16ebde9114";
+    const GOLDEN_ANSWERER: &str = "0e6176a98d0c7aa0670de59953a9ffa8a3723e9cd2232981db2847e96f623310";
     const GOLDEN_GENERATION: &str = "6f96fe5ad12d7f50eba4cd03b3d0cfdd8eaa3df43eda2e0d96644edee06ac444";
 
     #[test]
     fn the_first_bytes_and_the_proofs_are_those_of_the_version() {
         let (opener, answerer) = pair("secret", "secret");
-        assert_eq!(opener.hello(), *[&b"LOCKSTEP\x03\x00\x01"[..], &[1; 32]].concat());
-        assert_eq!(answerer.hello(), *[&b"LOCKSTEP\x03\x00\x00"[..], &[2; 32]].concat());
+        assert_eq!(opener.hello(), *[&b"LOCKSTEP\x04\x00\x01"[..], &[1; 32]].concat());
+        assert_eq!(answerer.hello(), *[&b"LOCKSTEP\x04\x00\x00"[..], &[2; 32]].concat());
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let proofs = opener.proofs(&answerer.hello()).unwrap();
         assert_eq!([hex(&proofs.ours), hex(&proofs.theirs)], [GOLDEN_OPENER, GOLDEN_ANSWERER]);
@@ -250,7 +250,7 @@ mod tests {
         hello[8] = 9;
         assert_eq!(
             opener.proofs(&hello).unwrap_err().sentence,
-            "the other side speaks protocol 9, this one 3"
+            "the other side speaks protocol 9, this one 4"
         );
         let mut hello = answerer.hello();
         hello[0] = b'H';

@@ -14,10 +14,12 @@
 //! - [`learning_rate`](mod@learning_rate): the step size of each step.
 //! - [`random`]: counter-based random streams.
 //! - [`batch`]: the rows of one piece of work.
+//! - [`activity`]: what a worker is doing, and did last.
 //! - [`message`], [`frame`], [`handshake`]: what travels between processes.
 //! - [`problem`]: what a user is told when something goes wrong.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod batch;
 pub mod cell;
 pub mod control;

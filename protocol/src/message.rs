@@ -1,18 +1,20 @@
 //! Control messages between the coordinator and its workers.
 //!
 //! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
-//! fleets that change: pauses, states from a member, signs of life.
+//! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
+//! life; traces.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
 
+use crate::activity::{Position, Trace};
 use crate::batch::DataShape;
 use crate::job::{JobSpec, RunSpec};
 use crate::problem::Problem;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -37,8 +39,8 @@ pub enum ToCoordinator {
         /// Batches.
         batches: u32,
     },
-    /// Nothing is to be said, and the worker lives: sent when it has been silent for a while.
-    Alive,
+    /// The worker lives, and this is what its training thread is doing: sent every second.
+    Alive(Position),
     /// A step is done.
     Step(StepReport),
     /// An evaluation is done; equal on every worker.
@@ -84,6 +86,8 @@ pub enum ToCoordinator {
         /// The text; shorter than asked for where the network is slow.
         tokens: Vec<u32>,
     },
+    /// What its training thread did last: sent when a generation breaks, and when the thread has not moved for a while.
+    Trace(Trace),
 }
 
 /// How far the state is that a worker holds.

@@ -6,6 +6,7 @@
 use std::fmt::Write;
 
 use bytes::Bytes;
+use protocol::activity::{Phase, Position, Trace, TraceEvent};
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::cell::{Cell, CellOptions};
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
@@ -111,6 +112,18 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         advertise: Some("host".to_owned()),
         metrics: None,
     };
+    let position = Position {
+        generation: 1,
+        phase: Phase::Reduce,
+        step: 2,
+        waits: true,
+        for_ms: 3,
+        longest_ms: Some(4),
+        operations: 5,
+        bytes: 6,
+        waits_for: Some(1),
+    };
+    let event = TraceEvent { at_ms: 7, generation: 1, phase: Phase::Data, step: 2, operations: 3, bytes: 4 };
     let report = StepReport {
         generation: 1,
         step: 2,
@@ -123,7 +136,8 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Hello(hello),
         ToCoordinator::Connected { generation: 1 },
         ToCoordinator::Credit { generation: 1, batches: 2 },
-        ToCoordinator::Alive,
+        ToCoordinator::Alive(position),
+        ToCoordinator::Trace(Trace { at_ms: 9, position, events: vec![event] }),
         ToCoordinator::Step(report),
         ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS },
         ToCoordinator::Digest { generation: 1, step: 2, digest: 3 },
@@ -228,7 +242,8 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::Hello(_) => "hello",
         ToCoordinator::Connected { .. } => "connected",
         ToCoordinator::Credit { .. } => "credit",
-        ToCoordinator::Alive => "alive",
+        ToCoordinator::Alive(_) => "alive",
+        ToCoordinator::Trace(_) => "trace",
         ToCoordinator::Step(_) => "step",
         ToCoordinator::Evaluation { .. } => "evaluation",
         ToCoordinator::Digest { .. } => "digest",

@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use protocol::frame::{Frame, codec, decode, encode_message};
+use protocol::frame::{Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{ToCoordinator, ToWorker};
 use protocol::problem::Problem;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
@@ -28,6 +29,8 @@ impl Connection {
         let mut stream = connect(address).await?;
         let local = stream.local_addr().map_err(|e| lost(&e.to_string()))?.ip();
         stream.set_nodelay(true).map_err(|e| lost(&e.to_string()))?;
+        set_tcp_user_timeout(&stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
+            .map_err(|e| lost(&e.to_string()))?;
         tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&mut stream, token)).await.map_err(|_| {
             Problem::failed(format!(
                 "{address} did not answer the handshake within {} s",

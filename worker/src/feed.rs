@@ -3,6 +3,7 @@
 use std::sync::mpsc::Receiver;
 
 use failpoints::{Point, reach};
+use protocol::activity::Phase;
 use protocol::batch::Batch;
 use protocol::message::{Generation, ToCoordinator};
 use protocol::schedule::Work;
@@ -48,8 +49,10 @@ impl Feed {
     /// No more batches come, or another one than the schedule's next.
     pub fn next(&mut self, expected: Work) -> Result<Batch, FeedClosed> {
         let (Work::Train { step, .. } | Work::Evaluate { step, .. }) = expected;
+        self.outbox.tracer().enter(Phase::Data, step);
         reach(Point::Feed, step);
         let batch = self.batches.recv().map_err(|_| FeedClosed::Ended)?;
+        self.outbox.tracer().batch_taken();
         if batch.work != expected {
             return Err(FeedClosed::Unexpected { got: batch.work, expected });
         }

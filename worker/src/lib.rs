@@ -8,6 +8,7 @@
 //! - [`replica`]: the replicated state.
 //! - [`collective`]: sums and gathers across workers; TCP.
 //! - [`feed`]: batches in; [`outbox`]: messages out.
+//! - `trace`: what the training thread is doing and did last.
 //! - [`footprint`]: the bytes that all this takes.
 //! - [`metrics`]: the worker's own metrics.
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ pub mod outbox;
 pub mod replica;
 pub mod session;
 mod sums_exchange;
+mod trace;
 pub mod train;
 mod trainer;
 

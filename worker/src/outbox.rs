@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use failpoints::{Point, reach};
 use model::device::{Device, Result};
+use protocol::activity::Phase;
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk, encode_message};
 use protocol::message::{Generation, ToCoordinator};
 use protocol::schedule::Schedule;
@@ -16,6 +17,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::metrics::WorkerMetrics;
 use crate::replica::Replica;
 use crate::sums_exchange::Wish;
+use crate::trace::Tracer;
 
 /// What the coordinator asked for.
 #[derive(Debug, Default)]
@@ -33,6 +35,7 @@ pub struct Outbox {
     frames: UnboundedSender<Bytes>,
     requests: Arc<Mutex<Requests>>,
     metrics: WorkerMetrics,
+    tracer: Tracer,
     schedule: Schedule,
     digest_steps: u64,
 }
@@ -45,7 +48,13 @@ impl Outbox {
         schedule: Schedule,
         digest_steps: u64,
     ) -> Self {
-        Self { frames, requests: Arc::default(), metrics, schedule, digest_steps }
+        let tracer = Tracer::new(metrics.data_plane());
+        Self { frames, requests: Arc::default(), metrics, tracer, schedule, digest_steps }
+    }
+
+    /// Where the training thread writes down what it does.
+    pub(crate) fn tracer(&self) -> &Tracer {
+        &self.tracer
     }
 
     /// Queues a message. When the session has ended there is nobody left to tell, which the loop learns elsewhere.
@@ -91,7 +100,8 @@ impl Outbox {
     }
 
     /// Forgets what was asked of the last generation. A drain is asked of the worker, and stays.
-    pub fn begin_generation(&self) {
+    pub(crate) fn begin_generation(&self, generation: Generation, step: u64) {
+        self.tracer.begin(generation, step);
         let mut requests = self.lock();
         requests.pause = None;
         requests.states.clear();
@@ -114,6 +124,7 @@ impl Outbox {
     ) -> Result<()> {
         let step = replica.progress.step;
         if self.schedule.digests_after(step, self.digest_steps) {
+            self.tracer.enter(Phase::Snapshot, step);
             self.send_digest(device, replica, generation)?;
         }
         let due = {
@@ -123,6 +134,7 @@ impl Outbox {
             requests.states.len() < before
         };
         if due {
+            self.tracer.enter(Phase::Snapshot, step);
             self.send_state(device, replica, generation)?;
         }
         Ok(())

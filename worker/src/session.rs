@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use failpoints::{Point, reach};
 use model::device::Backend;
+use protocol::activity::Phase;
 use protocol::batch::Batch;
 use protocol::frame::{BulkHeader, BulkKind, Frame};
 use protocol::handshake::Token;
@@ -30,10 +31,14 @@ use crate::feed::{BATCHES_AHEAD, Feed};
 use crate::metrics::{self, WorkerMetrics};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
+use crate::trace::Tracer;
 use crate::trainer::{Task, Trainer};
 
 /// How often a worker says that it lives.
 const SIGN_OF_LIFE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A phase in which the training thread stays for so long is worth a trace.
+const SLOW_AFTER: Duration = Duration::from_secs(3);
 
 /// What a worker is told at its start; everything else comes from the coordinator.
 #[derive(Debug, Clone)]
@@ -108,10 +113,11 @@ where
         move || backend.open(&layout, &welcome.job, &welcome.data, welcome.run.recompute)
     });
     let mut signs_of_life = signs_of_life();
+    let opening = Tracer::new(metrics.data_plane());
     let device = loop {
         tokio::select! {
             device = &mut opened => break device.expect("opening a device does not panic"),
-            _ = signs_of_life.tick() => connection.send(&ToCoordinator::Alive).await?,
+            _ = signs_of_life.tick() => connection.send(&ToCoordinator::Alive(opening.position())).await?,
         }
     };
     let device = device.map_err(|error| Problem::failed(error.to_string()))?;
@@ -128,6 +134,7 @@ where
         metrics,
         stage: Stage::Idle(Box::new(Trainer::new(device, config.collective))),
         waiting_for_state: None,
+        has_told: false,
     };
     session.serve(shutdown).await
 }
@@ -194,12 +201,14 @@ struct Session<D: model::device::Device> {
     stage: Stage<D>,
     /// A generation that starts when the rest of its state has arrived.
     waiting_for_state: Option<(Form, Vec<u8>)>,
+    /// The training thread has not moved for a while, and the coordinator knows what it did before.
+    has_told: bool,
 }
 
 impl<D: model::device::Device + 'static> Session<D> {
     async fn serve(mut self, shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
         let result = self.obey_all(shutdown).await;
-        // The thread must not outlive the session: the process waits for it.
+        // The thread must not outlive the session; the process waits a little for it.
         if let Stage::Training(running) = &mut self.stage {
             running.end();
         }
@@ -219,7 +228,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                     None => return Err(lost("it closed the connection")),
                 },
                 Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
-                _ = signs_of_life.tick() => self.connection.send(&ToCoordinator::Alive).await?,
+                _ = signs_of_life.tick() => self.say_where().await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
                 Some(()) = shutdown.recv() => match &self.stage {
                     Stage::Training(_) if !was_asked_to_stop => {
@@ -230,6 +239,17 @@ impl<D: model::device::Device + 'static> Session<D> {
                 },
             }
         }
+    }
+
+    /// Says what the training thread is doing; once in a phase in which it stays long, also what it did before.
+    async fn say_where(&mut self) -> Result<(), Problem> {
+        let position = self.outbox.tracer().position();
+        let is_slow = position.phase != Phase::Idle && position.for_ms >= SLOW_AFTER.as_millis() as u32;
+        if is_slow && !self.has_told {
+            self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
+        }
+        self.has_told = is_slow;
+        self.connection.send(&ToCoordinator::Alive(position)).await
     }
 
     fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {
@@ -249,6 +269,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                     && running.generation == generation
                 {
                     running.end();
+                    self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
                 }
             }
             ToWorker::SendState { at_step } => match &self.stage {
@@ -287,6 +308,8 @@ impl<D: model::device::Device + 'static> Session<D> {
                 // The window bounds what is under way, so there is always room; a thread that has ended reads
                 // no more, which its own result explains.
                 if let Some(batches) = &running.batches {
+                    // Counted first, or the thread might take it before.
+                    self.outbox.tracer().batch_came();
                     let _ = batches.try_send(batch);
                 }
                 Ok(())
@@ -300,7 +323,7 @@ impl<D: model::device::Device + 'static> Session<D> {
         let Stage::Idle(mut trainer) = std::mem::replace(&mut self.stage, Stage::Between) else {
             return Err(lost("it formed a generation while another one runs"));
         };
-        self.outbox.begin_generation();
+        self.outbox.begin_generation(form.generation, form.step);
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
         let generation = form.generation;
@@ -329,6 +352,9 @@ impl<D: model::device::Device + 'static> Session<D> {
     fn rest(&mut self, (trainer, outcome): Worked<D>) -> Result<(), Problem> {
         let why = match outcome {
             Ok(why) => {
+                if let Stop::Broken(_) = why {
+                    self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
+                }
                 // Members that were cut off at different points of an evaluation differ, and may.
                 if let Some(replica) = trainer.replica.as_ref().filter(|replica| !replica.owes_evaluation()) {
                     let sent = self.outbox.send_digest(&trainer.device, replica, trainer.generation);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use failpoints::{Injected, Point, reach};
 use model::device::{Device, DeviceError, Pass, Update};
 use model::sample::{SampleOptions, Sampler};
+use protocol::activity::Phase;
 use protocol::batch::{Batch, DataShape};
 use protocol::job::{Clip, JobSpec, NonFinite};
 use protocol::learning_rate::learning_rate;
@@ -168,7 +169,7 @@ impl<D: Device> Generation<D> {
         let steps_per_epoch = self.data.schedule.steps_per_epoch;
         let (epoch, index) = self.data.schedule.position(step);
         let batch = self.feed.next(Work::Train { step, epoch, index })?;
-        let fed = Instant::now();
+        let fed = self.enter(Phase::Compute, step);
         if let Some(Injected::Error) = reach(Point::Compute, step) {
             return Err(DeviceError("a failpoint".to_owned()).into());
         }
@@ -177,7 +178,7 @@ impl<D: Device> Generation<D> {
         device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
         let (own_sums, tickets) = self.begin_gradient(device, &mut replica.gradient)?;
-        let computed = Instant::now();
+        let computed = self.enter(Phase::Reduce, step);
         reach(Point::Reduce, step);
 
         let wish = self.outbox.wish(self.form.generation);
@@ -187,7 +188,7 @@ impl<D: Device> Generation<D> {
             self.collective.wait(device, ticket, &mut replica.gradient)?;
         }
         self.collective.wait(device, states, &mut replica.next_state)?;
-        let reduced = Instant::now();
+        let reduced = self.enter(Phase::Update, step);
 
         let gradient_norm = device.mean_norm(&replica.gradient, sums.weight)?;
         let learning_rate = replica.control.learning_rate(learning_rate(&self.job, step, steps_per_epoch));
@@ -219,6 +220,12 @@ impl<D: Device> Generation<D> {
             },
         }));
         Ok(Some(wish))
+    }
+
+    /// Writes down what this thread does from now on.
+    fn enter(&self, phase: Phase, step: u64) -> Instant {
+        self.outbox.tracer().enter(phase, step);
+        Instant::now()
     }
 
     /// Completes the gradient and begins to reduce it to `into`, bucket by bucket: each travels while the next is computed,
@@ -285,6 +292,7 @@ impl<D: Device> Generation<D> {
         let batches = self.data.schedule.evaluation_batches;
         for work in self.data.schedule.evaluation(step) {
             let batch: Batch = self.feed.next(work)?;
+            self.enter(Phase::Evaluate, step);
             device.step(Pass::Evaluate, &replica.parameters, &batch, &state, &mut next_state)?;
             std::mem::swap(&mut state, &mut next_state);
             own.push(device.read_sums()?.to_vec());
@@ -293,6 +301,7 @@ impl<D: Device> Generation<D> {
                 unreachable!("an evaluation has no training steps")
             };
             if own.len() >= SUMS_PER_EXCHANGE / self.job.shards as usize || index + 1 == batches {
+                self.enter(Phase::Reduce, step);
                 let (by_batch, _) =
                     exchange_sums(&mut *self.collective, &self.form.members, &own, Wish::GoOn)?;
                 own.clear();
@@ -307,6 +316,7 @@ impl<D: Device> Generation<D> {
         }
         self.outbox.send(ToCoordinator::Evaluation { generation: self.form.generation, step, sums });
         if let Some(request) = self.sample.as_ref().filter(|_| ends_epoch) {
+            self.enter(Phase::Sample, step);
             reach(Point::Sampling, step);
             let tokens = write_sample(device, replica, request)?;
             self.outbox.send(ToCoordinator::Sample { generation: self.form.generation, step, tokens });

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use failpoints::{Point, reach};
 use model::device::Device;
+use protocol::activity::Phase;
 use protocol::handshake::Token;
 use protocol::layout::StateLayout;
 use protocol::message::{Form, Generation as Number, StateSource, Stop, ToCoordinator, Welcome};
@@ -56,6 +57,13 @@ impl<D: Device + 'static> Trainer<D> {
     /// # Errors
     /// What only this worker knows about, in words for the user. Lost peers are the coordinator's affair.
     pub(crate) fn work(&mut self, task: Task) -> Result<Stop, String> {
+        let (tracer, step) = (task.outbox.tracer().clone(), task.form.step);
+        let outcome = self.take_part(task);
+        tracer.enter(Phase::Idle, self.replica.as_ref().map_or(step, |replica| replica.progress.step));
+        outcome
+    }
+
+    fn take_part(&mut self, task: Task) -> Result<Stop, String> {
         let Task { form, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } = task;
         self.generation = form.generation;
         let (device, job) = (&mut self.device, &welcome.job);
@@ -86,6 +94,7 @@ impl<D: Device + 'static> Trainer<D> {
                 let stays_whole = kept.as_ref().is_some_and(|kept| kept.progress.step == form.step);
                 let own = kept.map_or_else(|| Replica::zeros(device, layout), Ok);
                 let mut own = own.map_err(|error| error.to_string())?;
+                outbox.tracer().enter(Phase::Transfer, form.step);
                 reach(Point::StateTransfer, form.step);
                 if let Err(error) = own.become_that_of(source, device, &mut *collective) {
                     self.replica = Some(own).filter(|_| stays_whole);

@@ -43,6 +43,9 @@ impl Run {
             // Asked for when all that are left had stopped and their digests were compared. (Who was cut off inside an
             // evaluation has none.)
             ending.state_from = None;
+            if ending.has_diverged {
+                return self.write_suspect(from, image);
+            }
             return self.write_checkpoint(image);
         }
         self.held = Some((step, image));

@@ -2,6 +2,7 @@
 //!
 //! Whatever the reason, the members rest first, then the most advanced state is written, then everybody is sent home.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use protocol::layout::Progress;
@@ -33,6 +34,10 @@ pub(super) struct Ending {
     progress: Instant,
     /// The replicas' states may be written.
     trusted: bool,
+    /// The replicas differ.
+    pub(super) has_diverged: bool,
+    /// Members whose states are still to be written for whoever looks for the cause.
+    pub(super) suspects: VecDeque<WorkerId>,
     /// The member that was asked for the last state.
     pub(super) state_from: Option<WorkerId>,
     /// The user wants the end now.
@@ -110,8 +115,16 @@ impl Run {
             }
         } else {
             let since = Instant::now();
-            let ending =
-                Ending { result, since, progress: since, trusted: true, state_from: None, cut_short: false };
+            let ending = Ending {
+                result,
+                since,
+                progress: since,
+                trusted: true,
+                has_diverged: false,
+                suspects: VecDeque::new(),
+                state_from: None,
+                cut_short: false,
+            };
             self.ending = Some(ending);
             self.with_status(|status| status.phase = "ending");
             // Whoever leaves from now on may.
@@ -126,8 +139,13 @@ impl Run {
 
     /// Members that are connected and still train.
     pub(super) fn training(&self) -> usize {
-        let at_work = |id: &&WorkerId| self.workers.contains_key(*id) && !self.stopped.contains_key(*id);
-        self.members.iter().filter(at_work).count()
+        self.at_work().count()
+    }
+
+    /// These members.
+    pub(super) fn at_work(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        let at_work = |id: &WorkerId| self.workers.contains_key(id) && !self.stopped.contains_key(id);
+        self.members.iter().copied().filter(at_work)
     }
 
     /// Something brought the end nearer: its limit begins anew.
@@ -151,6 +169,15 @@ impl Run {
         let is_written = self.parts.records.checkpoint.is_some_and(|written| written >= stage);
         // A member that hangs is not waited for to the end.
         let may_ask = all_rest || ending.since.elapsed() >= REST_LIMIT;
+        if may_ask && is_idle && ending.state_from.is_none() && !ending.suspects.is_empty() {
+            if let Some((id, step)) = self.next_suspect() {
+                self.send(id, &ToWorker::SendState { at_step: step });
+                if let Some(ending) = &mut self.ending {
+                    ending.state_from = Some(id);
+                }
+            }
+            return;
+        }
         if may_ask
             && is_idle
             && ending.trusted
@@ -173,7 +200,9 @@ impl Run {
     fn is_complete(&self) -> bool {
         let is_asked = self.ending.as_ref().is_some_and(|ending| ending.state_from.is_some());
         let is_cut_short = self.ending.as_ref().is_some_and(|ending| ending.cut_short);
-        let rests = self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way() && !is_asked;
+        let owes = self.ending.as_ref().is_some_and(|ending| !ending.suspects.is_empty());
+        let rests =
+            !owes && self.training() == 0 && self.writing == 0 && !self.arriving.is_under_way() && !is_asked;
         rests || is_cut_short
     }
 

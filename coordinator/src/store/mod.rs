@@ -4,6 +4,7 @@
 //! - [`state`]: the training state as bytes, and its two hashes.
 //! - [`checkpoint`]: a state and its metadata as one safetensors file.
 //! - [`checkpoint_dir`]: the checkpoints of a run: writing, keeping, the newest one that is undamaged.
+//! - `diverged`: states of replicas that have parted, which are no checkpoints.
 //! - [`torch`]: parameters alone, for PyTorch; [`weights`]: parameters alone, from anywhere; [`tensorflow`]: what
 //!   TensorFlow calls them, in NumPy's files (`npz`); [`gate_order`]: in which order others have the gates.
 //! - [`load`]: one checkpoint to use, of a run or from a file.
@@ -16,6 +17,7 @@
 pub mod checkpoint;
 pub mod checkpoint_dir;
 pub mod diff;
+pub(crate) mod diverged;
 pub mod files;
 pub mod gate_order;
 pub mod identity;

@@ -20,10 +20,12 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::checkpoint_dir::{CheckpointDir, FOLDER, LATEST, MANIFEST, step_of};
+use super::diverged;
 use super::files::{
     create_dir, io_problem, names_in, read_if_there, remove_if_there, temporary_of, write_atomic,
 };
 use super::identity::{Identity, START_OVER};
+use crate::hang_dump;
 
 const JOB: &str = "job.toml";
 const DATA: &str = "data.toml";
@@ -251,7 +253,8 @@ fn is_run(names: &[String]) -> bool {
     let has = |wanted: &str| names.iter().any(|name| name == wanted);
     let is_ours = |name: &String| {
         let name = temporary_of(name).unwrap_or(name);
-        name == LOCK || name == FOLDER || DELETED_BY_FRESH.contains(&name)
+        [LOCK, FOLDER, hang_dump::FOLDER, diverged::FOLDER].contains(&name)
+            || DELETED_BY_FRESH.contains(&name)
     };
     has(JOB) && (has(LOCK) || has(DATA)) || has(LOCK) && names.iter().all(is_ours)
 }
@@ -306,6 +309,12 @@ fn delete_run(dir: &Path) -> Result<(), Problem> {
             remove_if_there(&folder.join(name))?;
         }
     }
+    diverged::delete(dir)?;
+    let hangs = dir.join(hang_dump::FOLDER);
+    for name in names_in(&hangs)?.iter().filter(|name| hang_dump::is_dump(name)) {
+        remove_if_there(&hangs.join(name))?;
+    }
+    let _ = std::fs::remove_dir(&hangs);
     // Fails where somebody has put something else there; then that stays.
     let _ = std::fs::remove_dir(&folder);
     for name in DELETED_BY_FRESH {

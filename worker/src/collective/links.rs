@@ -150,6 +150,7 @@ impl Links {
         self.failure(&state).map_or(Ok(()), Err)?;
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
+        self.bytes.add_operation();
         Ok(ticket)
     }
 
@@ -242,6 +243,7 @@ impl Links {
                 && !pieces.is_empty()
             {
                 taken.append(pieces);
+                self.bytes.wait_for(None);
                 return Ok(());
             }
             let patience = self.patience(&state, ticket, missing, since)?;
@@ -295,6 +297,7 @@ impl Links {
         if let Some(rank) = culprits.find(|rank| state.has_left[*rank as usize]) {
             return Err(self.peer_lost(rank, "it ended its part of the generation"));
         }
+        self.bytes.wait_for(Some(first));
         let silence = since.max(state.last_heard[first as usize]).elapsed();
         if silence >= self.timeout {
             let name = self.place.members[first as usize].name.clone();

@@ -14,9 +14,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use protocol::frame::UNACKNOWLEDGED_LIMIT;
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Generation, Member};
 use protocol::problem::Problem;
+use rustix::net::sockopt::set_tcp_user_timeout;
 
 /// How long a mesh may take to form, unless told otherwise.
 pub const FORM_LIMIT: Duration = Duration::from_secs(30);
@@ -299,6 +301,8 @@ struct Timed<'a> {
 impl<'a> Timed<'a> {
     fn new(stream: &'a TcpStream) -> Result<Self, Problem> {
         stream.set_nodelay(true).map_err(describe)?;
+        set_tcp_user_timeout(stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
+            .map_err(|errno| describe(errno.into()))?;
         Ok(Self { stream, until: Instant::now() + HANDSHAKE_LIMIT })
     }
 

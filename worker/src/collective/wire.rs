@@ -17,7 +17,7 @@ use std::io::{self, IoSlice};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Expected};
@@ -31,11 +31,15 @@ const PREFIX_BYTES: usize = 4;
 const OVERHEAD_BYTES: usize = PREFIX_BYTES + BulkHeader::BYTES;
 const BYTES_FLAG: u64 = 1 << 31;
 
-/// Bytes of the data plane of one process, over all generations, frame headers included: for metrics.
+/// What the data plane of one process has done: bytes over all generations, frame headers included, for metrics; and
+/// where this generation is.
 #[derive(Debug, Default)]
 pub struct DataPlaneBytes {
     sent: AtomicU64,
     received: AtomicU64,
+    operations: AtomicU32,
+    /// One more than the rank of the peer that is waited for; 0 if none is.
+    waits_for: AtomicU32,
 }
 
 impl DataPlaneBytes {
@@ -47,6 +51,29 @@ impl DataPlaneBytes {
     /// Bytes taken from the sockets.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    /// Collective operations entered in this generation.
+    pub fn operations(&self) -> u32 {
+        self.operations.load(Ordering::Relaxed)
+    }
+
+    /// The rank of the peer that the training thread waits for.
+    pub fn waits_for(&self) -> Option<u32> {
+        self.waits_for.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    pub(crate) fn begin_generation(&self) {
+        self.operations.store(0, Ordering::Relaxed);
+        self.wait_for(None);
+    }
+
+    pub(super) fn add_operation(&self) {
+        self.operations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn wait_for(&self, rank: Option<u32>) {
+        self.waits_for.store(rank.map_or(0, |rank| rank + 1), Ordering::Relaxed);
     }
 
     pub(super) fn add_sent(&self, bytes: usize) {

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use protocol::activity::{Phase, Position};
 use protocol::batch::Batch;
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
 use protocol::message::{
@@ -202,7 +203,18 @@ impl Worker {
     pub(super) fn wake_up(&mut self, timer: Timer) -> Vec<Output> {
         match timer {
             Timer::SignOfLife => {
-                self.tell(ToCoordinator::Alive);
+                // Threads do not hang here.
+                self.tell(ToCoordinator::Alive(Position {
+                    generation: self.generation,
+                    phase: Phase::Idle,
+                    step: 0,
+                    waits: true,
+                    for_ms: 0,
+                    longest_ms: None,
+                    operations: 0,
+                    bytes: 0,
+                    waits_for: None,
+                }));
                 self.wake(SIGN_OF_LIFE_INTERVAL, Timer::SignOfLife);
             }
             Timer::Computed(begun) if begun == self.begun => self.computed(),
