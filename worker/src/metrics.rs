@@ -2,12 +2,34 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus::{Counter, CounterVec, Encoder, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 use protocol::message::StepReport;
 use protocol::problem::Problem;
 
 use crate::collective::tcp::DataPlaneBytes;
+
+/// What lets a run outlive its workers, and takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Overhead {
+    /// Digesting the state.
+    Digests,
+    /// Giving every worker everybody's recurrent state.
+    RecurrentState,
+    /// Saying what the training thread does; beside it, on another thread.
+    SignsOfLife,
+}
+
+impl Overhead {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Digests => "digests",
+            Self::RecurrentState => "recurrent_state",
+            Self::SignsOfLife => "signs_of_life",
+        }
+    }
+}
 
 /// Counters of one worker; clones share them. Every series exists from the start, at 0.
 #[derive(Clone)]
@@ -16,6 +38,7 @@ pub struct WorkerMetrics {
     steps: IntCounter,
     samples: IntCounter,
     seconds: CounterVec,
+    overhead: CounterVec,
     sent: Counter,
     received: Counter,
     shards: IntGauge,
@@ -36,6 +59,13 @@ impl WorkerMetrics {
             ),
             &["phase"],
         );
+        let overhead = CounterVec::new(
+            Opts::new(
+                "lockstep_worker_overhead_seconds_total",
+                "Wall-clock time that this worker spent on what lets a run outlive its workers, by part.",
+            ),
+            &["part"],
+        );
         let sent = Counter::new("lockstep_worker_sent_bytes_total", "Bytes sent to other workers.");
         let received =
             Counter::new("lockstep_worker_received_bytes_total", "Bytes received from other workers.");
@@ -46,6 +76,7 @@ impl WorkerMetrics {
             steps: steps.expect(valid),
             samples: samples.expect(valid),
             seconds: seconds.expect(valid),
+            overhead: overhead.expect(valid),
             sent: sent.expect(valid),
             received: received.expect(valid),
             shards: shards.expect(valid),
@@ -54,7 +85,11 @@ impl WorkerMetrics {
         for phase in ["data", "compute", "reduce", "update"] {
             metrics.seconds.with_label_values(&[phase]);
         }
-        let collectors: [Box<dyn prometheus::core::Collector>; 6] = [
+        for part in [Overhead::Digests, Overhead::RecurrentState, Overhead::SignsOfLife] {
+            metrics.overhead.with_label_values(&[part.name()]);
+        }
+        let collectors: [Box<dyn prometheus::core::Collector>; 7] = [
+            Box::new(metrics.overhead.clone()),
             Box::new(metrics.steps.clone()),
             Box::new(metrics.samples.clone()),
             Box::new(metrics.seconds.clone()),
@@ -91,6 +126,11 @@ impl WorkerMetrics {
         ] {
             self.seconds.with_label_values(&[phase]).inc_by(value);
         }
+    }
+
+    /// Counts time that training itself does not need.
+    pub(crate) fn overhead(&self, part: Overhead, time: Duration) {
+        self.overhead.with_label_values(&[part.name()]).inc_by(time.as_secs_f64());
     }
 
     /// Steps that this worker has finished.

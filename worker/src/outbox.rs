@@ -4,6 +4,7 @@
 //! place that the loop looks at after each step.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use failpoints::{Point, reach};
@@ -14,7 +15,7 @@ use protocol::message::{Generation, ToCoordinator};
 use protocol::schedule::Schedule;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::metrics::WorkerMetrics;
+use crate::metrics::{Overhead, WorkerMetrics};
 use crate::replica::Replica;
 use crate::sums_exchange::Wish;
 use crate::trace::Tracer;
@@ -72,6 +73,11 @@ impl Outbox {
         );
         let hint = "start over with --fresh and a smaller learning_rate or another init; --set non_finite=skip leaves such steps out";
         self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
+    }
+
+    /// Counts time that training itself does not need.
+    pub(crate) fn overhead(&self, part: Overhead, time: Duration) {
+        self.metrics.overhead(part, time);
     }
 
     /// Steps that this worker has finished.
@@ -150,7 +156,9 @@ impl Outbox {
         replica: &Replica<D>,
         generation: Generation,
     ) -> Result<()> {
+        let started = Instant::now();
         let digest = replica.digest(device)?;
+        self.overhead(Overhead::Digests, started.elapsed());
         self.send(ToCoordinator::Digest { generation, step: replica.progress.step, digest });
         Ok(())
     }

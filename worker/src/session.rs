@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use failpoints::{Point, reach};
@@ -28,7 +28,7 @@ use crate::abort::Abort;
 use crate::collective::Choice;
 use crate::connection::{Connection, lost};
 use crate::feed::{BATCHES_AHEAD, Feed};
-use crate::metrics::{self, WorkerMetrics};
+use crate::metrics::{self, Overhead, WorkerMetrics};
 use crate::outbox::Outbox;
 use crate::replica::Replica;
 use crate::trace::Tracer;
@@ -243,13 +243,16 @@ impl<D: model::device::Device + 'static> Session<D> {
 
     /// Says what the training thread is doing; once in a phase in which it stays long, also what it did before.
     async fn say_where(&mut self) -> Result<(), Problem> {
+        let started = Instant::now();
         let position = self.outbox.tracer().position();
         let is_slow = position.phase != Phase::Idle && position.for_ms >= SLOW_AFTER.as_millis() as u32;
         if is_slow && !self.has_told {
             self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
         }
         self.has_told = is_slow;
-        self.connection.send(&ToCoordinator::Alive(position)).await
+        self.connection.send(&ToCoordinator::Alive(position)).await?;
+        self.metrics.overhead(Overhead::SignsOfLife, started.elapsed());
+        Ok(())
     }
 
     fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {

@@ -19,6 +19,7 @@ use protocol::tree::{self, Addition, TreeNode};
 
 use crate::collective::{Collective, CollectiveError, Ticket};
 use crate::feed::{Feed, FeedClosed};
+use crate::metrics::Overhead;
 use crate::outbox::Outbox;
 use crate::replica::Replica;
 use crate::sums_exchange::{Wish, exchange_sums};
@@ -176,7 +177,9 @@ impl<D: Device> Generation<D> {
 
         let (parameters, state) = (&replica.parameters, &replica.state);
         device.step(Pass::Train { step }, parameters, &batch, state, &mut replica.next_state)?;
+        let gathers = Instant::now();
         let states = self.collective.begin_gather(device, &replica.next_state, self.state_parts.clone())?;
+        let mut gathering = gathers.elapsed();
         let (own_sums, tickets) = self.begin_gradient(device, &mut replica.gradient)?;
         let computed = self.enter(Phase::Reduce, step);
         reach(Point::Reduce, step);
@@ -187,7 +190,10 @@ impl<D: Device> Generation<D> {
         for ticket in tickets {
             self.collective.wait(device, ticket, &mut replica.gradient)?;
         }
+        let gathers = Instant::now();
         self.collective.wait(device, states, &mut replica.next_state)?;
+        gathering += gathers.elapsed();
+        self.outbox.overhead(Overhead::RecurrentState, gathering);
         let reduced = self.enter(Phase::Update, step);
 
         let gradient_norm = device.mean_norm(&replica.gradient, sums.weight)?;
