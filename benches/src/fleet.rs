@@ -171,11 +171,12 @@ impl Worker {
         let mut replica = Replica::initial(&device, layout.clone(), job)?;
         let (rank, members) = (place.rank, place.members.clone());
         let (step, owes_evaluation, state) = (0, false, StateSource::Initial);
-        let form = Form { generation: GENERATION, rank, members, step, owes_evaluation, state };
+        let form = Form { generation: GENERATION, members, step, owes_evaluation, state };
         let mesh = Mesh::connect(&listener, &Token::new(""), place, FORM_LIMIT, &AtomicBool::new(false))?;
         let collective = Box::new(TcpCollective::new(mesh, SILENCE_LIMIT, Arc::default())?);
         let links = (collective as _, Feed::new(batches, GENERATION, outbox.clone()), outbox);
-        let mut generation = Generation::new(form, job.clone(), data.clone(), &device, &replica, links)?;
+        let mut generation =
+            Generation::new((form, rank), job.clone(), data.clone(), &device, &replica, links)?;
         match generation.train(&mut device, &mut replica) {
             // There are no more batches, or a step was not finite, which the worker has told.
             Err(StepError::Feed(FeedClosed::Ended)) | Ok(_) => Ok(()),

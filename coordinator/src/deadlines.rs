@@ -39,6 +39,11 @@ impl Deadlines {
         self.positions.remove(&id);
     }
 
+    /// Whether a worker has been where it is for so long that anything could follow from it.
+    pub(crate) fn is_long(position: &Position) -> bool {
+        Duration::from_millis(position.for_ms.into()) >= FLOOR
+    }
+
     /// Takes in where a worker is. `at_work` are the members of this generation that have not stopped. Gives those that
     /// hang, and what they hang in, in words.
     pub(crate) fn take(

@@ -24,7 +24,7 @@ impl Digests {
     ) -> Vec<WorkerId> {
         let of_step = self.by_step.entry(step).or_default();
         of_step.insert(id, digest);
-        if members.iter().any(|member| !of_step.contains_key(member)) {
+        if of_step.len() < members.len() || members.iter().any(|member| !of_step.contains_key(member)) {
             return Vec::new();
         }
         let of_step = self.by_step.remove(&step).unwrap_or_default();

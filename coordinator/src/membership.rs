@@ -67,6 +67,13 @@ pub struct Membership {
     refused: u32,
 }
 
+/// Nobody, and nothing to do.
+impl Default for Membership {
+    fn default() -> Self {
+        Self::new(0, 0, 0, None)
+    }
+}
+
 /// A worker that could be a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
@@ -169,7 +176,7 @@ pub enum Source {
 pub type Decision = (Membership, Vec<Action>, String);
 
 /// What decides: [`membership`].
-pub type Decide = fn(Duration, &Membership, Event) -> Decision;
+pub type Decide = fn(Duration, Membership, Event) -> Decision;
 
 impl Membership {
     /// A run that waits for `expected` workers to share `shards` shards. Generations are numbered from
@@ -228,9 +235,10 @@ impl Membership {
     }
 }
 
-/// What follows from an event at time `now` (since the coordinator's start).
-pub fn membership(now: Duration, state: &Membership, event: Event) -> Decision {
-    let mut next = state.clone();
+/// What follows from an event at time `now` (since the coordinator's start). The state is taken, not copied: of a large
+/// fleet it is large.
+pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
+    let mut next = state;
     match event {
         Event::Joined(id, candidate) => joined(next, now, id, candidate),
         Event::Left(id, cause) => left(next, now, id, &cause),
@@ -272,7 +280,8 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
         );
         return other_build(next, id, sentence);
     }
-    if let Some(other) = next.workers.values().find(|other| other.bits != candidate.bits) {
+    // All that are here have the same.
+    if let Some(other) = next.workers.values().next().filter(|other| other.bits != candidate.bits) {
         let sentence = format!(
             "worker {} computes other bits ({}) than worker {} ({}): the result would depend on the fleet",
             candidate.name, candidate.bits, other.name, other.bits
@@ -320,9 +329,12 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
         }
         Phase::Stopping { at_work, why, is_blameless, aborted } if was_member => {
             at_work.retain(|&member| member != id);
-            let actions = vec![Action::Notice(lost.clone()), Action::Abort(next.generation, at_work.clone())];
+            let mut actions = vec![Action::Notice(lost.clone())];
             (*why, *is_blameless) = (lost, false);
-            aborted.get_or_insert(now);
+            if aborted.is_none() {
+                *aborted = Some(now);
+                actions.push(Action::Abort(next.generation, at_work.clone()));
+            }
             rest(next, now, actions)
         }
         Phase::Formed { .. } | Phase::Stopping { .. } => {
@@ -397,11 +409,12 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
             let actions = at_work.iter().map(evict).collect();
             (next, actions, "members that do not stop are not waited for".into())
         }
-        Phase::Formed { waiting } if waiting.is_empty() && (next.members.len() as u32) < next.shards => {
+        Phase::Formed { waiting }
+            if waiting.is_empty()
+                && next.workers.len() > next.members.len()
+                && (next.members.len() as u32) < next.shards =>
+        {
             let names: Vec<String> = next.others().map(|id| next.name(id)).collect();
-            if names.is_empty() {
-                return (next, vec![], String::new());
-            }
             let why = format!("worker {} joins", names.join(", "));
             let actions = vec![Action::Pause(next.generation, next.members.clone())];
             let at_work = next.members.clone();

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use failpoints::{Point, reach};
 use protocol::control::ControlState;
+use protocol::frame::encode_message;
 use protocol::job::JobFile;
 use protocol::layout::StateLayout;
 use protocol::message::{
@@ -294,7 +295,11 @@ impl Run {
     fn message(&mut self, id: WorkerId, message: ToCoordinator) -> Result<(), Problem> {
         match message {
             ToCoordinator::Alive(position) => {
-                let at_work: Vec<WorkerId> = self.at_work().collect();
+                // All members are looked at only for a phase that has lasted: each of a large fleet says this every second.
+                let at_work: Vec<WorkerId> = match Deadlines::is_long(&position) {
+                    true => self.at_work().collect(),
+                    false => Some(id).filter(|&id| self.is_at_work(id)).into_iter().collect(),
+                };
                 for (id, cause) in self.deadlines.take(id, position, self.generation, &at_work) {
                     self.evict(id, cause)?;
                 }
@@ -355,7 +360,8 @@ impl Run {
 
     /// Asks the membership what follows, and does it.
     fn decide(&mut self, event: Event) -> Result<(), Problem> {
-        let (next, actions, reason) = (self.parts.decide)(self.started.elapsed(), &self.membership, event);
+        let state = std::mem::take(&mut self.membership);
+        let (next, actions, reason) = (self.parts.decide)(self.started.elapsed(), state, event);
         self.membership = next;
         if !reason.is_empty() {
             tracing::debug!("{reason}");
@@ -434,11 +440,17 @@ impl Run {
         self.deadlines.begin();
         self.hangs.begin(generation);
         reach(Point::Recovery, stage.step);
-        for (member, rank) in members.iter().zip(0..) {
+        // It names all members: all links share its bytes.
+        let form = encode_message(&ToWorker::Form(Form {
+            generation,
+            members: members.to_vec(),
+            step: stage.step,
+            owes_evaluation: !stage.whole,
+            state,
+        }));
+        for member in members {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
-            let (members, step, owes_evaluation) = (members.to_vec(), stage.step, !stage.whole);
-            let form = Form { generation, rank, members, step, owes_evaluation, state };
-            link.send(&ToWorker::Form(form));
+            link.send_frame(form.clone());
             if let Some((stage, image)) = &from_disk {
                 reach(Point::StateTransfer, stage.step);
                 send_image(link, generation, stage.step, image);

@@ -8,17 +8,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use protocol::frame::{BulkHeader, Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message};
+use protocol::frame::{
+    BulkHeader, Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message, length_prefix,
+};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Goodbye, Hello, ToCoordinator, ToWorker, WORKER_LIMIT, WorkerId};
 use protocol::problem::Problem;
 use rustix::net::sockopt::set_tcp_user_timeout;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
-use tokio_util::codec::Framed;
+use tokio_util::codec::{Framed, FramedRead};
 
 /// What a connection brings.
 #[derive(Debug)]
@@ -73,6 +75,9 @@ struct Limits {
 
 /// A worker of which nothing comes for this long is taken for lost: one that lives says so every second.
 const SILENCE_LIMIT_SECONDS: u32 = 5;
+
+/// Small frames to a worker are written together; longer ones go past this.
+const WRITE_BUFFER_BYTES: usize = 4096;
 
 const LIMITS: Limits = Limits { handshake: Duration::from_secs(10), unproved: 256, workers: WORKER_LIMIT };
 
@@ -201,18 +206,28 @@ async fn serve(
     peer: SocketAddr,
     arrivals: UnboundedSender<Arrival>,
 ) {
-    let (mut sink, mut stream) = frames.split();
+    // A buffer that all frames pass through would keep the size of the longest, for each worker.
+    let parts = frames.into_parts();
+    let (reading, writing) = tokio::io::split(parts.io);
+    let mut stream = FramedRead::new(reading, parts.codec);
+    *stream.read_buffer_mut() = parts.read_buf;
+    let mut sink = BufWriter::with_capacity(WRITE_BUFFER_BYTES, writing);
     let (link, mut queued) = Link::new(peer);
     if arrivals.send(Arrival::Joined(id, Box::new(hello), link)).is_err() {
         return;
     }
     let writer = async {
         while let Some(frame) = queued.recv().await {
-            if let Err(error) = sink.send(frame).await {
+            let written = async {
+                sink.write_all(&length_prefix(&frame)).await?;
+                sink.write_all(&frame).await?;
+                if queued.is_empty() { sink.flush().await } else { Ok(()) }
+            };
+            if let Err(error) = written.await {
                 return format!("writing to it failed: {error}");
             }
         }
-        let _ = sink.close().await;
+        let _ = sink.shutdown().await;
         "the coordinator let it go".to_owned()
     };
     let reader = async {

@@ -159,6 +159,12 @@ pub fn codec() -> LengthDelimitedCodec {
     LengthDelimitedCodec::builder().max_frame_length(FRAME_LIMIT_BYTES).new_codec()
 }
 
+/// The length of a frame, as [`codec`] writes it before the contents: for whoever writes these without a copy.
+pub fn length_prefix(frame: &Bytes) -> [u8; 4] {
+    assert!(frame.len() <= FRAME_LIMIT_BYTES, "a frame of {} bytes", frame.len());
+    (frame.len() as u32).to_be_bytes()
+}
+
 fn config() -> Configuration<LittleEndian, Fixint, Limit<FRAME_LIMIT_BYTES>> {
     bincode::config::legacy().with_limit()
 }
@@ -229,6 +235,16 @@ mod tests {
         ];
         assert_eq!(bytes, golden.concat());
         assert_eq!(decode::<ToWorker>(bytes), Ok(Frame::Bulk(HEADER, Bytes::from_static(&[1, 2, 3]))));
+    }
+
+    #[test]
+    fn the_length_prefix_is_that_of_the_codec() {
+        for length in [0, 1, 300, 70_000] {
+            let frame = Bytes::from(vec![7; length]);
+            let mut encoded = BytesMut::new();
+            tokio_util::codec::Encoder::encode(&mut codec(), frame.clone(), &mut encoded).unwrap();
+            assert_eq!(encoded, [&length_prefix(&frame)[..], &frame].concat());
+        }
     }
 
     #[test]

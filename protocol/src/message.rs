@@ -2,7 +2,7 @@
 //!
 //! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
 //! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
-//! life; traces.
+//! life; traces; a generation's message is the same for all members.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -289,13 +289,11 @@ pub struct SampleRequest {
     pub seed: u64,
 }
 
-/// A worker's place in a generation.
+/// A generation: the same message for all of its members, so that it is encoded once. Each finds itself in it.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Form {
     /// The generation.
     pub generation: Generation,
-    /// This worker's position in `members`.
-    pub rank: u32,
     /// All members by rank.
     pub members: Vec<Member>,
     /// Steps done in the state to start from.
@@ -317,6 +315,14 @@ pub struct Member {
     pub address: String,
     /// The shards it holds.
     pub shards: Range<u32>,
+}
+
+impl Form {
+    /// The position of a worker in `members`.
+    pub fn rank_of(&self, id: WorkerId) -> Option<u32> {
+        let rank = self.members.iter().position(|member| member.worker_id == id)?;
+        Some(rank as u32)
+    }
 }
 
 /// Where a worker gets the state that a generation starts from.

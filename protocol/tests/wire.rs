@@ -182,7 +182,6 @@ fn to_worker() -> Vec<ToWorker> {
     let form = |state| {
         ToWorker::Form(Form {
             generation: 1,
-            rank: 0,
             members: vec![member.clone()],
             step: 2,
             owes_evaluation: true,

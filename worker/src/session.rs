@@ -326,6 +326,9 @@ impl<D: model::device::Device + 'static> Session<D> {
         let Stage::Idle(mut trainer) = std::mem::replace(&mut self.stage, Stage::Between) else {
             return Err(lost("it formed a generation while another one runs"));
         };
+        let Some(rank) = form.rank_of(self.welcome.worker_id) else {
+            return Err(lost("it formed a generation without this worker"));
+        };
         self.outbox.begin_generation(form.generation, form.step);
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
@@ -333,6 +336,7 @@ impl<D: model::device::Device + 'static> Session<D> {
         let feed = Feed::new(received, generation, self.outbox.clone());
         let task = Task {
             form,
+            rank,
             image,
             welcome: self.welcome.clone(),
             layout: self.layout.clone(),

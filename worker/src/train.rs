@@ -56,6 +56,7 @@ pub fn summed_nodes(job: &JobSpec, shards: Range<u32>) -> Vec<TreeNode> {
 /// One worker's part in one generation.
 pub struct Generation<D: Device> {
     form: Form,
+    rank: u32,
     job: JobSpec,
     data: DataShape,
     sample: Option<SampleRequest>,
@@ -76,19 +77,19 @@ pub struct Generation<D: Device> {
 }
 
 impl<D: Device> Generation<D> {
-    /// Prepares all buffers; after this no training step allocates on the device.
+    /// Prepares all buffers for the member of this rank; after this no training step allocates on the device.
     ///
     /// # Errors
     /// The device has no room for the partial gradients.
     pub fn new(
-        form: Form,
+        (form, rank): (Form, u32),
         job: JobSpec,
         data: DataShape,
         device: &D,
         replica: &Replica<D>,
         links: (Box<dyn Collective<D>>, Feed, Outbox),
     ) -> Result<Self, DeviceError> {
-        let shards = form.members[form.rank as usize].shards.clone();
+        let shards = form.members[rank as usize].shards.clone();
         let cover = tree::cover(job.shards, shards.clone());
         let nodes = summed_nodes(&job, shards);
         let first_shard = |node: TreeNode| node.range(job.shards).start;
@@ -107,6 +108,7 @@ impl<D: Device> Generation<D> {
         let (collective, feed, outbox) = links;
         Ok(Self {
             form,
+            rank,
             job,
             data,
             sample: None,
@@ -123,7 +125,7 @@ impl<D: Device> Generation<D> {
 
     /// Has the network write a text at each epoch's end, if one is asked for and this worker is the one to do it.
     pub fn with_sample(self, request: Option<SampleRequest>) -> Self {
-        Self { sample: request.filter(|_| self.form.rank == 0), ..self }
+        Self { sample: request.filter(|_| self.rank == 0), ..self }
     }
 
     /// Trains until the schedule ends, the control state ends the run, the fleet pauses or drains, or something breaks.
@@ -268,7 +270,7 @@ impl<D: Device> Generation<D> {
         for (gradient, sums) in self.sums.iter_mut().zip(own_sums) {
             device.clip_shard(gradient, sums.weight, self.job.clip_norm)?;
         }
-        let shards = self.form.members[self.form.rank as usize].shards.clone();
+        let shards = self.form.members[self.rank as usize].shards.clone();
         for Addition { left, right } in tree::subtree(self.job.shards, shards.clone()) {
             let places = [left, right].map(|shard| (shard - shards.start) as usize);
             let [sum, addend] =

@@ -34,6 +34,7 @@ pub(crate) struct Trainer<D: Device> {
 /// One generation's work.
 pub(crate) struct Task {
     pub(crate) form: Form,
+    pub(crate) rank: u32,
     /// The state to start from, if the coordinator streamed one.
     pub(crate) image: Option<Vec<u8>>,
     pub(crate) welcome: Arc<Welcome>,
@@ -64,13 +65,14 @@ impl<D: Device + 'static> Trainer<D> {
     }
 
     fn take_part(&mut self, task: Task) -> Result<Stop, String> {
-        let Task { form, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } = task;
+        let Task { form, rank, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } =
+            task;
         self.generation = form.generation;
         let (device, job) = (&mut self.device, &welcome.job);
-        metrics.shards(form.members[form.rank as usize].shards.len());
+        metrics.shards(form.members[rank as usize].shards.len());
 
         reach(Point::Recovery, form.step);
-        let place = Place { generation: form.generation, rank: form.rank, members: form.members.clone() };
+        let place = Place { generation: form.generation, rank, members: form.members.clone() };
         let mesh = match Mesh::connect(&data_listener, &token, place, FORM_LIMIT, abort.flag()) {
             Ok(mesh) => mesh,
             Err(MeshError::Aborted) => return Ok(Stop::Aborted),
@@ -110,9 +112,10 @@ impl<D: Device + 'static> Trainer<D> {
         outbox.send(ToCoordinator::Connected { generation: form.generation });
 
         let links = (collective, feed, outbox);
-        let mut generation = Generation::new(form, job.clone(), welcome.data.clone(), device, replica, links)
-            .map_err(|error| error.to_string())?
-            .with_sample(welcome.sample.clone());
+        let mut generation =
+            Generation::new((form, rank), job.clone(), welcome.data.clone(), device, replica, links)
+                .map_err(|error| error.to_string())?
+                .with_sample(welcome.sample.clone());
         generation.train(device, replica).or_else(stopped_by)
     }
 }

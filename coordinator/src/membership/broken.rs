@@ -16,12 +16,11 @@ pub(crate) const ALL: [(&str, Decide); 7] = [
 /// What is decided with each source of a state changed.
 fn with_source(
     now: Duration,
-    state: &Membership,
+    state: Membership,
     event: Event,
     change: impl Fn(&Membership, &[Member], Source) -> Source,
 ) -> Decision {
-    let states = |next: &Membership| Membership { states: state.states.clone(), ..next.clone() };
-    let mut with_event = states(state);
+    let mut with_event = state.clone();
     if let Event::Stopped { id, state: Some(stage), .. } = &event {
         with_event.states.insert(*id, *stage);
     }
@@ -34,11 +33,12 @@ fn with_source(
     (next, actions, reason)
 }
 
-fn reuses_the_number(now: Duration, state: &Membership, event: Event) -> Decision {
+fn reuses_the_number(now: Duration, state: Membership, event: Event) -> Decision {
+    let is_first = state.generation == 0;
     let (mut next, mut actions, reason) = membership(now, state, event);
     for action in &mut actions {
         if let Action::Form(generation, ..) = action
-            && state.generation > 0
+            && !is_first
         {
             *generation -= 1;
             next.generation = *generation;
@@ -47,7 +47,7 @@ fn reuses_the_number(now: Duration, state: &Membership, event: Event) -> Decisio
     (next, actions, reason)
 }
 
-fn waits_for_nobody(now: Duration, state: &Membership, event: Event) -> Decision {
+fn waits_for_nobody(now: Duration, state: Membership, event: Event) -> Decision {
     let (mut next, actions, reason) = membership(now, state, event);
     if let Phase::Stopping { at_work, aborted: Some(_), .. } = &mut next.phase
         && !next.states.is_empty()
@@ -58,7 +58,7 @@ fn waits_for_nobody(now: Duration, state: &Membership, event: Event) -> Decision
     (next, actions, reason)
 }
 
-fn goes_on_from_the_least_advanced(now: Duration, state: &Membership, event: Event) -> Decision {
+fn goes_on_from_the_least_advanced(now: Duration, state: Membership, event: Event) -> Decision {
     with_source(now, state, event, |with_event, members, source| {
         let held = members.iter().zip(0..).filter_map(|(member, rank)| {
             with_event.states.get(&member.worker_id).map(|&stage| (stage, rank))
@@ -70,14 +70,14 @@ fn goes_on_from_the_least_advanced(now: Duration, state: &Membership, event: Eve
     })
 }
 
-fn takes_all_for_holders(now: Duration, state: &Membership, event: Event) -> Decision {
+fn takes_all_for_holders(now: Duration, state: Membership, event: Event) -> Decision {
     with_source(now, state, event, |_, _, source| match source {
         Source::Member(_, stage) => Source::Kept(stage),
         other => other,
     })
 }
 
-fn forgets_the_evaluation(now: Duration, state: &Membership, event: Event) -> Decision {
+fn forgets_the_evaluation(now: Duration, state: Membership, event: Event) -> Decision {
     let whole = |stage: Stage| Stage { whole: true, ..stage };
     with_source(now, state, event, |_, _, source| match source {
         Source::Member(rank, stage) => Source::Member(rank, whole(stage)),
@@ -86,7 +86,7 @@ fn forgets_the_evaluation(now: Duration, state: &Membership, event: Event) -> De
     })
 }
 
-fn waits_for_the_lost(now: Duration, state: &Membership, event: Event) -> Decision {
+fn waits_for_the_lost(now: Duration, state: Membership, event: Event) -> Decision {
     let lost = match &event {
         Event::Left(id, _) if state.members.contains(id) => Some(*id),
         _ => None,
@@ -98,7 +98,7 @@ fn waits_for_the_lost(now: Duration, state: &Membership, event: Event) -> Decisi
     (next, actions, reason)
 }
 
-fn leaves_out_a_shard(now: Duration, state: &Membership, event: Event) -> Decision {
+fn leaves_out_a_shard(now: Duration, state: Membership, event: Event) -> Decision {
     let (next, mut actions, reason) = membership(now, state, event);
     for action in &mut actions {
         if let Action::Form(generation, members, _) = action

@@ -17,7 +17,7 @@ fn play(state: Membership, events: Vec<Event>) -> Decision {
 fn play_at(now: Duration, mut state: Membership, events: Vec<Event>) -> Decision {
     let (mut all, mut reason) = (Vec::new(), String::new());
     for event in events {
-        let (next, actions, why) = membership(now, &state, event);
+        let (next, actions, why) = membership(now, state, event);
         (state, reason) = (next, why);
         all.extend(actions);
     }
@@ -287,11 +287,11 @@ fn who_leaves_before_the_start_is_waited_for_again() {
 #[test]
 fn long_gathering_is_noticed_every_ten_seconds() {
     let state = Membership::new(2, 8, 0, None);
-    let (state, actions, _) = membership(Duration::from_secs(9), &state, Event::Tick);
+    let (state, actions, _) = membership(Duration::from_secs(9), state, Event::Tick);
     assert_eq!(actions, []);
-    let (state, actions, _) = membership(Duration::from_secs(10), &state, Event::Tick);
+    let (state, actions, _) = membership(Duration::from_secs(10), state, Event::Tick);
     assert_eq!(actions, [Action::Notice("waiting for workers: 0 of 2 are here".into())]);
-    assert_eq!(membership(Duration::from_secs(15), &state, Event::Tick).1, []);
+    assert_eq!(membership(Duration::from_secs(15), state, Event::Tick).1, []);
 }
 
 /// What may happen next to a fleet of which each worker does what it is told, or dies, in some order.
@@ -364,7 +364,7 @@ proptest! {
         let mut state = Membership::new(expected, shards, 0, None);
         for (choice, second) in choices.into_iter().zip(0..) {
             let event = fleet.event(choice);
-            let (next, actions, _) = membership(Duration::from_secs(second), &state, event);
+            let (next, actions, _) = membership(Duration::from_secs(second), state, event);
             state = next;
             for action in actions {
                 let (generation, members, source) = match action {

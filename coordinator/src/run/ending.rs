@@ -144,8 +144,17 @@ impl Run {
 
     /// These members.
     pub(super) fn at_work(&self) -> impl Iterator<Item = WorkerId> + '_ {
-        let at_work = |id: &WorkerId| self.workers.contains_key(id) && !self.stopped.contains_key(id);
-        self.members.iter().copied().filter(at_work)
+        self.members.iter().copied().filter(|&id| self.works(id))
+    }
+
+    /// Whether this member is one of them.
+    fn works(&self, id: WorkerId) -> bool {
+        self.workers.contains_key(&id) && !self.stopped.contains_key(&id)
+    }
+
+    /// Whether this worker is a member that trains.
+    pub(super) fn is_at_work(&self, id: WorkerId) -> bool {
+        self.works(id) && self.members.contains(&id)
     }
 
     /// Something brought the end nearer: its limit begins anew.
@@ -158,6 +167,9 @@ impl Run {
     /// Once all members rest, or long enough were asked to, asks the most advanced for the last state, if it is not
     /// written yet.
     pub(super) fn settle(&mut self) {
+        if self.ending.is_none() {
+            return;
+        }
         let is_idle = self.writing == 0 && !self.arriving.is_under_way();
         let all_rest = self.training() == 0;
         // Of several that are equal the first, which may have been asked before: one asked twice sends one after the other.

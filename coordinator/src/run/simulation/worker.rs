@@ -109,6 +109,7 @@ enum Stage {
 
 struct Training {
     form: Form,
+    rank: u32,
     peers: Vec<Process>,
     image: Option<Vec<u8>>,
     batches: VecDeque<Batch>,
@@ -338,11 +339,13 @@ impl Worker {
         self.states.clear();
         self.mail = self.mail.split_off(&form.generation);
         let mut peers: Vec<Process> = form.members.iter().map(|member| process_at(&member.address)).collect();
-        assert_eq!(peers[form.rank as usize], self.me);
-        peers.remove(form.rank as usize);
+        let place = peers.iter().position(|peer| *peer == self.me);
+        let Some(place) = place else { return self.wrong("a generation without this worker") };
+        peers.remove(place);
         self.tell(ToCoordinator::Credit { generation: form.generation, batches: BATCHES_AHEAD });
         let training = Training {
             form,
+            rank: place as u32,
             peers,
             image,
             batches: VecDeque::new(),
@@ -378,7 +381,7 @@ impl Worker {
         }
         let frames = training.peers.iter().map(|peer| mail.frames.get(&(*peer, round, step)).cloned());
         let Some(mut frames) = frames.collect::<Option<Vec<_>>>() else { return Ok(None) };
-        frames.insert(training.form.rank as usize, Bytes::new());
+        frames.insert(training.rank as usize, Bytes::new());
         Ok(Some(frames))
     }
 
@@ -432,7 +435,7 @@ impl Worker {
             (Some(image), _) => self.replica = Some(Replica::from_image(&image)),
             (None, StateSource::Initial) => self.replica = Some(Replica::initial()),
             (None, StateSource::Kept) if self.replica.is_some() => {}
-            (None, StateSource::Member(source)) if source == training.form.rank => {
+            (None, StateSource::Member(source)) if source == training.rank => {
                 let Some(replica) = &self.replica else {
                     return self.wrong("a state is asked of who has none");
                 };
@@ -545,7 +548,7 @@ impl Worker {
 
     fn take_parts(&mut self, work: Work, own: Vec<Part>, all: Option<Vec<Bytes>>) {
         let (Some(all), Stage::Training(training)) = (all, &mut self.stage) else { return };
-        let (rank, mut own) = (training.form.rank as usize, Some(own));
+        let (rank, mut own) = (training.rank as usize, Some(own));
         let mut parts = Vec::new();
         for (frame, place) in all.into_iter().zip(0..) {
             if place == rank {
@@ -593,7 +596,7 @@ impl Worker {
         else {
             return;
         };
-        let (rank, generation) = (training.form.rank as usize, training.form.generation);
+        let (rank, generation) = (training.rank as usize, training.form.generation);
         let own = std::mem::take(&mut training.evaluated);
         let mut batches = vec![Vec::new(); own.len()];
         for (frame, place) in all.into_iter().zip(0..) {
