@@ -48,7 +48,12 @@ impl Coordinator {
 
     /// Starts a worker for it, in this working directory.
     pub(crate) fn worker(&self, working_dir: &Path, options: &str) -> Process {
-        self.worker_with_token(working_dir, options, self.token.as_deref())
+        self.worker_at(&self.control, working_dir, options)
+    }
+
+    /// The same where the worker knows it by another address.
+    pub(crate) fn worker_at(&self, control: &str, working_dir: &Path, options: &str) -> Process {
+        start_worker(control, working_dir, options, self.token.as_deref())
     }
 
     /// The same with another token.
@@ -58,10 +63,14 @@ impl Coordinator {
         options: &str,
         token: Option<&str>,
     ) -> Process {
-        let mut command = lockstep();
-        command.current_dir(working_dir).args(["worker", "--coordinator", &self.control]);
-        Process::start(with_token(&mut command, token).args(options.split_whitespace()))
+        start_worker(&self.control, working_dir, options, token)
     }
+}
+
+fn start_worker(control: &str, working_dir: &Path, options: &str, token: Option<&str>) -> Process {
+    let mut command = lockstep();
+    command.current_dir(working_dir).args(["worker", "--coordinator", control]);
+    Process::start(with_token(&mut command, token).args(options.split_whitespace()))
 }
 
 fn with_token<'a>(command: &'a mut Command, token: Option<&str>) -> &'a mut Command {

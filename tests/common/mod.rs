@@ -10,6 +10,7 @@
 //! - [`refusal`]: what every refused command has in common.
 //! - [`mounts`]: commands with file systems of their own.
 //! - [`http`]: one GET.
+//! - [`proxy`]: a network that can be cut, slowed down and broken.
 
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 
@@ -21,6 +22,7 @@ mod in_process;
 mod meddling;
 mod mounts;
 mod process;
+mod proxy;
 mod refusal;
 mod run;
 
@@ -32,6 +34,7 @@ pub(crate) use in_process::train_in_process;
 pub(crate) use meddling::{Broken, Meddling, Rows};
 pub(crate) use mounts::with_own_mounts;
 pub(crate) use process::{Ended, Process, children_of, eventually, is_alive, lockstep};
+pub(crate) use proxy::{Direction, Proxy};
 pub(crate) use run::{Hashes, Run};
 
 /// Says that a test did not run, and why, in the form that `scripts/test` looks for.
