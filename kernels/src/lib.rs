@@ -21,6 +21,8 @@
 //! 4. [`cpu::reduce`], [`cpu::optimizer`]: what happens to gradients.
 //! 5. [`cpu::roofline`]: what the rates of all of these are held against.
 //!
+//! `cube`, with the features `cuda` or `wgpu`, has kernels for GPUs.
+//!
 //! [`oracle`] is the same mathematics, naive and in f64, which the tests of all of these compare with.
 
 pub mod cpu;

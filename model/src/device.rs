@@ -90,6 +90,12 @@ impl Update {
         let clip_norm = (job.clip == Clip::Global).then_some(job.clip_norm);
         Self { weight, clip_norm, learning_rate, rule }
     }
+
+    /// What the summed gradient is multiplied with, given the norm of its mean: the division by the weight, and the clip.
+    pub fn gradient_scale(&self, norm: f64) -> f32 {
+        let clip = self.clip_norm.map_or(1.0, |clip_norm| clip_norm / norm.max(clip_norm));
+        (clip / self.weight as f64) as f32
+    }
 }
 
 /// A kind of device that can be opened once the job is known.

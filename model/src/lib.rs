@@ -12,7 +12,11 @@
 
 pub mod cost;
 pub mod cpu;
+#[cfg(feature = "cube")]
+pub mod cube;
 pub mod device;
 pub mod evaluate;
 pub mod init;
+mod network;
+mod rows;
 pub mod sample;

@@ -18,9 +18,11 @@ use protocol::cell::Cell;
 use protocol::layout::{Head, Input, LayerShape, ModelShape};
 
 use crate::device::StepInput;
+use crate::network::has_droppable_output;
+use crate::rows::BatchRows;
 
 use super::direction::{Direction, Trace, Workspace, gate_width, resize_exactly};
-use super::runs::{BatchRows, Runs};
+use super::runs::Runs;
 use super::weights::{InputWeights, Weights};
 
 /// What is the same for all blocks of a pass.
@@ -537,10 +539,4 @@ fn scale_bytes(bytes: &[u8], scaled: &mut [f32]) {
 fn drops_output(network: &Network<'_>, layer: usize) -> bool {
     network.dropout.is_some_and(|dropout| dropout.keep[layer] < 1.0)
         && has_droppable_output(network.shape, layer)
-}
-
-/// Whether somebody reads a layer's output. Where the head reads the final state, nobody reads the last layer's: the
-/// state is never dropped, neither on its way through time nor for the head.
-pub(super) fn has_droppable_output(shape: &ModelShape, layer: usize) -> bool {
-    shape.head == Head::EveryStep || layer + 1 < shape.num_layers()
 }

@@ -6,9 +6,10 @@ use protocol::slots::{slots, slots_of};
 use protocol::tree;
 use std::ops::Range;
 
-use super::block::{RowBlock, has_droppable_output};
+use super::block::RowBlock;
 use super::gradient::Scratch;
 use super::weights::Weights;
+use crate::network::has_droppable_output;
 
 /// The bytes of a device that trains the rows of some shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use protocol::tree::TreeNode;
 use super::block::{Network, RowBlock};
 use super::direction::{Trace, Workspace, gate_width, resize_exactly};
 use super::pairs::{Pair, ShardPairs};
-use super::weights::reads_one_hot;
+use crate::network::reads_one_hot;
 
 /// Most weight rows of a task: more would share each packing of what they are multiplied with among more rows, fewer
 /// keep the sums in the second-level cache. Changes no bit.

@@ -31,10 +31,10 @@ use protocol::tree::TreeNode;
 use rayon::prelude::*;
 
 use crate::device::{Backend, Device, DeviceError, Pass, Result, StepInput, Update, UpdateRule};
+use crate::rows::{BatchRows, row_starts};
 use block::{Dropout, Network, RowBlock};
 use gradient::{Gradient, Scratch};
 use pairs::ShardPairs;
-use runs::{BatchRows, row_starts};
 use weights::Weights;
 
 pub use reader::CpuReader;
@@ -364,8 +364,7 @@ impl Device for CpuDevice {
     ) -> Result<()> {
         let simd = self.simd;
         let lr = update.learning_rate;
-        let clip = update.clip_norm.map_or(1.0, |clip_norm| clip_norm / norm.max(clip_norm));
-        let gradient_scale = (clip / update.weight as f64) as f32;
+        let gradient_scale = update.gradient_scale(norm);
         let parts = parameters
             .par_chunks_mut(ELEMENTS_PER_TASK)
             .zip(gradient.par_chunks(ELEMENTS_PER_TASK))

@@ -5,8 +5,9 @@
 //! step 0, then all of step 1, and so on. Kernels know runs only. Everything else asks here for the *place* of a row's
 //! step in that storage.
 
-use protocol::batch::{Batch, Inputs};
 use std::ops::Range;
+
+use crate::rows::{BatchRows, Run, cut};
 
 /// No place: the row has no such step.
 const NOWHERE: u32 = u32::MAX;
@@ -28,17 +29,6 @@ pub(super) struct Runs {
     before: Vec<u32>,
 }
 
-/// An unbroken sequence of a row's steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
-    pub(super) row: usize,
-    /// Its first step.
-    pub(super) start: usize,
-    pub(super) length: usize,
-    /// It goes on from the row's carried state; otherwise it starts from the initial state.
-    pub(super) is_fed: bool,
-}
-
 impl Runs {
     /// Takes over these rows of a batch. Keeps its memory. `goes_on`: rows start from a carried state, unless they begin
     /// with `reset_token`.
@@ -50,21 +40,7 @@ impl Runs {
         reset_token: Option<u16>,
     ) {
         self.runs.clear();
-        for (at, row) in rows.clone().enumerate() {
-            let length = batch.length(row);
-            let mut run = Run { row: at, start: 0, length: 0, is_fed: goes_on };
-            let resets = reset_token.map(|reset| {
-                let tokens = batch.tokens(row);
-                (0..length).filter(move |&t| tokens[t] == reset)
-            });
-            for reset in resets.into_iter().flatten() {
-                if reset > 0 {
-                    self.runs.push(Run { length: reset - run.start, ..run });
-                }
-                run = Run { start: reset, is_fed: false, ..run };
-            }
-            self.runs.push(Run { length: length - run.start, ..run });
-        }
+        cut(batch, rows.clone(), goes_on, reset_token, &mut self.runs);
         self.arrange(rows.len());
     }
 
@@ -183,52 +159,12 @@ impl Runs {
     }
 }
 
-/// A batch and where each of its rows begins.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct BatchRows<'a> {
-    pub(super) batch: &'a Batch,
-    /// Of each row: its first token or byte.
-    pub(super) starts: &'a [usize],
-}
-
-impl BatchRows<'_> {
-    /// Time steps of a row.
-    pub(super) fn length(&self, row: usize) -> usize {
-        self.batch.lengths[row] as usize
-    }
-
-    /// The tokens of a row, its last target included; empty where bytes are read.
-    pub(super) fn tokens(&self, row: usize) -> &[u16] {
-        let (start, length) = (self.starts[row], self.length(row));
-        match &self.batch.inputs {
-            Inputs::Tokens(tokens) => &tokens[start..start + length + 1],
-            Inputs::LabelledTokens { tokens, .. } => &tokens[start..start + length],
-            Inputs::Bytes { .. } => &[],
-        }
-    }
-}
-
-/// Where each row of a batch begins; `width` is that of a step of bytes.
-pub(super) fn row_starts(batch: &Batch, width: usize, starts: &mut Vec<usize>) {
-    let mut start = 0;
-    starts.clear();
-    starts.extend(batch.lengths.iter().map(|&length| {
-        let length = length as usize;
-        let units = match batch.inputs {
-            Inputs::Tokens(_) => length + 1,
-            Inputs::LabelledTokens { .. } => length,
-            Inputs::Bytes { .. } => length * width,
-        };
-        start += units;
-        start - units
-    }));
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::row_starts;
     use proptest::prelude::*;
-    use protocol::batch::ShardBatch;
+    use protocol::batch::{Batch, Inputs, ShardBatch};
     use protocol::schedule::Work;
 
     fn batch(lines: &[&[u16]]) -> Batch {

@@ -6,8 +6,10 @@ use kernels::cpu::gru::GruWeights;
 use kernels::cpu::input::token_table;
 use kernels::cpu::lstm::{LstmOptions, Peepholes};
 use protocol::cell::{Cell, CellOptions, Reset};
-use protocol::layout::{DirectionRanges, Input, LayerShape, ModelShape, StateLayout};
+use protocol::layout::{DirectionRanges, LayerShape, ModelShape, StateLayout};
 use rayon::prelude::*;
+
+use crate::network::{input_has_gradient, reads_one_hot};
 
 /// All weights, packed.
 pub(super) struct Weights {
@@ -70,16 +72,6 @@ pub(super) struct Projection {
     pub(super) forward: PackedMatrix,
     /// `[R, H]` (k, n)
     pub(super) backward: PackedMatrix,
-}
-
-/// Whether somebody asks for the gradient of a layer's input: the layer below, or the embedding.
-pub(super) fn input_has_gradient(shape: &ModelShape, layer: usize) -> bool {
-    layer > 0 || matches!(shape.input, Input::Embedding { .. })
-}
-
-/// Whether a layer's input is a one-hot vector.
-pub(super) fn reads_one_hot(shape: &ModelShape, layer: usize) -> bool {
-    layer == 0 && matches!(shape.input, Input::OneHot(_))
 }
 
 impl Weights {

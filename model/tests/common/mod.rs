@@ -15,7 +15,7 @@ mod reference;
 mod setup;
 
 pub(crate) use compare::{Largest, bits, distance, widen};
-pub(crate) use fleet::{Fleet, Outcome, OutcomeBits, on};
+pub(crate) use fleet::{Fleet, Outcome, OutcomeBits, Worker, on};
 pub(crate) use options::{Combination, combinations, setup};
 pub(crate) use reference::{Expected, expected, network};
 pub(crate) use setup::{CELLS, Setup, Sizes, State, TASKS};

@@ -6,7 +6,8 @@ use protocol::layout::{Head, LayerShape};
 
 use super::{LayerWork, Network, RowBlock};
 use crate::cpu::direction::{gate_width, resize_exactly};
-use crate::cpu::weights::{InputWeights, input_has_gradient};
+use crate::cpu::weights::InputWeights;
+use crate::network::input_has_gradient;
 
 impl RowBlock {
     /// Back through the head.

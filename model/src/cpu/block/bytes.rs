@@ -6,7 +6,7 @@ use super::RowBlock;
 #[cfg(test)]
 use super::{LayerWork, Room};
 use crate::cpu::direction::{Trace, Workspace};
-use crate::cpu::weights::{input_has_gradient, reads_one_hot};
+use crate::network::{input_has_gradient, reads_one_hot};
 
 impl RowBlock {
     /// The most bytes of blocks of `rows` rows of `seq_len` steps in all, however they are cut, after a training step.

@@ -1,0 +1,315 @@
+//! What the recurrent kernels share: how the runs and units of a sequence are cut into cubes, and the product of some
+//! runs' states with the recurrent weights.
+//!
+//! A cube owns a tile of runs and some units, and has one thread for each gate of each of them. Either it owns all units
+//! and runs all steps in one launch, passing the state on in shared memory; or a launch does one step, and cubes share the
+//! units. Both are the same kernel: a step reads what the step before has left in memory, if another launch has done it.
+//!
+//! A number of a run is a sum over k upwards in one accumulator, whatever the tile, the cut and the place of the weights.
+
+use std::ops::Range;
+
+use cubecl::prelude::*;
+use protocol::cell::{Cell, RecurrentActivation, Reset};
+
+use super::math::{hard_sigmoid, sigmoid};
+
+/// How a sequence is cut. Changes no bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Plan {
+    /// Runs of a cube.
+    pub rows: usize,
+    /// Units of a cube.
+    pub units: usize,
+    /// Whether one launch does all steps: a cube has all units.
+    pub whole: bool,
+    /// Weights of each thread that stay in its registers from step to step: those of the first so many k's.
+    pub registers: usize,
+    /// Weights of each thread that stay in shared memory: those of the next so many k's. The rest is read again and again.
+    pub shared: usize,
+}
+
+/// What a device has for one cube.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Threads of a cube.
+    pub threads: usize,
+    /// Shared memory of a cube, in floats.
+    pub shared: usize,
+    /// Registers of a cube.
+    pub registers: usize,
+    /// Cubes that run at the same time.
+    pub cubes: usize,
+}
+
+/// Most weights in registers of a thread: what a thread can have at most, without what else it needs.
+const MOST_HELD: usize = 128;
+
+/// Registers of a thread besides the weights that it holds; estimated, and checked by the table of resources.
+const OTHER_REGISTERS: usize = 64;
+
+/// Units of a cube where a launch does one step.
+const STEP_UNITS: usize = 64;
+
+/// Most runs of a cube.
+const MOST_ROWS: usize = 4;
+
+impl Limits {
+    /// Those of the device behind a client.
+    pub fn of<R: Runtime>(client: &ComputeClient<R>) -> Self {
+        let hardware = &client.properties().hardware;
+        Self {
+            threads: hardware.max_units_per_cube as usize,
+            shared: hardware.max_shared_memory_size / size_of::<f32>(),
+            // Of a CUDA device; elsewhere nobody knows, and none is held in registers.
+            registers: if hardware.plane_size_max == 32 && hardware.num_streaming_multiprocessors.is_some() {
+                1 << 16
+            } else {
+                0
+            },
+            cubes: hardware.num_streaming_multiprocessors.unwrap_or(1) as usize,
+        }
+    }
+}
+
+/// What a kernel needs, as [`Plan::choose`] is told it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Threads for each unit.
+    pub gates: usize,
+    /// Units, `H`.
+    pub hidden: usize,
+    /// Floats of shared memory for each run, in a cube of all units.
+    pub tile: usize,
+    /// Longest sum over k.
+    pub depth: usize,
+    /// Whether a cube may have all units.
+    pub can_be_whole: bool,
+}
+
+impl Needs {
+    /// Those of a cell, for both ways.
+    pub fn of(cell: Cell, reset: Reset, hidden: usize, output: usize) -> Self {
+        let gates = cell.gates();
+        // The state before a step or the gradients of its gates, what the threads exchange, and for a GRU that resets
+        // before the product what is multiplied in its place.
+        let extra = if cell == Cell::Gru && reset == Reset::Before { hidden } else { 0 };
+        Self {
+            gates,
+            hidden,
+            tile: output.max(gates * hidden) + gates * hidden + extra,
+            depth: output.max(hidden),
+            can_be_whole: output == hidden,
+        }
+    }
+}
+
+impl Plan {
+    /// The plan for so many runs on a device with these limits.
+    pub fn choose(needs: Needs, runs: usize, limits: Limits) -> Self {
+        let Needs { gates, hidden, tile, depth, can_be_whole } = needs;
+        let threads = gates * hidden;
+        let rows = runs.div_ceil(limits.cubes).clamp(1, MOST_ROWS);
+        let fits = |rows: usize| threads <= limits.threads && rows * tile <= limits.shared;
+        if !can_be_whole || !fits(1) {
+            let units = STEP_UNITS.min(hidden).min(limits.threads / gates);
+            let rows = (1..=MOST_ROWS).rev().find(|&rows| rows * tile <= limits.shared).unwrap_or(1);
+            return Self { rows, units, whole: false, registers: 0, shared: 0 };
+        }
+        let rows = (1..=rows).rev().find(|&rows| fits(rows)).unwrap_or(1);
+        let registers = (limits.registers / threads).saturating_sub(OTHER_REGISTERS + 8 * rows);
+        let registers = registers.min(MOST_HELD).min(depth) / 8 * 8;
+        let shared = ((limits.shared - rows * tile) / threads).min(depth - registers);
+        Self { rows, units: hidden, whole: true, registers, shared }
+    }
+
+    /// Threads of a cube.
+    pub(super) fn threads(&self, gates: usize) -> CubeDim {
+        CubeDim::new_1d((gates * self.units) as u32)
+    }
+
+    /// Cubes for so many runs of a layer with `hidden` units.
+    pub(super) fn cubes(&self, runs: usize, hidden: usize) -> CubeCount {
+        CubeCount::Static(runs.div_ceil(self.rows) as u32, hidden.div_ceil(self.units) as u32, 1)
+    }
+
+    /// The launches that do so many steps, as ranges of them.
+    pub(super) fn launches(&self, steps: usize) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+        let each = if self.whole { steps } else { 1 };
+        (0..steps).step_by(each.max(1)).map(move |first| first..first + each)
+    }
+
+    /// The same from the last step back, and to the start: where a launch does one step, that is one more.
+    pub(super) fn launches_back(&self, steps: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let to_start = (!self.whole).then_some(0..0);
+        self.launches(steps).rev().chain(to_start)
+    }
+}
+
+/// The place of `HARD` sigmoids among comptime arguments.
+pub(super) fn is_hard(activation: RecurrentActivation) -> bool {
+    activation == RecurrentActivation::HardSigmoid
+}
+
+/// What gates do to their sums.
+#[cube]
+pub(super) fn gate(x: f32, #[comptime] hard: bool) -> f32 {
+    if comptime!(hard) { hard_sigmoid(x) } else { sigmoid(x) }
+}
+
+/// The slope of a gate where its value is `y`.
+#[cube]
+pub(super) fn gate_slope(y: f32, #[comptime] hard: bool) -> f32 {
+    if comptime!(hard) { select(y > 0.0 && y < 1.0, 0.2, 0.0) } else { y * (1.0 - y) }
+}
+
+/// Where a thread's weights are: that of k at `at + k·stride`.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Column {
+    pub(super) at: usize,
+    pub(super) stride: usize,
+}
+
+/// Fetches the weights that stay with a thread and with its cube.
+#[cube]
+pub(super) fn hold(
+    weight: &Array<f32>,
+    column: Column,
+    held: &mut Array<f32>,
+    cached: &mut SharedMemory<f32>,
+    #[comptime] plan: Plan,
+) {
+    let thread = UNIT_POS as usize;
+    let threads = CUBE_DIM as usize;
+    #[unroll]
+    for k in 0..plan.registers {
+        held[k] = weight[column.at + k * column.stride];
+    }
+    for k in 0..plan.shared {
+        cached[k * threads + thread] = weight[column.at + (k + plan.registers) * column.stride];
+    }
+}
+
+/// `sums[r] += Σ_k tile[r·stride + at + k] · weight(k)` for the cube's runs, k upwards from 0 to `depth`.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn multiply(
+    tile: &SharedMemory<f32>,
+    at: usize,
+    #[comptime] stride: usize,
+    weight: &Array<f32>,
+    column: Column,
+    held: &Array<f32>,
+    cached: &SharedMemory<f32>,
+    sums: &mut Array<f32>,
+    #[comptime] depth: usize,
+    #[comptime] plan: Plan,
+) {
+    let thread = UNIT_POS as usize;
+    let threads = CUBE_DIM as usize;
+    #[unroll]
+    for k in 0..plan.registers {
+        #[unroll]
+        for r in 0..plan.rows {
+            sums[r] = fma(tile[r * stride + at + k], held[k], sums[r]);
+        }
+    }
+    for cached_k in 0..plan.shared {
+        let w = cached[cached_k * threads + thread];
+        #[unroll]
+        for r in 0..plan.rows {
+            sums[r] = fma(tile[r * stride + at + cached_k + plan.registers], w, sums[r]);
+        }
+    }
+    for k in comptime!(plan.registers + plan.shared)..depth {
+        let w = weight[column.at + k * column.stride];
+        #[unroll]
+        for r in 0..plan.rows {
+            sums[r] = fma(tile[r * stride + at + k], w, sums[r]);
+        }
+    }
+}
+
+/// Copies what the cube's runs have in memory, `[Nr][width]` from `at` on, into a tile `[rows][stride]`; zeros for runs that
+/// are not there.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn fetch(
+    from: &Array<f32>,
+    at: usize,
+    from_stride: usize,
+    width: usize,
+    runs: usize,
+    tile: &mut SharedMemory<f32>,
+    #[comptime] stride: usize,
+    #[comptime] plan: Plan,
+) {
+    let first_run = CUBE_POS_X as usize * plan.rows;
+    let threads = CUBE_DIM as usize;
+    #[unroll]
+    for r in 0..plan.rows {
+        let run = first_run + r;
+        let is_there = run < runs;
+        let row = select(is_there, at + run * from_stride, 0);
+        let j = RuntimeCell::<usize>::new(UNIT_POS as usize);
+        while j.read() < width {
+            tile[r * stride + j.read()] = select(is_there, from[row + j.read()], 0.0);
+            j.store(j.read() + threads);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Limits = Limits { threads: 1024, shared: 227 * 256, registers: 1 << 16, cubes: 132 };
+    const LAVAPIPE: Limits = Limits { threads: 1024, shared: 32 * 256, registers: 0, cubes: 1 };
+
+    fn plan(cell: Cell, hidden: usize, runs: usize, limits: Limits) -> Plan {
+        Plan::choose(Needs::of(cell, Reset::After, hidden, hidden), runs, limits)
+    }
+
+    #[test]
+    fn an_h100_keeps_the_weights_of_every_small_preset_on_the_chip() {
+        for (name, cell, hidden, runs) in [
+            ("char-lstm", Cell::Lstm, 128, 64),
+            ("char-gru", Cell::Gru, 128, 64),
+            ("mnist-rnn", Cell::Rnn, 150, 150),
+            ("mnist-lstm", Cell::Lstm, 150, 150),
+            ("mnist-gru", Cell::Gru, 150, 150),
+        ] {
+            let plan = plan(cell, hidden, runs, H100);
+            println!("{name}: {plan:?}");
+            assert!(plan.whole, "{name}");
+            assert!(plan.rows * 132 >= runs, "{name}: all runs at the same time");
+            let threads = cell.gates() * hidden;
+            assert!(threads * (plan.registers + OTHER_REGISTERS) <= 1 << 16, "{name}");
+            let on_chip = plan.registers + plan.shared;
+            // All weights, but for the LSTM of 150 units, whose 360 KB no multiprocessor holds.
+            assert!(
+                on_chip == hidden || name == "mnist-lstm" && on_chip >= 120,
+                "{name}: {on_chip} of {hidden}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_large_layer_runs_step_by_step() {
+        let plan = plan(Cell::Lstm, 512, 64, H100);
+        assert_eq!((plan.whole, plan.units), (false, 64));
+        let small = self::plan(Cell::Lstm, 33, 5, LAVAPIPE);
+        assert!(small.whole && small.registers == 0 && small.rows * 8 * 33 <= LAVAPIPE.shared);
+        assert!(!self::plan(Cell::Lstm, 512, 5, LAVAPIPE).whole);
+        assert_eq!(
+            self::plan(Cell::Lstm, 512, 5, LAVAPIPE).launches(3).collect::<Vec<_>>(),
+            [0..1, 1..2, 2..3]
+        );
+    }
+
+    #[test]
+    fn a_projection_runs_step_by_step() {
+        let needs = Needs::of(Cell::Lstm, Reset::After, 12, 7);
+        assert!(!Plan::choose(needs, 5, H100).whole);
+    }
+}

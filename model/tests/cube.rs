@@ -1,0 +1,163 @@
+//! A device of cubecl's against the CPU device, in every option; lavapipe stands for a GPU.
+#![cfg(feature = "wgpu")]
+
+mod common;
+
+use std::ops::Range;
+
+use common::{Combination, Fleet, Largest, Setup, Sizes, Worker, combinations, distance, widen};
+use cubecl::Runtime;
+use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
+use kernels::cube::guard::abort_on_device_panic;
+use model::cube::CubeDevice;
+use model::device::{Device, Pass, StepInput};
+use protocol::batch::{Batch, Inputs};
+use protocol::cell::Cell;
+use protocol::job::Task;
+use protocol::layout::Input;
+use protocol::schedule::Work;
+use protocol::sums::StepSums;
+
+/// The largest difference allowed, as a share of a tensor's largest number.
+const LIMIT: f64 = 1e-5;
+
+/// One device for each range of shards.
+fn fleet(setup: &Setup, split: &[Range<u32>]) -> Fleet<CubeDevice<WgpuRuntime>> {
+    abort_on_device_panic();
+    let open = |shards: &Range<u32>| {
+        let client = WgpuRuntime::client(&WgpuDevice::Cpu);
+        Worker { device: CubeDevice::new(client, setup.layout.clone(), &setup.job), shards: shards.clone() }
+    };
+    Fleet { setup: setup.clone(), workers: split.iter().map(open).collect() }
+}
+
+fn is_long() -> bool {
+    std::env::var_os("LOCKSTEP_LONG").is_some()
+}
+
+/// Every pair of ways in which rows come and of what goes with everything, with the cells in turn; all combinations if
+/// there is time.
+fn some_combinations() -> impl Iterator<Item = Combination> {
+    const PAIRS: usize = 55;
+    let all: Vec<Combination> = combinations().collect();
+    let cells = all.len() / PAIRS;
+    all.into_iter()
+        .enumerate()
+        .filter(move |(at, _)| is_long() || (at % PAIRS) % cells == at / PAIRS)
+        .map(|(_, c)| c)
+}
+
+#[test]
+fn every_option_equals_the_cpu() {
+    let [mut losses, mut states, mut gradients] = [(); 3].map(|()| Largest::default());
+    let mut count = 0;
+    for Combination { name, setup } in some_combinations() {
+        let pass = Pass::Train { step: 3 };
+        let (state, batch) = (setup.start(true), setup.batch(3));
+        let want = setup.alone().pass(pass, &state, &batch);
+        let got = fleet(&setup, &setup.split(1)).pass(pass, &state, &batch);
+        let counts = |sums: &[StepSums]| -> Vec<_> {
+            sums.iter()
+                .map(|sums| (sums.weight, sums.correct, sums.rows, sums.row_hash, sums.non_finite))
+                .collect()
+        };
+        assert_eq!(counts(&got.sums), counts(&want.sums), "{name}");
+        let [got_loss, want_loss] = [&got, &want].map(|outcome| StepSums::total(&outcome.sums).loss);
+        losses.note((got_loss - want_loss).abs() / want_loss, 1e-6, || name.clone());
+        states.note(distance(&got.recurrent, &widen(&want.recurrent)), LIMIT, || name.clone());
+        for tensor in &setup.layout.tensors {
+            let range = || tensor.range.clone();
+            let difference = distance(&got.gradient[range()], &widen(&want.gradient[range()]));
+            gradients.note(difference, LIMIT, || format!("{} of {name}", tensor.name));
+        }
+        count += 1;
+    }
+    println!("parity: {count} cases of cells, rows and options against the CPU device");
+    losses.print("loss against the CPU");
+    states.print("final state against the CPU");
+    gradients.print("gradient tensors against the CPU");
+    assert!(count >= 55);
+}
+
+/// Two layers of some cell, with dropout.
+fn setup_of(cell: Cell, task: Task, shards: u32) -> Setup {
+    let sizes = Sizes { cell, task, num_layers: 2, hidden_size: 10, seq_len: 7, batch_size: 11, shards };
+    Setup::new(sizes, &[("keep_prob", "0.7")])
+}
+
+#[test]
+fn neither_the_split_nor_the_run_changes_a_bit() {
+    for (cell, task) in [(Cell::Rnn, Task::Rows), (Cell::Lstm, Task::Chars), (Cell::Gru, Task::Chars)] {
+        let setup = setup_of(cell, task, 5);
+        let mut outcomes = Vec::new();
+        for workers in [1, 1, 2, 3, 5] {
+            let mut state = setup.start(true);
+            let mut fleet = fleet(&setup, &setup.split(workers));
+            let bits: Vec<_> =
+                (0..3).map(|step| fleet.train(step, &mut state, &setup.batch(step)).bits()).collect();
+            outcomes.push((workers, bits, state));
+        }
+        let (_, bits, state) = &outcomes[0];
+        for (workers, other_bits, other_state) in &outcomes[1..] {
+            assert!(bits == other_bits, "{cell}: {workers} workers have other bits");
+            assert!(state == other_state, "{cell}: {workers} workers have another state");
+        }
+    }
+}
+
+#[test]
+fn twenty_steps_come_out_as_on_the_cpu() {
+    for cell in [Cell::Rnn, Cell::Lstm, Cell::Gru] {
+        let setup = setup_of(cell, Task::Chars, 3);
+        let [mut on_cpu, mut on_device] = [(); 2].map(|()| setup.start(false));
+        let (mut cpu, mut device) = (setup.alone(), fleet(&setup, &setup.split(1)));
+        for step in 0..20 {
+            let batch = setup.batch(step);
+            let want = StepSums::total(&cpu.train(step, &mut on_cpu, &batch).sums).mean_loss();
+            let got = StepSums::total(&device.train(step, &mut on_device, &batch).sums).mean_loss();
+            assert!((got - want).abs() < 1e-4, "{cell}, step {step}: {got}, the CPU {want}");
+        }
+    }
+}
+
+/// A batch of one row for an evaluation.
+fn one_row(setup: &Setup) -> Batch {
+    let batch = setup.evaluation_batch(1);
+    assert!(matches!(batch.work, Work::Evaluate { .. }));
+    batch
+}
+
+#[test]
+fn a_row_read_step_by_step_has_the_bits_of_an_evaluation() {
+    for (cell, task) in [(Cell::Lstm, Task::Chars), (Cell::Gru, Task::Rows), (Cell::Rnn, Task::Chars)] {
+        let setup = setup_of(cell, task, 1);
+        let (state, batch) = (setup.start(false), one_row(&setup));
+        let mut fleet = fleet(&setup, &setup.split(1));
+        let want = fleet.pass(Pass::Evaluate, &state, &batch).sums[0].loss;
+        let device = &mut fleet.workers[0].device;
+        let mut parameters = device.zeros(state.parameters.len()).unwrap();
+        device.import(&mut parameters, 0, &state.parameters).unwrap();
+        let mut reader = device.reader(&parameters).unwrap();
+        let classes = setup.data.model.classes;
+        let mut loss = 0.0;
+        let steps = batch.lengths[0] as usize;
+        for t in 0..steps {
+            let (input, target) = match (&batch.inputs, setup.data.model.input) {
+                (Inputs::Tokens(tokens), _) => (StepInput::Token(tokens[t].into()), Some(tokens[t + 1])),
+                (Inputs::Bytes { bytes, labels }, Input::Bytes(width)) => {
+                    (StepInput::Bytes(&bytes[t * width..][..width]), (t + 1 == steps).then(|| labels[0]))
+                }
+                _ => unreachable!("no other task is tried"),
+            };
+            let mut logits = vec![f32::NAN; classes];
+            device.read(&mut reader, input, &mut logits).unwrap();
+            if let Some(target) = target {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let total: f64 = logits.iter().map(|&x| libm::exp(f64::from(x - max))).sum();
+                loss += libm::log(total) + f64::from(max - logits[usize::from(target)]);
+            }
+        }
+        // The sum of exponentials is one of f32s there.
+        assert!((loss - want).abs() < 1e-6 * want, "{cell}: {loss}, the evaluation {want}");
+    }
+}
