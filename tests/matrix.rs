@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Ended, Event, Events, Folder, Hashes, Process, Run, children_of};
+use common::{Ended, Event, Events, Folder, Hashes, Process, children_of};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Where each phase is held: by which process where workers are hit, by which where the coordinator alone is; and what
@@ -105,11 +105,11 @@ fn end(mut process: Process, events: &Events, point: &str) -> Ended {
 }
 
 /// Runs one cell; gives what became of it.
-fn run(cell: Cell, folder: &Folder, undisturbed: &Hashes) -> String {
+fn run(cell: Cell, folder: &Folder, job: &str, undisturbed: &Hashes) -> String {
     let (_, at_worker, at_coordinator, before) = PHASES[cell.phase];
     let point = if cell.victims == 2 { at_coordinator } else { at_worker };
     let name = format!("{}-{}-{}", cell.phase, cell.signal, cell.victims);
-    let run = Run::new(folder.path().join(&name), &job(folder));
+    let run = folder.run(&name, job);
     let events = Events::new(folder, &format!("{name}-events"));
     let mut process = events.start(&run, "--workers 3", &format!("{before}{point}:hold"));
     let point = format!("{}:hold", point.split_once('/').unwrap().1);
@@ -172,7 +172,9 @@ fn every_cell_of_the_matrix_gives_what_the_table_says() {
     };
     let cells: Vec<Cell> = all.filter(is_chosen).collect();
     let folder = Folder::new();
-    let undisturbed = folder.run("undisturbed", &job(&folder)).train("--workers 1");
+    // Once: the text must not be written while others read it.
+    let job = job(&folder);
+    let undisturbed = folder.run("undisturbed", &job).train("--workers 1");
 
     let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let started = Instant::now();
@@ -181,7 +183,7 @@ fn every_cell_of_the_matrix_gives_what_the_table_says() {
             scope.spawn(|| {
                 while let Some(&cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let since = Instant::now();
-                    let attempt = std::panic::AssertUnwindSafe(|| run(cell, &folder, &undisturbed));
+                    let attempt = std::panic::AssertUnwindSafe(|| run(cell, &folder, &job, &undisturbed));
                     let became = std::panic::catch_unwind(attempt).unwrap_or_else(|_| "panicked".to_owned());
                     let seconds = since.elapsed().as_secs_f64();
                     println!("{:<60} {:<14} {seconds:5.1} s", cell.name(), became.lines().next().unwrap());
