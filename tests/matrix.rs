@@ -23,11 +23,14 @@ const PHASES: [(&str, &str, &str, &str); 11] = [
     ("slice streaming", "worker/feed@20", "coordinator/feed@20", ""),
     ("evaluation", "worker/evaluation@16", "worker/evaluation@16", ""),
     ("sampling", "worker/sampling@16", "worker/sampling@16", ""),
-    ("checkpoint", "worker/checkpoint@16", "coordinator/checkpoint-fsync@16", ""),
+    ("checkpoint", "worker/checkpoint@16", "coordinator/checkpoint-fsync@16", SLOW),
     ("admission", "worker/admission@18", "coordinator/admission@18", REJOIN),
     ("epoch end", "worker/epoch-end@16", "coordinator/epoch-end@16", ""),
     ("recovery", "worker/recovery@18", "coordinator/recovery@18", "worker-3/compute@18:kill;"),
 ];
+
+/// A checkpoint is written while the run goes on: it must not be over before the signal.
+const SLOW: &str = "coordinator/feed@40:delay:2000;";
 
 /// A worker dies, and the run is slow enough for it to come again.
 const REJOIN: &str = "worker-3/compute@18:kill;coordinator/feed@40:delay:3000;";
