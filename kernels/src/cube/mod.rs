@@ -38,4 +38,6 @@ pub mod softmax;
 pub mod source;
 
 #[cfg(all(test, feature = "wgpu"))]
+mod parity;
+#[cfg(all(test, feature = "wgpu"))]
 mod tests;
