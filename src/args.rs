@@ -240,6 +240,12 @@ impl RunArgs {
         words.extend(self.json.then(|| "--json".into()));
         words
     }
+
+    /// The same for a run that has begun.
+    pub(crate) fn to_words_again(&self) -> Vec<OsString> {
+        let job = JobArgs { fresh: false, ..self.job.clone() };
+        Self { job, ..self.clone() }.to_words()
+    }
 }
 
 /// `--name=value`, in one word so that a value may begin with a dash.
@@ -381,6 +387,9 @@ pub(crate) struct WorkerArgs {
     /// Serve this worker's own metrics here
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<SocketAddr>,
+    /// Without its coordinator a worker keeps what it holds for so long, then it exits 75 [default: what the run says, 600]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=604_800))]
+    park_timeout: Option<u64>,
     #[command(flatten)]
     token: TokenArgs,
     /// Leave it to the coordinator to say what went wrong
@@ -398,6 +407,7 @@ impl WorkerArgs {
             advertise: self.advertise.clone(),
             metrics: self.metrics,
             collective: self.collective.resolve()?,
+            park_timeout: self.park_timeout.map(Duration::from_secs),
             build: BUILD.to_owned(),
         })
     }

@@ -71,7 +71,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
             // What a worker of `train` has to say, the coordinator beside it says.
             let say = |what: String| if supervised { Ok(()) } else { commands::print(&what) };
             say(format!("worker {name}: looking for the coordinator at {}\n", config.coordinator))?;
-            let result = device.run(simd, threads, Worker { config });
+            let result = device.run(simd, threads, Worker { config, supervised });
             match result {
                 Err(problem) if supervised => {
                     tracing::info!("{problem}");
@@ -102,6 +102,8 @@ fn run(command: Command) -> Result<Exit, Problem> {
 /// Works for a coordinator, with whatever computes.
 struct Worker {
     config: worker::Config,
+    /// It ends with whoever holds its standard input open.
+    supervised: bool,
 }
 
 impl WithBackend for Worker {
@@ -114,7 +116,7 @@ impl WithBackend for Worker {
     {
         let runtime = runtime()?;
         let result = runtime.block_on(async {
-            let signals = signals::stop_requests(false)?;
+            let signals = signals::stop_requests(self.supervised)?;
             worker::run(self.config, backend, signals).await
         });
         // A training thread that hangs is not waited for.

@@ -200,26 +200,6 @@ fn a_killed_supervisor_takes_its_children_along() {
 }
 
 #[test]
-fn a_killed_coordinator_ends_its_workers_and_the_run_can_go_on() {
-    let folder = Folder::new();
-    let run = folder.run("run", &job(&folder));
-    let mut process = run.start(&format!("{ENDLESS} --workers 2"));
-    process.line_with("generation 1");
-    // The first checkpoint of an undisturbed run is that of its first epoch.
-    eventually("a checkpoint", || run.dir().join("latest").exists().then_some(()));
-    let fleet = children_of(process.pid());
-    kill(child_with(&process, "coordinator"));
-    process.end().expect_failure(
-        1,
-        &["error: the coordinator was lost (signal: 9", "hint: start the same command again"],
-    );
-    for (pid, line) in fleet {
-        assert!(!is_alive(pid), "{line} lives on");
-    }
-    assert_resumable(&folder, &run);
-}
-
-#[test]
 fn inspect_says_what_is_missing() {
     let folder = Folder::new();
     let inspect = |dir: &std::path::Path| Process::start(lockstep().arg("inspect").arg(dir)).end();

@@ -8,12 +8,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
-use bytes::Bytes;
 use kernels::Simd;
 use model::cpu::CpuBackend;
 use model::device::Backend;
 use protocol::batch::Batch;
-use protocol::frame::{Frame, decode};
 use protocol::handshake::Token;
 use protocol::message::{Form, Member, StateSource, StepReport, ToCoordinator};
 use protocol::problem::Problem;
@@ -23,7 +21,7 @@ use worker::collective::mesh::{FORM_LIMIT, Mesh, Place};
 use worker::collective::tcp::{SILENCE_LIMIT, TcpCollective};
 use worker::feed::{Feed, FeedClosed};
 use worker::metrics::WorkerMetrics;
-use worker::outbox::Outbox;
+use worker::outbox::{Outbox, Outgoing};
 use worker::replica::Replica;
 use worker::train::{Generation, StepError};
 
@@ -39,8 +37,8 @@ pub struct Fleet {
     members: Vec<Member>,
     /// To each worker.
     feeds: Vec<Sender<Batch>>,
-    /// Frames of the first worker, who speaks for all.
-    frames: UnboundedReceiver<Bytes>,
+    /// What the first worker says, who speaks for all.
+    says: UnboundedReceiver<Outgoing>,
     threads: Vec<JoinHandle<Result<(), Problem>>>,
     steps_sent: u64,
 }
@@ -75,7 +73,7 @@ impl Fleet {
                 shards: shards_of_rank(shards, workers, rank),
             })
             .collect();
-        let (first_says, frames) = unbounded_channel();
+        let (first_says, said) = unbounded_channel();
         let (mut feeds, mut handles) = (Vec::new(), Vec::new());
         for (rank, listener) in (0..workers).zip(listeners) {
             let (feed, batches) = mpsc::channel();
@@ -95,7 +93,14 @@ impl Fleet {
                 worker.work(&backend).map_err(|cause| Problem::failed(format!("worker {rank}: {cause}")))
             }));
         }
-        Ok(Self { workload: Arc::clone(workload), members, feeds, frames, threads: handles, steps_sent: 0 })
+        Ok(Self {
+            workload: Arc::clone(workload),
+            members,
+            feeds,
+            says: said,
+            threads: handles,
+            steps_sent: 0,
+        })
     }
 
     /// Trains for as long as `goes_on` says so of the number of steps begun by this call, and until these are done.
@@ -126,13 +131,13 @@ impl Fleet {
     }
 
     fn next_report(&mut self) -> Result<StepReport, Problem> {
-        while let Some(frame) = self.frames.blocking_recv() {
-            match decode(frame).expect("a worker's frames are well-formed") {
-                Frame::Message(ToCoordinator::Step(report)) => return Ok(report),
-                Frame::Message(ToCoordinator::Failed { sentence, .. }) => {
+        while let Some(outgoing) = self.says.blocking_recv() {
+            match outgoing {
+                Outgoing::Message(ToCoordinator::Step(report)) => return Ok(report),
+                Outgoing::Message(ToCoordinator::Failed { sentence, .. }) => {
                     return Err(Problem::failed(sentence).hint("measure with a smaller learning_rate"));
                 }
-                Frame::Message(_) | Frame::Bulk(..) => {}
+                _ => {}
             }
         }
         Err(self.end().err().unwrap_or_else(|| Problem::failed("the workers ended too early")))

@@ -20,11 +20,11 @@ pub(crate) struct Feeder {
 }
 
 impl Feeder {
-    /// Starts to feed the work that follows `done` steps, and the evaluation of these if the state still owes it.
+    /// Starts to feed this work and all that follows it.
     pub(crate) fn start(
         mut dataset: Box<dyn Dataset>,
         schedule: Schedule,
-        (done, owes_evaluation): (u64, bool),
+        first: Option<Work>,
         generation: Generation,
         shards: Range<u32>,
         link: Link,
@@ -32,7 +32,7 @@ impl Feeder {
         let window = Arc::new(Semaphore::new(0));
         let credits = window.clone();
         let task = tokio::spawn(async move {
-            for (sequence, work) in schedule.after(done, owes_evaluation).enumerate() {
+            for (sequence, work) in first.into_iter().flat_map(|work| schedule.from(work)).enumerate() {
                 credits.acquire().await.expect("the window is never closed").forget();
                 let payload = dataset.batch(work, shards.clone()).to_bytes();
                 let (Work::Train { step, .. } | Work::Evaluate { step, .. }) = work;

@@ -37,15 +37,16 @@ impl LossFile {
     /// # Errors
     /// The metrics file cannot be read.
     pub(crate) fn open(path: PathBuf, metrics: &Path, title: String, task: Task) -> Result<Self, Problem> {
-        let mut curve = LossCurve::default();
-        for line in metrics_log::read(metrics)? {
-            match line {
-                MetricLine::Step(StepLine { step, train_loss, .. }) => curve.step(step, train_loss),
-                MetricLine::Epoch(line) => curve.epoch(line),
-                MetricLine::Sample(_) => {}
-            }
-        }
-        Ok(Self { path, title, task, curve, written: None })
+        Ok(Self { path, title, task, curve: LossCurve::read(metrics)?, written: None })
+    }
+
+    /// Forgets what is not in the metrics file any more.
+    ///
+    /// # Errors
+    /// The metrics file cannot be read.
+    pub(crate) fn reread(&mut self, metrics: &Path) -> Result<(), Problem> {
+        self.curve = LossCurve::read(metrics)?;
+        Ok(())
     }
 
     /// Takes in the loss of a step.
@@ -111,6 +112,19 @@ impl Default for LossCurve {
 }
 
 impl LossCurve {
+    /// The losses in a metrics file.
+    fn read(metrics: &Path) -> Result<Self, Problem> {
+        let mut curve = Self::default();
+        for line in metrics_log::read(metrics)? {
+            match line {
+                MetricLine::Step(StepLine { step, train_loss, .. }) => curve.step(step, train_loss),
+                MetricLine::Epoch(line) => curve.epoch(line),
+                MetricLine::Sample(_) => {}
+            }
+        }
+        Ok(curve)
+    }
+
     /// Takes in the loss of a step; they come in order, from 1.
     fn step(&mut self, step: u64, loss: f64) {
         self.last_step = self.last_step.max(step);

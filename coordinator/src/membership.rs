@@ -7,8 +7,12 @@
 //! each other, or when another worker is to be admitted. Its members then rest, each in the state after some whole step,
 //! and the next generation goes on from the most advanced of these states. Only when no worker is left that holds one does
 //! the run go back to what the disk has.
+//!
+//! Workers that have lost the coordinator, not each other, come back with what they hold. If all members of the last
+//! generation do, and still work in it, they go on in it as if nothing had happened; else those that came stop, and the
+//! next generation forms from what they hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use protocol::message::{Generation, Member, WorkerId};
@@ -22,6 +26,10 @@ const NOTICE_AFTER: Duration = Duration::from_secs(10);
 
 /// When all workers were lost, so many as there were at first are waited for no longer than this.
 const GATHER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Workers that hold something of the run and have lost the coordinator have this long to come back: from the moment at
+/// which they can, and from that at which the first of them does.
+pub(crate) const RETURN_LIMIT: Duration = Duration::from_secs(5);
 
 /// When members have lost each other, the control connection of whoever caused it has this long to say so.
 const BROKEN_GRACE: Duration = Duration::from_millis(300);
@@ -52,6 +60,8 @@ pub struct Membership {
     members: Vec<WorkerId>,
     /// The last generation that was formed.
     generation: Generation,
+    /// How many members it had; 0 if none of them can be waited for.
+    world_size: u32,
     phase: Phase,
     /// When the phase began.
     since: Duration,
@@ -70,7 +80,7 @@ pub struct Membership {
 /// Nobody, and nothing to do.
 impl Default for Membership {
     fn default() -> Self {
-        Self::new(0, 0, 0, None)
+        Self::new(0, 0, (0, 0), None)
     }
 }
 
@@ -87,8 +97,8 @@ pub struct Candidate {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
-    /// Nobody trains; the next generation forms when enough workers are there.
-    Gathering,
+    /// Nobody trains; the next generation forms when enough workers are there, unless all of the last come back.
+    Gathering(Returned),
     /// A generation exists; `waiting` members have not yet connected to their peers.
     Formed { waiting: Vec<WorkerId> },
     /// The generation is over; `at_work` members have not yet said so.
@@ -104,6 +114,28 @@ enum Phase {
     Ending,
 }
 
+/// Who has come back of the last generation, and still works in it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Returned {
+    /// By rank.
+    places: BTreeMap<u32, WorkerId>,
+    /// Those of them whose connections to their peers stand.
+    connected: BTreeSet<WorkerId>,
+    /// When the first came that holds anything.
+    since: Option<Duration>,
+}
+
+/// What a worker holds that comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// Nothing of use.
+    Nothing,
+    /// The place of this rank in the last generation, in which it still works.
+    Place(u32),
+    /// A state, and it rests.
+    State(Stage),
+}
+
 /// Generations that broke before they had done a step, one after another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct InVain {
@@ -116,7 +148,7 @@ struct InVain {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A worker said hello.
-    Joined(WorkerId, Candidate),
+    Joined(WorkerId, Candidate, Holds),
     /// A worker's connection ended.
     Left(WorkerId, String),
     /// A member has connected to all its peers.
@@ -149,6 +181,10 @@ pub enum Action {
     Welcome(WorkerId),
     /// Tell the worker that it is not needed now.
     StandBy(WorkerId),
+    /// Send the worker the batches that it lacks in its place in the last generation.
+    Feed(WorkerId),
+    /// All members of this generation are back, by rank, and go on.
+    Adopt(Generation, Vec<WorkerId>),
     /// Form this generation.
     Form(Generation, Vec<Member>, Source),
     /// Tell these workers to stop after a step, all after the same one.
@@ -180,12 +216,12 @@ pub type Decide = fn(Duration, Membership, Event) -> Decision;
 
 impl Membership {
     /// A run that waits for `expected` workers to share `shards` shards. Generations are numbered from
-    /// `last_generation + 1`. `recorded_bits` is what the state that the run goes on from was computed with, where
+    /// `last_generation + 1`; that one had `world_size` members which may still be there, or 0. `recorded_bits` is what the state that the run goes on from was computed with, where
     /// there is one and that is known.
     pub fn new(
         expected: u32,
         shards: u32,
-        last_generation: Generation,
+        (last_generation, world_size): (Generation, u32),
         recorded_bits: Option<String>,
     ) -> Self {
         Self {
@@ -195,7 +231,8 @@ impl Membership {
             states: BTreeMap::new(),
             members: Vec::new(),
             generation: last_generation,
-            phase: Phase::Gathering,
+            world_size,
+            phase: Phase::Gathering(Returned::default()),
             since: Duration::ZERO,
             last_notice: Duration::ZERO,
             has_begun: false,
@@ -211,7 +248,7 @@ impl Membership {
         self.workers.values().next().map(|worker| worker.bits.as_str())
     }
 
-    /// Members of the last generation that are still connected, by rank; empty before there is one.
+    /// Members of the last generation that are connected, or connected again, by rank; empty before there is one.
     pub fn members(&self) -> &[WorkerId] {
         &self.members
     }
@@ -240,14 +277,19 @@ impl Membership {
 pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
     let mut next = state;
     match event {
-        Event::Joined(id, candidate) => joined(next, now, id, candidate),
+        Event::Joined(id, candidate, holds) => joined(next, now, id, candidate, holds),
         Event::Left(id, cause) => left(next, now, id, &cause),
         Event::Connected(id, generation) => {
             if generation != next.generation {
                 return (next, vec![], format!("worker {id} connected in the stale generation {generation}"));
             }
-            let Phase::Formed { waiting } = &mut next.phase else {
-                return (next, vec![], format!("worker {id} connected while no generation exists"));
+            let waiting = match &mut next.phase {
+                Phase::Formed { waiting } => waiting,
+                Phase::Gathering(returned) => {
+                    returned.connected.insert(id);
+                    return (next, vec![], format!("worker {id} is back and connected to its peers"));
+                }
+                _ => return (next, vec![], format!("worker {id} connected while no generation exists")),
             };
             waiting.retain(|&other| other != id);
             let reason = match waiting.len() {
@@ -272,7 +314,7 @@ pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
     }
 }
 
-fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidate) -> Decision {
+fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidate, holds: Holds) -> Decision {
     if let Some(recorded) = next.recorded_bits.as_ref().filter(|recorded| **recorded != candidate.bits) {
         let sentence = format!(
             "this run was computed with {recorded}, worker {} computes with {}: going on would change the result",
@@ -290,8 +332,22 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
     }
     let name = candidate.name.clone();
     next.workers.insert(id, candidate);
-    if next.phase == Phase::Gathering {
-        return form_if_enough(next, now, vec![Action::Welcome(id)]);
+    if let Phase::Gathering(returned) = &mut next.phase {
+        let mut actions = vec![Action::Welcome(id)];
+        match holds {
+            Holds::Place(rank) if rank < next.world_size && !returned.places.contains_key(&rank) => {
+                returned.places.insert(rank, id);
+                returned.since.get_or_insert(now);
+                next.members = returned.places.values().copied().collect();
+                actions.push(Action::Feed(id));
+            }
+            Holds::State(stage) => {
+                returned.since.get_or_insert(now);
+                next.states.insert(id, stage);
+            }
+            Holds::Place(_) | Holds::Nothing => {}
+        }
+        return gathered(next, now, actions);
     }
     (next, vec![Action::Welcome(id), Action::StandBy(id)], format!("worker {name} stands by"))
 }
@@ -302,7 +358,7 @@ fn other_build(mut next: Membership, id: WorkerId, sentence: String) -> Decision
     next.refused += 1;
     let mut actions = vec![Action::Refuse(id, sentence.clone())];
     let is_hopeless = !next.has_begun && next.workers.is_empty() && next.refused >= next.expected;
-    if is_hopeless && next.phase == Phase::Gathering {
+    if is_hopeless && matches!(next.phase, Phase::Gathering(_)) {
         next.phase = Phase::Ending;
         actions.push(Action::Fail(Problem::failed(sentence.clone()).hint(OTHER_BUILD)));
     }
@@ -318,7 +374,8 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
     let lost = format!("worker {name} was lost: {cause}");
     match &mut next.phase {
         Phase::Ending => (next, vec![], format!("worker {name} is gone, as expected")),
-        Phase::Gathering => {
+        Phase::Gathering(returned) => {
+            returned.places.retain(|_, other| *other != id);
             (next, vec![], format!("worker {name} left while others are waited for: {cause}"))
         }
         Phase::Formed { .. } if was_member => {
@@ -364,7 +421,12 @@ fn stopped(mut next: Membership, now: Duration, id: WorkerId, broken: Option<Str
             }
             rest(next, now, actions)
         }
-        Phase::Gathering | Phase::Ending => (next, vec![], format!("worker {name} has stopped")),
+        Phase::Gathering(returned) => {
+            returned.places.retain(|_, other| *other != id);
+            next.members.retain(|&member| member != id);
+            gathered(next, now, vec![])
+        }
+        Phase::Ending => (next, vec![], format!("worker {name} has stopped")),
     }
 }
 
@@ -395,8 +457,11 @@ fn rest(mut next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
         next.enter(Phase::Ending, now);
         return (next, actions, sentence);
     }
-    next.enter(Phase::Gathering, now);
-    form_if_enough(next, now, actions)
+    next.enter(Phase::Gathering(Returned::default()), now);
+    match next.states.is_empty() {
+        true => gathered(next, now, actions),
+        false => form(next, now, actions),
+    }
 }
 
 fn tick(mut next: Membership, now: Duration) -> Decision {
@@ -422,33 +487,70 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
             next.enter(phase, now);
             (next, actions, why)
         }
-        Phase::Gathering => {
+        Phase::Gathering(_) => {
             let mut actions = Vec::new();
             if now >= next.last_notice + NOTICE_AFTER && now >= next.since + NOTICE_AFTER {
                 next.last_notice = now;
                 let (here, expected) = (next.workers.len(), next.expected);
                 actions.push(Action::Notice(format!("waiting for workers: {here} of {expected} are here")));
             }
-            form_if_enough(next, now, actions)
+            gathered(next, now, actions)
         }
         _ => (next, vec![], String::new()),
     }
 }
 
-/// Forms a generation if there are enough workers: as many as the run was to begin with, or, once it has begun, any that
-/// hold its state. If none does, others may come back for a while.
-fn form_if_enough(next: Membership, now: Duration, actions: Vec<Action>) -> Decision {
+/// Goes on in the last generation if all its members are back. Else forms one if there are enough workers: as many as
+/// the run was to begin with, and as many as the last generation had while others of it may still come back; after that,
+/// any that hold the run's state, or, once it has begun and some more time has passed, any at all.
+fn gathered(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
+    let Phase::Gathering(returned) = &next.phase else {
+        return (next, actions, String::new());
+    };
     let here = next.workers.len() as u32;
-    let is_enough = here >= next.expected
-        || !next.states.is_empty()
+    if next.world_size > 0 && returned.places.len() as u32 == next.world_size {
+        return adopt(next, now, actions);
+    }
+    let may_come = |since: Duration| now < since + RETURN_LIMIT;
+    let others_may_come = may_come(next.since) || returned.since.is_some_and(may_come);
+    let wanted = if others_may_come { next.expected.max(next.world_size) } else { next.expected };
+    let is_enough = here >= wanted
+        || (returned.since.is_some()
+            && !others_may_come
+            && !(next.states.is_empty() && next.members.is_empty()))
         || (next.has_begun && here > 0 && now >= next.since + GATHER_LIMIT);
-    if is_enough {
+    if !is_enough {
+        let reason = match actions.is_empty() {
+            true => String::new(),
+            false => format!("{here} of {wanted} workers are here"),
+        };
+        return (next, actions, reason);
+    }
+    if next.members.is_empty() {
         return form(next, now, actions);
     }
-    let reason = match actions.is_empty() {
-        true => String::new(),
-        false => format!("{here} of {} workers are here", next.expected),
+    let (back, of) = (next.members.len(), next.world_size);
+    let why = format!("{back} of {of} workers of generation {} are back", next.generation);
+    let at_work = next.members.clone();
+    actions.push(Action::Abort(next.generation, at_work.clone()));
+    next.enter(Phase::Stopping { at_work, why, is_blameless: false, aborted: Some(now) }, now);
+    rest(next, now, actions)
+}
+
+/// All members of the last generation are back, and have never left each other.
+fn adopt(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
+    let Phase::Gathering(returned) = &next.phase else { return (next, actions, String::new()) };
+    let waiting = next.members.iter().copied().filter(|id| !returned.connected.contains(id)).collect();
+    let (who, goes) = match next.world_size {
+        1 => ("its worker is back".to_owned(), "goes"),
+        all => (format!("all {all} workers are back"), "go"),
     };
+    let reason = format!("generation {}: {who} and {goes} on", next.generation);
+    actions.push(Action::Adopt(next.generation, next.members.clone()));
+    next.states.clear();
+    next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
+    (next.has_begun, next.formed_from) = (true, None);
+    next.enter(Phase::Formed { waiting }, now);
     (next, actions, reason)
 }
 
@@ -481,6 +583,7 @@ fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decisi
         )));
     }
     let source = source(&next, &ids);
+    next.world_size = world_size;
     // Whatever is computed from now on is gone on with by the same bits only.
     next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
     let goes_back = source == Source::Disk && next.has_begun;

@@ -117,9 +117,9 @@ impl Metrics {
         metrics
     }
 
-    /// Counts the steps that were left out before the coordinator's start.
-    pub(crate) fn skipped_before(&self, skipped_updates: u64) {
-        self.skipped.inc_by(skipped_updates);
+    /// Counts the steps that were left out since the run's first start.
+    pub(crate) fn skipped(&self, skipped_updates: u64) {
+        self.skipped.inc_by(skipped_updates.saturating_sub(self.skipped.get()));
     }
 
     /// Counts a finished step.
@@ -128,7 +128,7 @@ impl Metrics {
         self.steps.inc();
         self.samples.inc_by(sums.rows);
         self.targets.inc_by(sums.weight);
-        self.skipped.inc_by(u64::from(report.is_skipped()));
+        self.skipped(report.control.skipped_updates);
         let phases = [
             ("data", seconds.data),
             ("compute", seconds.compute),

@@ -1,5 +1,6 @@
 //! Everything a run writes: journal, metrics file, checkpoints.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +30,10 @@ pub(crate) struct Records {
     pub(crate) run_id: String,
     pub(crate) coordinator_epoch: u64,
     pub(crate) last_generation: u64,
+    /// The shards of its members, by rank, if they may still be there.
+    pub(crate) places: Vec<Range<u32>>,
+    /// What workers of this and older generations hold is not what the run goes on from.
+    pub(crate) fence: u64,
     journal: Journal,
     metrics: MetricsLog,
     replay: Replay,
@@ -41,6 +46,8 @@ pub(crate) struct Records {
     checkpoints: CheckpointDir,
     /// What the user should know of the directory and of the state that the run goes on from.
     pub(crate) notices: Vec<String>,
+    /// The same that holds only if the run goes on from the disk.
+    from_disk: Vec<String>,
 }
 
 /// From a state image to all that is kept with it.
@@ -79,7 +86,10 @@ impl Records {
             check_fits(newest, ours, layout)?;
         }
         check_begins(path, &file.job, newest.is_some() || first.is_some())?;
-        let notices = found_notices(&replay, newest.is_some());
+        let notices = match replay.torn_bytes {
+            0 => Vec::new(),
+            torn => vec![format!("the last {torn} bytes of the journal were damaged and are gone")],
+        };
         let checkpoint = newest.as_ref().map(|newest| Stage::of(&newest.checkpoint.image));
         let step = checkpoint.map_or(0, |stage| stage.step);
         let run_id = match &replay.run_id {
@@ -95,10 +105,15 @@ impl Records {
         for change in dir.changed_settings() {
             journal.append(&Record::Event { text: change.clone() })?;
         }
-        if replay.last_step() > step {
-            journal.append(&Record::Rewind { to_step: step })?;
-        }
-        let metrics = MetricsLog::open(&dir.metrics_path(), step)?;
+        let rate = |newest: &Newest| newest.checkpoint.image.control().learning_rate(file.job.learning_rate);
+        let changes_rate = newest.as_ref().zip(learning_rate).is_some_and(|(at, wanted)| rate(at) != wanted);
+        let is_changed = changes_rate || !dir.changed_settings().is_empty();
+        let places: Vec<Range<u32>> = match is_changed || replay.fence >= replay.last_generation {
+            true => Vec::new(),
+            false => replay.places.iter().map(|[from, to]| *from..*to).collect(),
+        };
+        // While workers may come back that are further, what they did is kept.
+        let metrics = MetricsLog::open(&dir.metrics_path(), u64::MAX)?;
         let (layout, job, digest) = (layout.clone(), file.job.clone(), facts.digest.clone());
         let labels = facts.labels.clone();
         let vocabulary: Option<String> = facts.vocabulary.as_ref().map(|chars| chars.iter().collect());
@@ -116,6 +131,8 @@ impl Records {
             run_id,
             coordinator_epoch,
             last_generation: replay.last_generation,
+            fence: if is_changed { replay.last_generation } else { replay.fence },
+            places,
             // Where nothing was computed that is kept, any build may begin.
             bits: replay.bits.clone().filter(|_| step > 0),
             journal,
@@ -125,13 +142,14 @@ impl Records {
             checkpoint,
             checkpoints,
             notices,
+            from_disk: Vec::new(),
         };
         let mut image = match (newest, first) {
             (Some(newest), _) => {
-                records.notices.extend(newest.skipped);
+                records.from_disk.extend(newest.skipped);
                 let undone = records.undone_learning_rate(step).filter(|_| learning_rate.is_none());
-                records.notices.extend(undone);
-                records.notices.push(format!("going on from {} ({step} steps done)", newest.file));
+                records.from_disk.extend(undone);
+                records.from_disk.push(format!("going on from {} ({step} steps done)", newest.file));
                 Some(newest.checkpoint.image)
             }
             (None, Some(first)) => {
@@ -139,12 +157,60 @@ impl Records {
                 records.notices.push(first.notice);
                 Some(first.image)
             }
+            (None, None) if records.replay.last_step() > 0 => {
+                let done = records.replay.last_step();
+                let sentence = format!(
+                    "there is no checkpoint of the {done} steps that were done before: starting again"
+                );
+                records.from_disk.push(sentence);
+                None
+            }
             (None, None) => None,
         };
+        match records.places.len() {
+            0 => {
+                let notices = records.rewind(step)?;
+                records.notices.extend(notices);
+            }
+            1 => records.notices.push("looking for the run's worker, which may still be there".to_owned()),
+            all => {
+                records
+                    .notices
+                    .push(format!("looking for the run's {all} workers, which may still be there"));
+            }
+        }
         if let Some(image) = &mut image {
             records.learning_rate(image, learning_rate, &file.job)?;
         }
         Ok((records, image))
+    }
+
+    /// Goes back to the state after `step` steps: what is on record of later ones no longer counts. Gives what the user
+    /// should know of it.
+    pub(crate) fn rewind(&mut self, step: u64) -> Result<Vec<String>, Problem> {
+        if self.replay.last_step() > step {
+            self.journal.append(&Record::Rewind { to_step: step })?;
+            self.fence = self.last_generation;
+        }
+        if self.metrics.last_step() > step {
+            self.metrics.rewind(step)?;
+        }
+        Ok(std::mem::take(&mut self.from_disk))
+    }
+
+    /// The last step that was on record when the directory was opened, in the ledger and in the metrics.
+    pub(crate) fn last_step(&self) -> u64 {
+        self.replay.last_step().min(self.metrics.last_step())
+    }
+
+    /// Whether the evaluation after `step` steps was on record then, and the end of the epoch if it `ends_epoch`.
+    pub(crate) fn has_evaluation(&self, step: u64, ends_epoch: bool) -> bool {
+        self.replay.evaluations.contains_key(&step) && (!ends_epoch || self.metrics.last_epoch() >= step)
+    }
+
+    /// What the last generation was computed with, if that was recorded.
+    pub(crate) fn last_bits(&self) -> Option<&str> {
+        self.replay.bits.as_deref()
     }
 
     /// Changes the learning rate of the state that the run goes on from, if another is `wanted`, and notes whatever
@@ -317,22 +383,6 @@ fn check_begins(path: &Path, job: &JobSpec, has_state: bool) -> Result<(), Probl
         job.init_from
     ))
     .hint("give --init-from RUN|FILE with these parameters, or --fresh to start over"))
-}
-
-/// What is odd about a directory that was found.
-fn found_notices(replay: &Replay, has_checkpoint: bool) -> Vec<String> {
-    let mut notices = Vec::new();
-    if replay.torn_bytes > 0 {
-        notices
-            .push(format!("the last {} bytes of the journal were damaged and are gone", replay.torn_bytes));
-    }
-    if !has_checkpoint && replay.last_step() > 0 {
-        notices.push(format!(
-            "there is no checkpoint of the {} steps that were done before: starting again",
-            replay.last_step()
-        ));
-    }
-    notices
 }
 
 /// A name that no other run has: 12 random hexadecimal digits.

@@ -5,10 +5,12 @@ mod checkpoints;
 mod divergence;
 mod ending;
 mod reports;
+mod returning;
 #[cfg(test)]
 mod simulation;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -79,6 +81,14 @@ pub(crate) struct StartState {
     pub(crate) image: Vec<u8>,
 }
 
+impl Parts {
+    /// Steps done and control state of the state on the disk that the run can go on from.
+    fn on_disk(&self) -> (u64, ControlState) {
+        let start = self.resumed.as_ref();
+        start.map_or_else(|| (0, ControlState::default()), |start| (start.step, start.control))
+    }
+}
+
 /// How the run ended.
 pub(crate) struct Outcome {
     pub(crate) parts: Parts,
@@ -102,10 +112,15 @@ pub(crate) struct Run {
     workers: HashMap<WorkerId, (Link, Hello)>,
     feeders: HashMap<WorkerId, Feeder>,
     generation: u64,
-    /// Members of the generation, by rank.
-    members: Vec<WorkerId>,
+    /// The shards of its members, by rank.
+    places: Vec<Range<u32>>,
+    /// It is not known yet whether workers come back that are further than the disk.
+    may_come_back: bool,
     /// Steps done, as far as reported.
     step: u64,
+    /// Those that were when there last was no member. Who comes back tells of these and later ones: another may have told
+    /// of the steps already, but what only one knows, such as a text, is still to be told.
+    on_record: u64,
     last_report: Option<StepReport>,
     validation: Option<StepSums>,
     /// Steps done at the last evaluation that this process recorded.
@@ -161,27 +176,32 @@ impl Run {
     }
 
     fn new(parts: Parts, images: std::sync::mpsc::Sender<Vec<u8>>) -> Self {
-        let step = parts.resumed.as_ref().map_or(0, |resumed| resumed.step);
-        let control = parts.resumed.as_ref().map_or_else(ControlState::default, |resumed| resumed.control);
-        parts.metrics.skipped_before(control.skipped_updates);
+        let (on_disk, control) = parts.on_disk();
+        parts.metrics.skipped(control.skipped_updates);
         let (fleet, last_generation) = (&parts.file.fleet, parts.records.last_generation);
+        let (schedule, places) = (parts.data.shape().schedule, parts.records.places.clone());
+        let may_come_back = !places.is_empty();
+        let step = if may_come_back { parts.records.last_step() } else { on_disk };
+        let has_evaluation = parts.records.has_evaluation(step, schedule.ends_epoch(step));
         Self {
-            schedule: parts.data.shape().schedule,
+            schedule,
             started: Instant::now(),
             membership: Membership::new(
                 fleet.workers,
                 parts.file.job.shards,
-                last_generation,
+                (last_generation, places.len() as u32),
                 parts.records.bits.clone(),
             ),
             workers: HashMap::new(),
             feeders: HashMap::new(),
             generation: last_generation,
-            members: Vec::new(),
+            places,
+            may_come_back,
             step,
+            on_record: step,
             last_report: None,
             validation: parts.records.evaluation_at(step),
-            evaluated_at: None,
+            evaluated_at: has_evaluation.then_some(step),
             control,
             epoch: EpochClock::new(),
             skip_shown: None,
@@ -218,7 +238,7 @@ impl Run {
             Arrival::Message(id, message) => self.message(id, message),
             // States are only asked of members; a late one of an older generation says nothing any more.
             Arrival::Bulk(id, header, _)
-                if !self.members.contains(&id) || header.generation != self.generation =>
+                if !self.members().contains(&id) || header.generation != self.generation =>
             {
                 Ok(())
             }
@@ -249,9 +269,14 @@ impl Run {
             metrics: hello.metrics.clone(),
             shards: None,
         };
+        let known = self.workers.iter().find(|(_, (_, known))| known.incarnation == hello.incarnation);
+        if let Some((&old, _)) = known {
+            self.left(old, "it has come again over another connection".to_owned())?;
+        }
+        let holds = self.use_of(&hello);
         self.with_status(|status| status.workers.insert(id, worker));
         self.workers.insert(id, (link, hello));
-        self.decide(Event::Joined(id, candidate))
+        self.decide(Event::Joined(id, candidate, holds))
     }
 
     fn welcome(&self, id: WorkerId) -> ToWorker {
@@ -259,6 +284,8 @@ impl Run {
             run_id: self.parts.records.run_id.clone(),
             coordinator_epoch: self.parts.records.coordinator_epoch,
             worker_id: id,
+            on_record: self.on_record,
+            park_timeout_seconds: self.parts.file.fleet.park_timeout_seconds,
             job: self.parts.file.job.clone(),
             run: self.parts.file.run.clone(),
             data: self.parts.data.shape().clone(),
@@ -279,6 +306,9 @@ impl Run {
         }
         self.with_status(|status| status.workers.remove(&id));
         self.decide(Event::Left(id, cause))?;
+        if self.members().is_empty() && !self.may_come_back {
+            self.on_record = self.step;
+        }
         if self.drain_asked && !self.has_states() {
             // Nobody is left who could stop after a step.
             self.end(Ok(Exit::Requeue));
@@ -312,22 +342,22 @@ impl Run {
                 }
             }
             ToCoordinator::Step(report) => self.step_done(report)?,
-            ToCoordinator::Evaluation { generation, step, sums } if generation == self.generation => {
-                self.evaluated(step, &sums)?;
+            ToCoordinator::Evaluation { generation, step, sums, control } if self.counts(generation) => {
+                self.evaluated(step, &sums, control)?;
             }
-            ToCoordinator::Sample { generation, step, tokens }
-                if generation == self.generation && self.members.first() == Some(&id) =>
-            {
+            ToCoordinator::Sample { generation, step, tokens } if self.counts(generation) => {
                 self.sampled(step, &tokens)?;
             }
             ToCoordinator::Digest { generation, step, digest } if generation == self.generation => {
-                let parted = self.digests.take(id, step, digest, &self.members);
+                let parted = self.digests.take(id, step, digest, self.membership.members());
                 if !parted.is_empty() {
                     self.replicas_differ(step, &parted);
                 }
                 self.write_agreed()?;
             }
-            ToCoordinator::Stopped { generation, state, why } if generation == self.generation => {
+            ToCoordinator::Stopped { generation, state, why }
+                if generation == self.generation && self.members().contains(&id) =>
+            {
                 self.feeders.remove(&id);
                 self.deadlines.forget(id);
                 let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
@@ -382,6 +412,8 @@ impl Run {
                     }
                 }
                 Action::StandBy(id) => self.send(id, &ToWorker::StandBy),
+                Action::Feed(id) => self.feed_again(id),
+                Action::Adopt(generation, members) => self.adopt(generation, &members, &reason)?,
                 Action::Form(generation, members, source) => {
                     self.form(generation, &members, source, &reason)?;
                 }
@@ -415,7 +447,10 @@ impl Run {
         source: Source,
         reason: &str,
     ) -> Result<(), Problem> {
-        (self.generation, self.members) = (generation, members.iter().map(|m| m.worker_id).collect());
+        if std::mem::take(&mut self.may_come_back) && source == Source::Disk {
+            self.go_back()?;
+        }
+        (self.generation, self.places) = (generation, members.iter().map(|m| m.shards.clone()).collect());
         self.stopped.clear();
         self.furthest = None;
         (self.arriving, self.held) = (Arriving::default(), None);
@@ -456,21 +491,11 @@ impl Run {
                 send_image(link, generation, stage.step, image);
             }
             let (data, shards) = (self.parts.data.handle(), member.shards.clone());
-            let from = (stage.step, !stage.whole);
-            let feeder = Feeder::start(data, self.schedule, from, generation, shards, link.clone());
+            let first = self.schedule.after(stage.step, !stage.whole).next();
+            let feeder = Feeder::start(data, self.schedule, first, generation, shards, link.clone());
             self.feeders.insert(member.worker_id, feeder);
         }
-        self.with_status(|status| {
-            (status.phase, status.generation) = ("training", generation);
-            for member in members {
-                if let Some(worker) = status.workers.get_mut(&member.worker_id) {
-                    worker.shards = Some((member.shards.start, member.shards.end));
-                }
-            }
-        });
-        if let Some((path, text)) = &self.parts.ready {
-            write_atomic(path, format!("{text}generation={generation}\nstep={}\n", self.step).as_bytes())?;
-        }
+        self.show_generation(members.iter().map(|member| member.worker_id))?;
         self.parts.screen.notice(reason);
         if source == Source::Disk {
             self.epoch = EpochClock::new();
@@ -488,6 +513,26 @@ impl Run {
         }
         let newest = self.parts.records.newest_state()?;
         Ok(newest.map(|image| (Stage::of(&image), image.bytes().to_vec())))
+    }
+
+    /// Says on the status page and in the ready file who trains.
+    fn show_generation(&self, members: impl Iterator<Item = WorkerId>) -> Result<(), Problem> {
+        let generation = self.generation;
+        self.with_status(|status| {
+            (status.phase, status.generation) = ("training", generation);
+            for (id, shards) in members.zip(&self.places) {
+                if let Some(worker) = status.workers.get_mut(&id) {
+                    worker.shards = Some((shards.start, shards.end));
+                }
+            }
+        });
+        let Some((path, text)) = &self.parts.ready else { return Ok(()) };
+        write_atomic(path, format!("{text}generation={generation}\nstep={}\n", self.step).as_bytes())
+    }
+
+    /// Members of the generation that are connected, by rank.
+    fn members(&self) -> &[WorkerId] {
+        self.membership.members()
     }
 
     fn name(&self, id: WorkerId) -> String {

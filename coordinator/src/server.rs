@@ -22,6 +22,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio_util::codec::{Framed, FramedRead};
 
+use crate::membership::RETURN_LIMIT;
+
 /// What a connection brings.
 #[derive(Debug)]
 pub(crate) enum Arrival {
@@ -130,6 +132,23 @@ async fn accept_within(
         });
         unproved.push_back((peer, greeting.abort_handle()));
     }
+}
+
+/// Sends home the workers of a run that is over: up to so many, who were left without a goodbye and come in time.
+pub(crate) async fn send_home(workers: usize, mut arrivals: UnboundedReceiver<Arrival>) {
+    let mut left = 0;
+    let all = async {
+        while left < workers
+            && let Some(arrival) = arrivals.recv().await
+        {
+            match arrival {
+                Arrival::Joined(_, _, link) => link.send(&ToWorker::Goodbye(Goodbye::Done)),
+                Arrival::Left(..) => left += 1,
+                Arrival::Message(..) | Arrival::Bulk(..) => {}
+            }
+        }
+    };
+    let _ = tokio::time::timeout(RETURN_LIMIT, all).await;
 }
 
 type Frames = Framed<TcpStream, tokio_util::codec::LengthDelimitedCodec>;
@@ -281,6 +300,8 @@ mod tests {
             data_port: 1,
             advertise: None,
             metrics: None,
+            incarnation: 0,
+            held: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! From a configuration to a run under way: open the data, listen, open the run directory, show the job.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -33,6 +34,9 @@ use crate::store::files::write_atomic;
 use crate::store::run_dir::has_job;
 use crate::store::state::StateImage;
 use crate::warm_start::{FirstState, InitialParameters};
+
+/// A port that is in use may become free within this time.
+const BIND_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a coordinator is told at its start.
 #[derive(Debug, Clone)]
@@ -139,7 +143,15 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
     let started = Instant::now();
     let over = parts.resumed.as_ref().and_then(|start| over(start, &config.file.job, &schedule));
     let outcome = match over {
-        Some(stop) => already_over(parts, &stop),
+        Some(stop) => {
+            if !parts.records.places.is_empty() {
+                let (arrivals, arrived) = unbounded_channel();
+                let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
+                server::send_home(parts.records.places.len(), arrived).await;
+                accepting.abort();
+            }
+            already_over(parts, &stop)
+        }
         None => {
             let (arrivals, arrived) = unbounded_channel();
             let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
@@ -295,7 +307,16 @@ async fn bind(address: SocketAddr, what: &str, option: &str) -> Result<(TcpListe
         Problem::usage(format!("cannot listen on {address} for {what}: {error}"))
             .hint(format!("choose another address with {option}, or port 0 for any free one"))
     };
-    let listener = TcpListener::bind(address).await.map_err(refused)?;
+    let patience = Instant::now() + BIND_PATIENCE;
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            // Of a coordinator that was killed a moment ago, perhaps.
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < patience => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            bound => break bound.map_err(refused)?,
+        }
+    };
     let bound = listener.local_addr().map_err(refused)?;
     Ok((listener, bound))
 }

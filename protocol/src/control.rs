@@ -3,6 +3,8 @@
 //! They are part of the replicated state, of the digest and of the checkpoint, and change only by functions of the
 //! reduced sums, so every worker and every resumed run takes the same branch.
 
+use bincode::{Decode, Encode};
+
 use crate::job::{JobSpec, NonFinite};
 use crate::layout::Progress;
 use crate::message::Stop;
@@ -12,7 +14,7 @@ use crate::sums::StepSums;
 const STEPS_TO_JUDGE: u64 = 50;
 
 /// Numbers that decide about the rest of the run.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Encode, Decode)]
 pub struct ControlState {
     /// Summed loss, valid targets and correct targets of the running epoch's steps so far, without those that were
     /// left out; the finished epoch's until the next one begins.
@@ -33,7 +35,7 @@ pub struct ControlState {
 }
 
 /// The part of [`StepSums`] that an epoch accumulates.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Encode, Decode)]
 pub struct EpochSums {
     /// Summed loss in nats.
     pub loss: f64,

@@ -86,6 +86,16 @@ impl std::fmt::Debug for Token {
     }
 }
 
+/// A random number that no other process has.
+///
+/// # Errors
+/// The operating system has no randomness to give.
+pub fn incarnation() -> Result<u64, getrandom::Error> {
+    let mut bytes = [0u8; 8];
+    getrandom::fill(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
 /// Which end of the connection this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Side {

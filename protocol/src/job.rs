@@ -243,6 +243,7 @@ pub struct RunSpec {
 pub struct FleetSpec {
     pub workers: u32,
     pub threads: u32,
+    pub park_timeout_seconds: u32,
 }
 
 /// The whole of a job file.

@@ -2,15 +2,18 @@
 //!
 //! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
 //! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
-//! life; traces; a generation's message is the same for all members.
+//! life; traces; a generation's message is the same for all members; a coordinator that is started again: what a worker
+//! holds in its hello, control states in its reports.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
 
 use crate::activity::{Position, Trace};
 use crate::batch::DataShape;
+use crate::control::ControlState;
 use crate::job::{JobSpec, RunSpec};
 use crate::problem::Problem;
+use crate::schedule::Work;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
@@ -19,7 +22,7 @@ pub const PROTOCOL_VERSION: u16 = 4;
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
 
-/// A worker for as long as it is known to the coordinator.
+/// A worker for as long as its control connection stands.
 pub type WorkerId = u32;
 
 /// From a worker to the coordinator.
@@ -51,6 +54,8 @@ pub enum ToCoordinator {
         step: u64,
         /// The sums over the validation data.
         sums: StepSums,
+        /// The control state after it.
+        control: ControlState,
     },
     /// The digest of the whole state after a step; must be equal on every worker.
     Digest {
@@ -142,6 +147,41 @@ pub struct Hello {
     pub advertise: Option<String>,
     /// `HOST:PORT` of the worker's own metrics.
     pub metrics: Option<String>,
+    /// Drawn at random when the process started: whoever comes with a known one has come again.
+    pub incarnation: u64,
+    /// What it holds of a run that it has worked for.
+    pub held: Option<Held>,
+}
+
+/// What a worker holds that has lost its coordinator.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Held {
+    /// The run.
+    pub run_id: String,
+    /// The last generation it belonged to.
+    pub generation: Generation,
+    /// It can tell again of every step from this one on.
+    pub reports_from: u64,
+    /// What it does.
+    pub holding: Holding,
+}
+
+/// What a worker does that has lost its coordinator.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Holding {
+    /// It works on in its generation, as far as it can.
+    Place {
+        /// Its rank.
+        rank: u32,
+        /// Its shards.
+        shards: Range<u32>,
+        /// The work whose batch it lacks; none at the schedule's end.
+        next: Option<Work>,
+        /// Batches that it has room for.
+        window: u32,
+    },
+    /// It has left the generation and rests.
+    State(HeldState),
 }
 
 /// Longest text in a [`Hello`]. With it, and at most [`WORKER_LIMIT`] workers, every [`Form`] fits into a frame.
@@ -192,6 +232,8 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// Learning rate of the update.
     pub learning_rate: f64,
+    /// The control state after the step.
+    pub control: ControlState,
     /// Where the time of the step went.
     pub seconds: PhaseSeconds,
 }
@@ -223,7 +265,7 @@ pub enum ToWorker {
     Welcome(Box<Welcome>),
     /// The worker belongs to a new generation.
     Form(Form),
-    /// The worker is not needed now: there are more workers than shards, or the fleet is complete.
+    /// The worker is not needed now: there are more workers than shards, or the others train. What it holds is of no use.
     StandBy,
     /// Stop after a step, all together.
     Drain,
@@ -264,8 +306,12 @@ pub struct Welcome {
     pub run_id: String,
     /// Counts the starts of the coordinator.
     pub coordinator_epoch: u64,
-    /// The worker's number from now on.
+    /// The worker's number for as long as this connection stands.
     pub worker_id: WorkerId,
+    /// Steps on record: whoever holds reports of this step or later ones tells them again.
+    pub on_record: u64,
+    /// A worker that has lost its coordinator holds what it has for so long.
+    pub park_timeout_seconds: u32,
     /// What is computed.
     pub job: JobSpec,
     /// How long.

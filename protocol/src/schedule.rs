@@ -50,6 +50,15 @@ impl Schedule {
         }))
     }
 
+    /// This work and all that follows it.
+    pub fn from(self, work: Work) -> impl Iterator<Item = Work> {
+        let (done, owed, skipped) = match work {
+            Work::Train { step, .. } => (step, false, 0),
+            Work::Evaluate { step, index } => (step, true, index),
+        };
+        self.after(done, owed).skip(skipped as usize)
+    }
+
     /// The evaluation that belongs to the state after `done` steps: at each epoch's end and at the run's end.
     pub fn evaluation(self, done: u64) -> impl Iterator<Item = Work> {
         let batches = if self.evaluates_after(done) { self.evaluation_batches } else { 0 };
@@ -94,6 +103,15 @@ mod tests {
             })
             .collect();
         assert_eq!(work.join(" "), "t1:0.1 e2.0 t2:1.0 t3:1.1 e4.0 t4:2.0 e5.0");
+    }
+
+    #[test]
+    fn the_work_that_follows_can_be_taken_up_anywhere() {
+        let schedule = Schedule { steps_per_epoch: 2, evaluation_batches: 3, total_steps: 5 };
+        let all: Vec<Work> = schedule.after(0, false).collect();
+        for (at, &work) in all.iter().enumerate() {
+            assert_eq!(schedule.from(work).collect::<Vec<_>>(), all[at..], "from {work:?}");
+        }
     }
 
     #[test]

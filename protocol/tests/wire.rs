@@ -9,18 +9,29 @@ use bytes::Bytes;
 use protocol::activity::{Phase, Position, Trace, TraceEvent};
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::cell::{Cell, CellOptions};
+use protocol::control::{ControlState, EpochSums};
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
 use protocol::job::{InitialState, JobFile};
 use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{
-    Form, Goodbye, HeldState, Hello, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest, StateSource,
-    StepReport, Stop, ToCoordinator, ToWorker, Welcome,
+    Form, Goodbye, Held, HeldState, Hello, Holding, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest,
+    StateSource, StepReport, Stop, ToCoordinator, ToWorker, Welcome,
 };
 use protocol::schedule::{Schedule, Work};
 use protocol::sums::StepSums;
 
 const SUMS: StepSums =
     StepSums { loss: 0.5, weight: 2, correct: 1, rows: 3, row_hash: 0x0123_4567_89ab_cdef, non_finite: true };
+
+const CONTROL: ControlState = ControlState {
+    epoch: EpochSums { loss: 0.5, weight: 2, correct: 1 },
+    first_epoch_loss: 1.5,
+    best_validation_loss: 2.5,
+    epochs_without_improvement: 3,
+    evaluated_epochs: 4,
+    learning_rate_scale: 0.5,
+    skipped_updates: 5,
+};
 
 /// All keys, so that another default changes nothing here.
 const JOB: &str = r#"
@@ -111,6 +122,8 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         data_port: 7171,
         advertise: Some("host".to_owned()),
         metrics: None,
+        incarnation: 9,
+        held: None,
     };
     let position = Position {
         generation: 1,
@@ -124,22 +137,29 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         waits_for: Some(1),
     };
     let event = TraceEvent { at_ms: 7, generation: 1, phase: Phase::Data, step: 2, operations: 3, bytes: 4 };
+    let held = |holding| Some(Held { run_id: "id".to_owned(), generation: 1, reports_from: 2, holding });
+    let next = Some(Work::Evaluate { step: 3, index: 4 });
+    let place = held(Holding::Place { rank: 1, shards: 2..3, next, window: 5 });
+    let at_rest = held(Holding::State(HeldState { step: 2, owes_evaluation: false }));
     let report = StepReport {
         generation: 1,
         step: 2,
         sums: SUMS,
         gradient_norm: 1.5,
         learning_rate: 0.25,
+        control: CONTROL,
         seconds: PhaseSeconds { data: 1.0, compute: 2.0, reduce: 3.0, update: 4.0 },
     };
     let mut messages = vec![
+        ToCoordinator::Hello(Hello { held: place, ..hello.clone() }),
+        ToCoordinator::Hello(Hello { held: at_rest, ..hello.clone() }),
         ToCoordinator::Hello(hello),
         ToCoordinator::Connected { generation: 1 },
         ToCoordinator::Credit { generation: 1, batches: 2 },
         ToCoordinator::Alive(position),
         ToCoordinator::Trace(Trace { at_ms: 9, position, events: vec![event] }),
         ToCoordinator::Step(report),
-        ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS },
+        ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS, control: CONTROL },
         ToCoordinator::Digest { generation: 1, step: 2, digest: 3 },
         ToCoordinator::Failed { sentence: "no".to_owned(), hint: Some("yes".to_owned()) },
         ToCoordinator::Sample { generation: 1, step: 2, tokens: vec![3, 4] },
@@ -173,6 +193,8 @@ fn to_worker() -> Vec<ToWorker> {
         run_id: "id".to_owned(),
         coordinator_epoch: 1,
         worker_id: 2,
+        on_record: 3,
+        park_timeout_seconds: 4,
         job: file.job,
         run: file.run,
         data: shape(),

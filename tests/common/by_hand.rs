@@ -29,10 +29,27 @@ impl Coordinator {
         Self::start_as(command, run, options, None)
     }
 
-    fn start_as(mut command: Command, run: &Run, options: &str, token: Option<&str>) -> Self {
+    /// Starts it again where it was.
+    pub(crate) fn start_again(self, run: &Run, options: &str) -> Self {
+        let Self { process, control, http, token } = self;
+        drop(process);
+        Self::start_at((&control, &http), lockstep(), run, options, token.as_deref())
+    }
+
+    fn start_as(command: Command, run: &Run, options: &str, token: Option<&str>) -> Self {
+        Self::start_at(("127.0.0.1:0", "127.0.0.1:0"), command, run, options, token)
+    }
+
+    fn start_at(
+        (control, http): (&str, &str),
+        mut command: Command,
+        run: &Run,
+        options: &str,
+        token: Option<&str>,
+    ) -> Self {
         let ready = ready_file(run);
         command.arg("coordinator").args(run.words()).args(options.split_whitespace());
-        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--ready-file"]).arg(&ready);
+        command.args(["--listen", control, "--http", http, "--ready-file"]).arg(&ready);
         let mut process = Process::start(with_token(&mut command, token));
         // Both ports are bound when the box is shown and the file is written.
         process.line_with("run directory");

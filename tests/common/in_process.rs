@@ -48,6 +48,7 @@ where
                 advertise: None,
                 metrics: None,
                 collective: Choice::Auto,
+                park_timeout: None,
                 build: "test".to_owned(),
             };
             spawn_local(async {

@@ -85,4 +85,22 @@ impl Run {
         let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         lines.filter(|line| line["kind"] == kind).map(|line| line["step"].as_u64().unwrap()).collect()
     }
+
+    /// The lines of `metrics.jsonl` by kind and step, without what depends on the fleet and on time.
+    pub(crate) fn metric_lines(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.dir.join("metrics.jsonl")).unwrap();
+        let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for line in &mut lines {
+            for key in ["samples_per_second", "seconds", "communication_share", "workers"] {
+                line.as_object_mut().unwrap().remove(key);
+            }
+        }
+        lines.sort_by_key(|line| (line["kind"].to_string(), line["step"].as_u64()));
+        lines
+    }
+
+    /// `inspect --audit`.
+    pub(crate) fn audit(&self) -> Ended {
+        Process::start(lockstep().args(["inspect", "--audit"]).arg(&self.dir)).end()
+    }
 }

@@ -7,7 +7,7 @@
 //! - [`train`]: the step loop, on one screen.
 //! - [`replica`]: the replicated state.
 //! - [`collective`]: sums and gathers across workers; TCP.
-//! - [`feed`]: batches in; [`outbox`]: messages out.
+//! - [`feed`]: batches in; [`outbox`]: messages out; `reports`: those that may have to be told again.
 //! - `trace`: what the training thread is doing and did last.
 //! - [`footprint`]: the bytes that all this takes.
 //! - [`metrics`]: the worker's own metrics.
@@ -21,6 +21,7 @@ pub mod footprint;
 pub mod metrics;
 pub mod outbox;
 pub mod replica;
+mod reports;
 pub mod session;
 mod sums_exchange;
 mod trace;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use failpoints::{Point, reach};
 use model::device::{Device, Result};
 use protocol::activity::Phase;
-use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk, encode_message};
+use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, encode_bulk};
 use protocol::message::{Generation, ToCoordinator};
 use protocol::schedule::Schedule;
 use tokio::sync::mpsc::UnboundedSender;
@@ -19,6 +19,21 @@ use crate::metrics::{Overhead, WorkerMetrics};
 use crate::replica::Replica;
 use crate::sums_exchange::Wish;
 use crate::trace::Tracer;
+
+/// What the session takes out of the queue.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all of them are messages, which a box would only allocate"
+)]
+pub enum Outgoing {
+    /// A message.
+    Message(ToCoordinator),
+    /// Part of a state: the contents of a frame.
+    Bulk(Bytes),
+    /// From here on reports are of a generation that begins in the state after so many steps.
+    Begin(u64),
+}
 
 /// What the coordinator asked for.
 #[derive(Debug, Default)]
@@ -33,7 +48,7 @@ struct Requests {
 /// The sending end; clones share queue and requests.
 #[derive(Clone)]
 pub struct Outbox {
-    frames: UnboundedSender<Bytes>,
+    queue: UnboundedSender<Outgoing>,
     requests: Arc<Mutex<Requests>>,
     metrics: WorkerMetrics,
     tracer: Tracer,
@@ -42,15 +57,15 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// An outbox whose frames go to `frames`; when digests are due is [`Schedule::digests_after`].
+    /// An outbox with this queue; when digests are due is [`Schedule::digests_after`].
     pub fn new(
-        frames: UnboundedSender<Bytes>,
+        queue: UnboundedSender<Outgoing>,
         metrics: WorkerMetrics,
         schedule: Schedule,
         digest_steps: u64,
     ) -> Self {
         let tracer = Tracer::new(metrics.data_plane());
-        Self { frames, requests: Arc::default(), metrics, tracer, schedule, digest_steps }
+        Self { queue, requests: Arc::default(), metrics, tracer, schedule, digest_steps }
     }
 
     /// Where the training thread writes down what it does.
@@ -63,7 +78,7 @@ impl Outbox {
         if let ToCoordinator::Step(report) = &message {
             self.metrics.step(report);
         }
-        let _ = self.frames.send(encode_message(&message));
+        let _ = self.queue.send(Outgoing::Message(message));
     }
 
     /// Says that a step was left out because its numbers are not finite.
@@ -105,12 +120,18 @@ impl Outbox {
         }
     }
 
-    /// Forgets what was asked of the last generation. A drain is asked of the worker, and stays.
+    /// A generation begins in the state after `step` steps. Forgets what was asked of the last one. A drain is asked of the
+    /// worker, and stays.
     pub(crate) fn begin_generation(&self, generation: Generation, step: u64) {
         self.tracer.begin(generation, step);
-        let mut requests = self.lock();
-        requests.pause = None;
-        requests.states.clear();
+        let _ = self.queue.send(Outgoing::Begin(step));
+        self.lock().pause = None;
+        self.forget_states();
+    }
+
+    /// Forgets the states that were asked for: whoever did is gone.
+    pub(crate) fn forget_states(&self) {
+        self.lock().states.clear();
     }
 
     /// Asks the loop for the state after the first step that is at least this one.
@@ -187,7 +208,7 @@ impl Outbox {
                 sequence: sequence as u32,
                 tag: (sequence * BULK_CHUNK_BYTES) as u64,
             };
-            let _ = self.frames.send(encode_bulk(&header, chunk));
+            let _ = self.queue.send(Outgoing::Bulk(encode_bulk(&header, chunk)));
         }
         Ok(())
     }

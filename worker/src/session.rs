@@ -1,9 +1,13 @@
-//! A worker's life: connect, say hello, train in one generation after another, until the coordinator says goodbye.
+//! A worker's life: connect, say hello, train in one generation after another, until the coordinator says goodbye. A
+//! coordinator that is lost without one is looked for ([`away`]); the training thread goes on meanwhile.
 //!
 //! One task owns the connection; one blocking thread owns device and state while it trains. They meet in a
 //! [`Feed`] (batches in), an [`Outbox`] (frames out) and an abort handle.
 
+mod away;
+
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
@@ -14,23 +18,24 @@ use model::device::Backend;
 use protocol::activity::Phase;
 use protocol::batch::Batch;
 use protocol::frame::{BulkHeader, BulkKind, Frame};
-use protocol::handshake::Token;
+use protocol::handshake::{self, Token};
 use protocol::layout::StateLayout;
 use protocol::message::{
     Form, Goodbye, HeldState, Hello, StateSource, Stop, ToCoordinator, ToWorker, Welcome,
 };
 use protocol::problem::{Exit, Problem};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use protocol::schedule::Work;
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use crate::abort::Abort;
 use crate::collective::Choice;
-use crate::connection::{Connection, lost};
+use crate::connection::{Broken, CONNECT_PATIENCE, Connection, lost};
 use crate::feed::{BATCHES_AHEAD, Feed};
 use crate::metrics::{self, Overhead, WorkerMetrics};
-use crate::outbox::Outbox;
-use crate::replica::Replica;
+use crate::outbox::{Outbox, Outgoing};
+use crate::reports::Reports;
 use crate::trace::Tracer;
 use crate::trainer::{Task, Trainer};
 
@@ -39,6 +44,8 @@ const SIGN_OF_LIFE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A phase in which the training thread stays for so long is worth a trace.
 const SLOW_AFTER: Duration = Duration::from_secs(3);
+/// Before a coordinator that has closed the connection without a word is greeted again.
+const GREETING_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a worker is told at its start; everything else comes from the coordinator.
 #[derive(Debug, Clone)]
@@ -55,25 +62,23 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// How gradients are to travel.
     pub collective: Choice,
+    /// How long it keeps what it holds when it has lost its coordinator; the run's own time if not given.
+    pub park_timeout: Option<Duration>,
     /// What this binary is.
     pub build: String,
 }
 
 /// Runs a worker to the end of the run. A value from `shutdown` makes a training worker ask the whole fleet to stop
-/// after a step; a second one, or one to a worker that does not train, ends it at once.
+/// after a step; a second one, or one to a worker that does not train or has no coordinator, ends it at once.
 ///
 /// # Errors
 /// Whatever ended the run for this worker, as a sentence for the user.
-pub async fn run<B>(
-    config: Config,
-    backend: B,
-    mut shutdown: tokio::sync::mpsc::Receiver<()>,
-) -> Result<Exit, Problem>
+pub async fn run<B>(config: Config, mut backend: B, mut shutdown: Receiver<()>) -> Result<Exit, Problem>
 where
     B: Backend + 'static,
     B::Device: 'static,
 {
-    let mut connection = tokio::select! {
+    let connection = tokio::select! {
         connection = Connection::open(&config.coordinator, &config.token) => connection?,
         _ = shutdown.recv() => return Ok(Exit::Requeue),
     };
@@ -81,11 +86,14 @@ where
     let data_listener = TcpListener::bind((host, 0))
         .map_err(|e| Problem::failed(format!("cannot listen for other workers on {host}: {e}")))?;
     let data_port = data_listener.local_addr().map_err(|e| lost(&e.to_string()))?.port();
+    let data_listener = Arc::new(data_listener);
     let metrics = WorkerMetrics::new();
     let metrics_address = match config.metrics {
         Some(address) => Some(metrics::serve(address, metrics.clone()).await?),
         None => None,
     };
+    let incarnation = handshake::incarnation()
+        .map_err(|e| Problem::failed(format!("the system has no randomness to tell processes apart: {e}")))?;
     let hello = Hello {
         name: config.name.clone(),
         build: config.build.clone(),
@@ -95,48 +103,96 @@ where
         data_port,
         advertise: config.advertise.clone(),
         metrics: metrics_address.map(|address| reachable(address, host)),
+        incarnation,
+        held: None,
     };
     hello.check()?;
-    connection.send(&ToCoordinator::Hello(hello)).await?;
-    let first = tokio::select! {
-        frame = connection.receive() => frame.unwrap_or_else(|| Err(lost("it closed the connection")))?,
+    let mut greeted = tokio::select! {
+        greeted = first_greeting(connection, &config, &hello) => greeted?,
         _ = shutdown.recv() => return Ok(Exit::Requeue),
     };
-    let welcome = match first {
-        Frame::Message(ToWorker::Welcome(welcome)) => *welcome,
-        Frame::Message(ToWorker::Goodbye(goodbye)) => return ended(goodbye),
-        _ => return Err(lost("it began with something else than a welcome")),
-    };
-    let layout = StateLayout::new(welcome.data.model.clone(), welcome.job.batch_size as usize);
-    let mut opened = tokio::task::spawn_blocking({
-        let (layout, welcome) = (layout.clone(), welcome.clone());
-        move || backend.open(&layout, &welcome.job, &welcome.data, welcome.run.recompute)
-    });
-    let mut signs_of_life = signs_of_life();
-    let opening = Tracer::new(metrics.data_plane());
-    let device = loop {
-        tokio::select! {
-            device = &mut opened => break device.expect("opening a device does not panic"),
-            _ = signs_of_life.tick() => connection.send(&ToCoordinator::Alive(opening.position())).await?,
+    loop {
+        let (mut connection, welcome) = match greeted {
+            Greeted::Welcome(connection, welcome) => (connection, welcome),
+            Greeted::Goodbye(goodbye) => return ended(goodbye),
+        };
+        let layout = StateLayout::new(welcome.data.model.clone(), welcome.job.batch_size as usize);
+        let mut opened = tokio::task::spawn_blocking({
+            let (layout, welcome) = (layout.clone(), welcome.clone());
+            move || {
+                let device = backend.open(&layout, &welcome.job, &welcome.data, welcome.run.recompute);
+                (backend, device)
+            }
+        });
+        let mut signs_of_life = signs_of_life();
+        let opening = Tracer::new(metrics.data_plane());
+        let (again, device) = loop {
+            tokio::select! {
+                device = &mut opened => break device.expect("opening a device does not panic"),
+                // A coordinator that is gone meanwhile is looked for when the device is open.
+                _ = signs_of_life.tick() => {
+                    let _ = connection.send(&ToCoordinator::Alive(opening.position())).await;
+                }
+            }
+        };
+        backend = again;
+        let device = device.map_err(|error| Problem::failed(error.to_string()))?;
+        let (queue, outgoing) = unbounded_channel();
+        let outbox = Outbox::new(queue, metrics.clone(), welcome.data.schedule, welcome.run.digest_steps);
+        let session = Session {
+            config: config.clone(),
+            hello: hello.clone(),
+            connection,
+            outgoing,
+            outbox,
+            reports: Reports::new(),
+            layout,
+            welcome: Arc::new(*welcome),
+            data_listener: data_listener.clone(),
+            metrics: metrics.clone(),
+            stage: Stage::Idle(Box::new(Trainer::new(device, config.collective))),
+            next: None,
+            has_told: false,
+        };
+        greeted = match session.serve(&mut shutdown).await? {
+            End::Over(exit) => return Ok(exit),
+            End::Anew(connection, welcome) => Greeted::Welcome(*connection, welcome),
+        };
+    }
+}
+
+/// What a coordinator answers to a hello.
+enum Greeted {
+    Welcome(Connection, Box<Welcome>),
+    Goodbye(Goodbye),
+}
+
+/// Says hello.
+async fn greet(mut connection: Connection, hello: Hello) -> Result<Greeted, Broken> {
+    connection.send(&ToCoordinator::Hello(hello)).await?;
+    match connection.receive().await? {
+        Frame::Message(ToWorker::Welcome(welcome)) => Ok(Greeted::Welcome(connection, welcome)),
+        Frame::Message(ToWorker::Goodbye(goodbye)) => Ok(Greeted::Goodbye(goodbye)),
+        _ => Err(Broken::Senseless(lost("it began with something else than a welcome"))),
+    }
+}
+
+/// The same to the first coordinator; one that is lost before it has answered may be on its way back.
+async fn first_greeting(
+    mut connection: Connection,
+    config: &Config,
+    hello: &Hello,
+) -> Result<Greeted, Problem> {
+    let patience = Instant::now() + CONNECT_PATIENCE;
+    loop {
+        match greet(connection, hello.clone()).await {
+            Ok(greeted) => return Ok(greeted),
+            Err(Broken::Lost(_)) if Instant::now() < patience => {}
+            Err(broken) => return Err(broken.into()),
         }
-    };
-    let device = device.map_err(|error| Problem::failed(error.to_string()))?;
-    let (frames, outgoing) = unbounded_channel();
-    let outbox = Outbox::new(frames, metrics.clone(), welcome.data.schedule, welcome.run.digest_steps);
-    let session = Session {
-        connection,
-        outgoing,
-        outbox,
-        layout,
-        welcome: Arc::new(welcome),
-        token: config.token,
-        data_listener: Arc::new(data_listener),
-        metrics,
-        stage: Stage::Idle(Box::new(Trainer::new(device, config.collective))),
-        waiting_for_state: None,
-        has_told: false,
-    };
-    session.serve(shutdown).await
+        tokio::time::sleep(GREETING_PAUSE).await;
+        connection = Connection::open(&config.coordinator, &config.token).await?;
+    }
 }
 
 /// When a worker says that it lives.
@@ -175,6 +231,14 @@ enum Stage<D: model::device::Device> {
 
 struct Running<D: model::device::Device> {
     generation: u64,
+    rank: u32,
+    shards: Range<u32>,
+    /// The work whose batch comes next.
+    next: Option<Work>,
+    /// Batches that the coordinator may send.
+    window: u32,
+    /// The connections to all peers stand.
+    is_connected: bool,
     /// Dropped by an abort, which ends a thread that waits for a batch.
     batches: Option<SyncSender<Batch>>,
     abort: Abort,
@@ -190,24 +254,43 @@ impl<D: model::device::Device> Running<D> {
 }
 
 struct Session<D: model::device::Device> {
+    config: Config,
+    /// Who this worker is.
+    hello: Hello,
     connection: Connection,
-    outgoing: UnboundedReceiver<Bytes>,
+    outgoing: UnboundedReceiver<Outgoing>,
     outbox: Outbox,
+    /// What the coordinator may have to be told again.
+    reports: Reports,
     layout: StateLayout,
     welcome: Arc<Welcome>,
-    token: Token,
     data_listener: Arc<TcpListener>,
     metrics: WorkerMetrics,
     stage: Stage<D>,
-    /// A generation that starts when the rest of its state has arrived.
-    waiting_for_state: Option<(Form, Vec<u8>)>,
+    /// The generation that starts when its state is here and the last one has ended.
+    next: Option<Next>,
     /// The training thread has not moved for a while, and the coordinator knows what it did before.
     has_told: bool,
 }
 
+/// A generation that is to start.
+struct Next {
+    form: Form,
+    rank: u32,
+    /// As much of the state as has arrived, if the coordinator sends it.
+    image: Option<Vec<u8>>,
+}
+
+/// How a session ends.
+enum End {
+    Over(Exit),
+    /// The coordinator that came back does not go on with what this worker was told.
+    Anew(Box<Connection>, Box<Welcome>),
+}
+
 impl<D: model::device::Device + 'static> Session<D> {
-    async fn serve(mut self, shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
-        let result = self.obey_all(shutdown).await;
+    async fn serve(mut self, shutdown: &mut Receiver<()>) -> Result<End, Problem> {
+        let result = self.serve_all(shutdown).await;
         // The thread must not outlive the session; the process waits a little for it.
         if let Stage::Training(running) = &mut self.stage {
             running.end();
@@ -215,24 +298,43 @@ impl<D: model::device::Device + 'static> Session<D> {
         result
     }
 
-    async fn obey_all(&mut self, mut shutdown: tokio::sync::mpsc::Receiver<()>) -> Result<Exit, Problem> {
-        let mut signs_of_life = signs_of_life();
+    /// Serves one coordinator after another.
+    async fn serve_all(&mut self, shutdown: &mut Receiver<()>) -> Result<End, Problem> {
         let mut was_asked_to_stop = false;
         loop {
+            let cause = match self.obey_all(shutdown, &mut was_asked_to_stop).await {
+                Ok(exit) => return Ok(End::Over(exit)),
+                Err(Broken::Senseless(problem)) => return Err(problem),
+                Err(Broken::Lost(cause)) => cause,
+            };
+            if was_asked_to_stop {
+                return Ok(End::Over(Exit::Requeue));
+            }
+            if let Some(end) = self.away(&cause, shutdown).await? {
+                return Ok(end);
+            }
+        }
+    }
+
+    async fn obey_all(
+        &mut self,
+        shutdown: &mut Receiver<()>,
+        was_asked_to_stop: &mut bool,
+    ) -> Result<Exit, Broken> {
+        let mut signs_of_life = signs_of_life();
+        loop {
             tokio::select! {
-                frame = self.connection.receive() => match frame {
-                    Some(Ok(Frame::Message(ToWorker::Goodbye(goodbye)))) => return ended(goodbye),
-                    Some(Ok(Frame::Message(message))) => self.obey(message)?,
-                    Some(Ok(Frame::Bulk(header, payload))) => self.take_in(&header, &payload)?,
-                    Some(Err(problem)) => return Err(problem),
-                    None => return Err(lost("it closed the connection")),
+                frame = self.connection.receive() => match frame? {
+                    Frame::Message(ToWorker::Goodbye(goodbye)) => return Ok(ended(goodbye)?),
+                    Frame::Message(message) => self.obey(message)?,
+                    Frame::Bulk(header, payload) => self.take_in(&header, &payload)?,
                 },
-                Some(frame) = self.outgoing.recv() => self.connection.send_frame(frame).await?,
+                Some(outgoing) = self.outgoing.recv() => self.forward(outgoing).await?,
                 _ = signs_of_life.tick() => self.say_where().await?,
                 finished = finished(&mut self.stage) => self.rest(finished)?,
                 Some(()) = shutdown.recv() => match &self.stage {
-                    Stage::Training(_) if !was_asked_to_stop => {
-                        was_asked_to_stop = true;
+                    Stage::Training(_) if !*was_asked_to_stop => {
+                        *was_asked_to_stop = true;
                         self.outbox.request_drain();
                     }
                     _ => return Ok(Exit::Requeue),
@@ -242,7 +344,7 @@ impl<D: model::device::Device + 'static> Session<D> {
     }
 
     /// Says what the training thread is doing; once in a phase in which it stays long, also what it did before.
-    async fn say_where(&mut self) -> Result<(), Problem> {
+    async fn say_where(&mut self) -> Result<(), Broken> {
         let started = Instant::now();
         let position = self.outbox.tracer().position();
         let is_slow = position.phase != Phase::Idle && position.for_ms >= SLOW_AFTER.as_millis() as u32;
@@ -255,13 +357,49 @@ impl<D: model::device::Device + 'static> Session<D> {
         Ok(())
     }
 
+    /// Sends what the training thread has to say.
+    async fn forward(&mut self, outgoing: Outgoing) -> Result<(), Broken> {
+        self.note(&outgoing);
+        match outgoing {
+            Outgoing::Message(message) => self.connection.send(&message).await,
+            Outgoing::Bulk(frame) => self.connection.send_frame(frame).await,
+            Outgoing::Begin(_) => Ok(()),
+        }
+    }
+
+    /// Remembers what a coordinator that comes back must know.
+    fn note(&mut self, outgoing: &Outgoing) {
+        match (outgoing, &mut self.stage) {
+            (Outgoing::Begin(step), _) => self.reports.begin(*step),
+            (Outgoing::Bulk(_), _) => {}
+            (Outgoing::Message(message), stage) => {
+                self.reports.keep(message);
+                let Stage::Training(running) = stage else { return };
+                match message {
+                    ToCoordinator::Credit { generation, batches } if *generation == running.generation => {
+                        running.window += batches;
+                    }
+                    ToCoordinator::Connected { generation } if *generation == running.generation => {
+                        running.is_connected = true;
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
     fn obey(&mut self, message: ToWorker) -> Result<(), Problem> {
         match message {
-            ToWorker::Form(form) if form.state == StateSource::Coordinator => {
-                let image = Vec::with_capacity(self.layout.image_bytes());
-                self.waiting_for_state = Some((form, image));
+            ToWorker::Form(form) => {
+                let image = (form.state == StateSource::Coordinator)
+                    .then(|| Vec::with_capacity(self.layout.image_bytes()));
+                let rank = form.rank_of(self.welcome.worker_id);
+                let rank = rank.ok_or_else(|| lost("it formed a generation without this worker"))?;
+                self.next = Some(Next { form, rank, image });
+                // Of a generation that the coordinator has gone on without.
+                self.end_training();
+                self.start_next();
             }
-            ToWorker::Form(form) => self.start(form, None)?,
             ToWorker::Drain => self.outbox.request_drain(),
             ToWorker::Pause { generation } => {
                 reach(Point::Admission, self.outbox.steps_done());
@@ -279,7 +417,10 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Stage::Idle(trainer) => self.send_state(trainer)?,
                 _ => self.outbox.request_state(at_step),
             },
-            ToWorker::StandBy => tracing::info!("standing by"),
+            ToWorker::StandBy => {
+                tracing::info!("standing by");
+                self.end_training();
+            }
             ToWorker::Welcome(_) | ToWorker::Goodbye(_) => {
                 return Err(lost("it sent a message out of place"));
             }
@@ -287,27 +428,32 @@ impl<D: model::device::Device + 'static> Session<D> {
         Ok(())
     }
 
+    fn end_training(&mut self) {
+        if let Stage::Training(running) = &mut self.stage {
+            running.end();
+        }
+    }
+
     fn take_in(&mut self, header: &BulkHeader, payload: &Bytes) -> Result<(), Problem> {
         match header.kind {
             BulkKind::State => {
-                let Some((form, mut image)) = self.waiting_for_state.take() else { return Ok(()) };
+                let Some(Next { form, image: Some(image), .. }) = &mut self.next else { return Ok(()) };
                 if header.generation != form.generation || header.tag != image.len() as u64 {
                     return Err(lost("it sent a state in the wrong order"));
                 }
                 image.extend_from_slice(payload);
-                if image.len() < self.layout.image_bytes() {
-                    self.waiting_for_state = Some((form, image));
-                    return Ok(());
-                }
-                self.start(form, Some(image))
+                self.start_next();
+                Ok(())
             }
             BulkKind::Batch => {
-                let Stage::Training(running) = &self.stage else { return Ok(()) };
+                let Stage::Training(running) = &mut self.stage else { return Ok(()) };
                 if header.generation != running.generation {
                     return Ok(());
                 }
                 let batch = Batch::from_bytes(payload, &self.welcome.data)
                     .ok_or_else(|| lost("it sent a batch that does not fit the job"))?;
+                running.next = self.welcome.data.schedule.from(batch.work).nth(1);
+                running.window = running.window.saturating_sub(1);
                 // The window bounds what is under way, so there is always room; a thread that has ended reads
                 // no more, which its own result explains.
                 if let Some(batches) = &running.batches {
@@ -321,18 +467,24 @@ impl<D: model::device::Device + 'static> Session<D> {
         }
     }
 
-    /// Starts the training thread of a generation.
-    fn start(&mut self, form: Form, image: Option<Vec<u8>>) -> Result<(), Problem> {
-        let Stage::Idle(mut trainer) = std::mem::replace(&mut self.stage, Stage::Between) else {
-            return Err(lost("it formed a generation while another one runs"));
-        };
-        let Some(rank) = form.rank_of(self.welcome.worker_id) else {
-            return Err(lost("it formed a generation without this worker"));
+    /// Starts the training thread of the next generation, if its state is here and the last thread has ended.
+    fn start_next(&mut self) {
+        let is_here = |image: &Vec<u8>| image.len() >= self.layout.image_bytes();
+        let is_whole = self.next.as_ref().is_some_and(|next| next.image.as_ref().is_none_or(is_here));
+        if !is_whole || !matches!(self.stage, Stage::Idle(_)) {
+            return;
+        }
+        let (Some(Next { form, rank, image }), Stage::Idle(mut trainer)) =
+            (self.next.take(), std::mem::replace(&mut self.stage, Stage::Between))
+        else {
+            unreachable!("both were looked at")
         };
         self.outbox.begin_generation(form.generation, form.step);
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
         let generation = form.generation;
+        let shards = form.members[rank as usize].shards.clone();
+        let next = self.welcome.data.schedule.after(form.step, form.owes_evaluation).next();
         let feed = Feed::new(received, generation, self.outbox.clone());
         let task = Task {
             form,
@@ -340,7 +492,7 @@ impl<D: model::device::Device + 'static> Session<D> {
             image,
             welcome: self.welcome.clone(),
             layout: self.layout.clone(),
-            token: self.token.clone(),
+            token: self.config.token.clone(),
             data_listener: self.data_listener.clone(),
             metrics: self.metrics.clone(),
             abort: abort.clone(),
@@ -351,8 +503,17 @@ impl<D: model::device::Device + 'static> Session<D> {
             let outcome = trainer.work(task);
             (trainer, outcome)
         });
-        self.stage = Stage::Training(Running { generation, batches: Some(batches), abort, thread });
-        Ok(())
+        self.stage = Stage::Training(Running {
+            generation,
+            rank,
+            shards,
+            next,
+            window: 0,
+            is_connected: false,
+            batches: Some(batches),
+            abort,
+            thread,
+        });
     }
 
     /// The training thread has ended: says so, and waits for what comes next.
@@ -374,18 +535,22 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Stop::Aborted
             }
         };
-        let schedule = self.welcome.data.schedule;
-        let held = |replica: &Replica<D>| {
-            let step = replica.progress.step;
-            // That at the end of a run which ends within an epoch is in no control state; who has done it has finished.
-            let owes_last =
-                why != Stop::Finished && schedule.evaluates_after(step) && !schedule.ends_epoch(step);
-            HeldState { step, owes_evaluation: replica.owes_evaluation() || owes_last }
-        };
-        let state = trainer.replica.as_ref().map(held);
+        let state = self.held_state(&trainer, why == Stop::Finished);
         self.outbox.send(ToCoordinator::Stopped { generation: trainer.generation, state, why });
         self.stage = Stage::Idle(trainer);
+        self.start_next();
         Ok(())
+    }
+
+    /// How far the state is that rests in a trainer.
+    fn held_state(&self, trainer: &Trainer<D>, has_finished: bool) -> Option<HeldState> {
+        let schedule = self.welcome.data.schedule;
+        trainer.replica.as_ref().map(|replica| {
+            let step = replica.progress.step;
+            // That at the end of a run which ends within an epoch is in no control state; who has done it has finished.
+            let owes_last = !has_finished && schedule.evaluates_after(step) && !schedule.ends_epoch(step);
+            HeldState { step, owes_evaluation: replica.owes_evaluation() || owes_last }
+        })
     }
 
     fn send_state(&self, trainer: &Trainer<D>) -> Result<(), Problem> {

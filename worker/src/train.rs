@@ -220,6 +220,7 @@ impl<D: Device> Generation<D> {
             sums,
             gradient_norm,
             learning_rate,
+            control: replica.control,
             seconds: PhaseSeconds {
                 data: (fed - started).as_secs_f64(),
                 compute: (computed - fed).as_secs_f64(),
@@ -322,7 +323,8 @@ impl<D: Device> Generation<D> {
             replica.control.after_epoch(&sums);
             reach(Point::EpochEnd, step);
         }
-        self.outbox.send(ToCoordinator::Evaluation { generation: self.form.generation, step, sums });
+        let (generation, control) = (self.form.generation, replica.control);
+        self.outbox.send(ToCoordinator::Evaluation { generation, step, sums, control });
         if let Some(request) = self.sample.as_ref().filter(|_| ends_epoch) {
             self.enter(Phase::Sample, step);
             reach(Point::Sampling, step);

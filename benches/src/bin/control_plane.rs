@@ -18,6 +18,7 @@ use bytes::BytesMut;
 use clap::Parser;
 use futures_util::{SinkExt, StreamExt};
 use protocol::activity::{Phase, Position};
+use protocol::control::ControlState;
 use protocol::frame::{BulkKind, Frame, codec, decode, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::job::JobFile;
@@ -256,6 +257,8 @@ async fn live(fleet: Arc<Fleet>, control: SocketAddr, number: u32) -> Result<()>
         data_port: 10_000,
         advertise: Some(format!("10.0.{}.{}", number / 250, number % 250)),
         metrics: None,
+        incarnation: number.into(),
+        held: None,
     };
     frames.send(encode_message(&ToCoordinator::Hello(hello))).await?;
     drop(place);
@@ -384,6 +387,7 @@ fn report(generation: u64, step: u64) -> ToCoordinator {
         sums: StepSums { loss: rows as f64, weight: rows, rows, ..StepSums::default() },
         gradient_norm: 1.0,
         learning_rate: 0.001,
+        control: ControlState::default(),
         seconds: PhaseSeconds { data: 0.0, compute: 0.1, reduce: 0.0, update: 0.0 },
     })
 }

@@ -3,6 +3,8 @@
 use super::*;
 use proptest::prelude::*;
 
+mod returning;
+
 fn candidate(id: WorkerId) -> Candidate {
     Candidate { name: format!("w{id}"), address: format!("10.0.0.{id}:7"), bits: "cpu 1".into() }
 }
@@ -25,7 +27,7 @@ fn play_at(now: Duration, mut state: Membership, events: Vec<Event>) -> Decision
 }
 
 fn join(ids: std::ops::RangeInclusive<WorkerId>) -> Vec<Event> {
-    ids.map(|id| Event::Joined(id, candidate(id))).collect()
+    ids.map(|id| Event::Joined(id, candidate(id), Holds::Nothing)).collect()
 }
 
 fn at(step: u64) -> Stage {
@@ -48,7 +50,7 @@ fn lost(id: WorkerId) -> Event {
 fn trains(workers: u32, shards: u32) -> Membership {
     let mut events = join(1..=workers);
     events.extend((1..=workers).map(|id| Event::Connected(id, 1)));
-    let (state, _, reason) = play(Membership::new(workers, shards, 0, None), events);
+    let (state, _, reason) = play(Membership::new(workers, shards, (0, 0), None), events);
     assert_eq!(reason, "generation 1 is connected and trains");
     state
 }
@@ -61,7 +63,7 @@ fn formed(actions: &[Action]) -> (Vec<(WorkerId, std::ops::Range<u32>)>, Source)
 
 #[test]
 fn a_generation_forms_when_all_are_there() {
-    let (state, actions, reason) = play(Membership::new(3, 8, 4, None), join(1..=3));
+    let (state, actions, reason) = play(Membership::new(3, 8, (4, 0), None), join(1..=3));
     assert_eq!(actions[2], Action::Welcome(3));
     assert_eq!(formed(&actions), (vec![(1, 0..2), (2, 2..5), (3, 5..8)], Source::Disk));
     assert_eq!(reason, "generation 5: 3 workers share 8 shards");
@@ -70,7 +72,7 @@ fn a_generation_forms_when_all_are_there() {
 
 #[test]
 fn surplus_workers_stand_by_with_a_hint() {
-    let (state, actions, _) = play(Membership::new(8, 7, 0, None), join(1..=8));
+    let (state, actions, _) = play(Membership::new(8, 7, (0, 0), None), join(1..=8));
     assert_eq!(actions[7..9], [Action::Welcome(8), Action::StandBy(8)]);
     let Action::Notice(notice) = &actions[9] else { panic!("{actions:?}") };
     assert_eq!(notice, "1 of 8 workers stand by: there are only 7 shards (hint: --shards 8)");
@@ -123,7 +125,7 @@ fn a_worker_that_comes_later_is_admitted_between_two_steps() {
 
 #[test]
 fn nobody_is_admitted_before_all_members_are_connected() {
-    let (state, ..) = play(Membership::new(2, 8, 0, None), join(1..=3));
+    let (state, ..) = play(Membership::new(2, 8, (0, 0), None), join(1..=3));
     assert_eq!(play(state, vec![Event::Connected(1, 1), Event::Tick]).1, []);
 }
 
@@ -157,7 +159,7 @@ fn when_all_are_lost_the_run_goes_back_to_the_disk() {
 fn the_bits_of_the_first_generation_bind_those_that_come_when_all_are_lost() {
     let (state, ..) = play(trains(1, 8), vec![lost(1)]);
     let other = Candidate { bits: "cpu 2".into(), ..candidate(2) };
-    let (_, actions, reason) = play(state, vec![Event::Joined(2, other)]);
+    let (_, actions, reason) = play(state, vec![Event::Joined(2, other, Holds::Nothing)]);
     assert_eq!(actions, [Action::Refuse(2, reason.clone())]);
     assert!(reason.contains("was computed with cpu 1") && reason.contains("cpu 2"), "{reason}");
 }
@@ -235,8 +237,10 @@ fn once_the_run_is_ending_whoever_leaves_may() {
 fn a_worker_of_other_bits_is_refused_with_both_values() {
     let mut other = candidate(2);
     other.bits = "cuda sm_90".into();
-    let (state, actions, _) =
-        play(Membership::new(2, 8, 0, None), vec![Event::Joined(1, candidate(1)), Event::Joined(2, other)]);
+    let (state, actions, _) = play(
+        Membership::new(2, 8, (0, 0), None),
+        vec![Event::Joined(1, candidate(1), Holds::Nothing), Event::Joined(2, other, Holds::Nothing)],
+    );
     let [Action::Welcome(1), Action::Refuse(2, sentence)] = &actions[..] else { panic!("{actions:?}") };
     assert!(sentence.contains("cuda sm_90") && sentence.contains("cpu 1"), "{sentence}");
     assert_eq!(state.connected(), 1);
@@ -264,11 +268,11 @@ fn a_state_is_gone_on_with_only_by_what_computed_it() {
         (Some("cpu 1"), &["cpu 2", "cpu 1", "cpu 2"], vec![refuse(1), welcome(2), refuse(3)]),
     ];
     for (recorded, words, expected) in cases {
-        let events = words
-            .iter()
-            .zip(1..)
-            .map(|(bits, id)| Event::Joined(id, Candidate { bits: (*bits).to_owned(), ..candidate(id) }));
-        let state = Membership::new(2, 8, 4, recorded.map(str::to_owned));
+        let events = words.iter().zip(1..).map(|(bits, id)| {
+            let candidate = Candidate { bits: (*bits).to_owned(), ..candidate(id) };
+            Event::Joined(id, candidate, Holds::Nothing)
+        });
+        let state = Membership::new(2, 8, (4, 0), recorded.map(str::to_owned));
         let (_, actions, _) = play(state, events.collect());
         assert_eq!(actions, expected, "recorded {recorded:?}, came {words:?}");
     }
@@ -279,14 +283,14 @@ fn who_leaves_before_the_start_is_waited_for_again() {
     let mut events = join(1..=1);
     events.push(lost(1));
     events.extend(join(2..=3));
-    let (state, actions, _) = play(Membership::new(2, 8, 0, None), events);
+    let (state, actions, _) = play(Membership::new(2, 8, (0, 0), None), events);
     assert_eq!(actions.len(), 4, "three welcomes and a generation");
     assert_eq!(state.members(), [2, 3]);
 }
 
 #[test]
 fn long_gathering_is_noticed_every_ten_seconds() {
-    let state = Membership::new(2, 8, 0, None);
+    let state = Membership::new(2, 8, (0, 0), None);
     let (state, actions, _) = membership(Duration::from_secs(9), state, Event::Tick);
     assert_eq!(actions, []);
     let (state, actions, _) = membership(Duration::from_secs(10), state, Event::Tick);
@@ -317,7 +321,7 @@ impl Fleet {
             0 | 1 if alive.len() < 6 => {
                 self.next_id += 1;
                 self.alive.insert(self.next_id, None);
-                Event::Joined(self.next_id, candidate(self.next_id))
+                Event::Joined(self.next_id, candidate(self.next_id), Holds::Nothing)
             }
             2 => match pick(&alive) {
                 Some(id) => {
@@ -361,7 +365,7 @@ proptest! {
         choices in proptest::collection::vec(any::<u64>(), 1..300),
     ) {
         let mut fleet = Fleet::default();
-        let mut state = Membership::new(expected, shards, 0, None);
+        let mut state = Membership::new(expected, shards, (0, 0), None);
         for (choice, second) in choices.into_iter().zip(0..) {
             let event = fleet.event(choice);
             let (next, actions, _) = membership(Duration::from_secs(second), state, event);

@@ -22,7 +22,7 @@ impl Run {
     }
 
     pub(super) fn ask_state(&mut self, at_step: u64) {
-        if let Some(&first) = self.members.first() {
+        if let Some(&first) = self.members().first() {
             self.send(first, &ToWorker::SendState { at_step });
         }
     }

@@ -26,7 +26,7 @@ impl Run {
             self.parts.records.dir.path().join(diverged::FOLDER).display()
         ));
         let hint = "check the memory of these machines; `lockstep diff` compares two of these files; the same command goes on from the newest checkpoint";
-        let agrees = self.members.iter().copied().find(|id| !parted.contains(id));
+        let agrees = self.members().iter().copied().find(|id| !parted.contains(id));
         let suspects: VecDeque<_> = agrees.into_iter().chain(parted.iter().copied()).take(STATES).collect();
         self.send_all(&ToWorker::Drain);
         self.end(Err(problem.hint(hint)));

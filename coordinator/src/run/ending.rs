@@ -144,7 +144,7 @@ impl Run {
 
     /// These members.
     pub(super) fn at_work(&self) -> impl Iterator<Item = WorkerId> + '_ {
-        self.members.iter().copied().filter(|&id| self.works(id))
+        self.members().iter().copied().filter(|&id| self.works(id))
     }
 
     /// Whether this member is one of them.
@@ -154,7 +154,7 @@ impl Run {
 
     /// Whether this worker is a member that trains.
     pub(super) fn is_at_work(&self, id: WorkerId) -> bool {
-        self.works(id) && self.members.contains(&id)
+        self.works(id) && self.members().contains(&id)
     }
 
     /// Something brought the end nearer: its limit begins anew.
@@ -173,7 +173,8 @@ impl Run {
         let is_idle = self.writing == 0 && !self.arriving.is_under_way();
         let all_rest = self.training() == 0;
         // Of several that are equal the first, which may have been asked before: one asked twice sends one after the other.
-        let held = self.members.iter().rev().filter_map(|id| Some(((*self.stopped.get(id)?)?, *id)));
+        let held =
+            self.membership.members().iter().rev().filter_map(|id| Some(((*self.stopped.get(id)?)?, *id)));
         let (Some(ending), Some((stage, id))) = (&mut self.ending, held.max_by_key(|(stage, _)| *stage))
         else {
             return;
@@ -236,7 +237,6 @@ impl Run {
             Ok(_) => "stopped on request".to_owned(),
             Err(problem) => format!("failed: {problem}"),
         };
-        let journaled = self.parts.records.journal(&Record::Finish { step: self.step, outcome });
         let goodbye = match &result {
             Ok(Exit::Done) => Goodbye::Done,
             Ok(_) => Goodbye::Requeue,
@@ -254,6 +254,8 @@ impl Run {
             }
         };
         let _ = tokio::time::timeout(GOODBYE_LIMIT, all_left).await;
+        // The last word: until it is there, workers may not know that the run has ended.
+        let journaled = self.parts.records.journal(&Record::Finish { step: self.step, outcome });
         Outcome {
             step: self.step,
             train_loss: self.control.epoch.mean_loss(),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use failpoints::{Point, reach};
+use protocol::control::ControlState;
 use protocol::message::StepReport;
 use protocol::problem::Problem;
 use protocol::sums::StepSums;
@@ -20,17 +21,17 @@ const SKIP_NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 impl Run {
     /// Takes in a step the first time it is reported; the reports of the other members say the same.
     pub(super) fn step_done(&mut self, report: StepReport) -> Result<(), Problem> {
-        if report.generation != self.generation || report.step != self.step + 1 {
+        if !self.counts(report.generation) || report.step != self.step + 1 {
             return Ok(());
         }
-        let (epoch, index) = self.schedule.position(self.step);
+        let (epoch, _) = self.schedule.position(self.step);
         // For people and in their files, passes over the data count from 1.
         let epoch = epoch + 1;
         self.step = report.step;
-        self.control.after_step(index, self.schedule.steps_per_epoch, &report.sums, report.gradient_norm);
+        self.control = report.control;
         self.epoch.step(&report);
         self.last_report = Some(report);
-        self.parts.records.step(&report, epoch, self.members.len() as u32)?;
+        self.parts.records.step(&report, epoch, self.members().len() as u32)?;
         self.parts.metrics.step(&report);
         self.parts.losses.step(report.step, report.sums.mean_loss());
         self.parts.screen.step(&report);
@@ -68,20 +69,25 @@ impl Run {
     }
 
     /// Takes in an evaluation the first time it is reported.
-    pub(super) fn evaluated(&mut self, step: u64, sums: &StepSums) -> Result<(), Problem> {
+    pub(super) fn evaluated(
+        &mut self,
+        step: u64,
+        sums: &StepSums,
+        control: ControlState,
+    ) -> Result<(), Problem> {
         if step != self.step || self.evaluated_at == Some(step) {
             return Ok(());
         }
         (self.evaluated_at, self.validation) = (Some(step), Some(*sums));
         if self.schedule.ends_epoch(step) {
             reach(Point::EpochEnd, step);
-            self.control.after_epoch(sums);
         }
+        self.control = control;
         let train_loss = self.control.epoch.mean_loss();
         let validation = (sums.weight > 0).then_some(sums);
         let (loss, accuracy) = (validation.map(StepSums::mean_loss), validation.map(StepSums::accuracy));
         let (seconds, communication) = (self.epoch.seconds(), self.epoch.communication());
-        let (workers, samples_per_second) = (self.members.len(), self.epoch.rows() as f64 / seconds);
+        let (workers, samples_per_second) = (self.members().len(), self.epoch.rows() as f64 / seconds);
         let (learning_rate, gradient_norm) = self
             .last_report
             .map_or((f64::NAN, f64::NAN), |report| (report.learning_rate, report.gradient_norm));

@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use failpoints::{Point, reach};
 use protocol::problem::Problem;
@@ -179,28 +179,38 @@ pub(super) struct LineFile {
 #[derive(Debug, Clone)]
 pub(crate) struct LineSync {
     path: PathBuf,
-    file: Arc<File>,
+    /// The one that has the name now: whoever waits for lines waits for those of the file that replaced another.
+    file: Arc<Mutex<Arc<File>>>,
 }
 
 impl LineSync {
     /// Opens a file for appending, creating it if need be.
     pub(crate) fn open(path: &Path) -> Result<Self, Problem> {
-        let file = OpenOptions::new().append(true).create(true).open(path);
-        let file = file.map_err(|error| io_problem("open", path, &error))?;
-        Ok(Self { path: path.to_owned(), file: Arc::new(file) })
+        let file = Arc::new(Mutex::new(Arc::new(open_lines(path)?)));
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    fn file(&self) -> Arc<File> {
+        self.file.lock().expect("no holder of this lock can panic").clone()
     }
 
     /// Waits until all lines that were appended before are on the disk.
     pub(crate) fn sync(&self) -> Result<(), Problem> {
         let failed = |error| io_problem("sync", &self.path, &error);
-        self.file.sync_data().map_err(failed)?;
-        let metadata = self.file.metadata().map_err(failed)?;
+        let file = self.file();
+        file.sync_data().map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
         if metadata.is_file() && metadata.nlink() == 0 {
             return Err(Problem::failed(format!("{} was deleted while it was written", self.path.display()))
                 .hint("nothing of the run is left there: start it again"));
         }
         Ok(())
     }
+}
+
+fn open_lines(path: &Path) -> Result<File, Problem> {
+    let file = OpenOptions::new().append(true).create(true).open(path);
+    file.map_err(|error| io_problem("open", path, &error))
 }
 
 impl LineFile {
@@ -212,13 +222,27 @@ impl LineFile {
         Ok(lines)
     }
 
+    /// All lines.
+    pub(super) fn content(&self) -> Result<Vec<u8>, Problem> {
+        Ok(read_if_there(&self.disk.path)?.unwrap_or_default())
+    }
+
+    /// Replaces all lines by `content`, which has whole lines.
+    pub(super) fn replace(&mut self, content: &[u8]) -> Result<(), Problem> {
+        write_atomic(&self.disk.path, content)?;
+        let file = Arc::new(open_lines(&self.disk.path)?);
+        *self.disk.file.lock().expect("no holder of this lock can panic") = file;
+        (self.length, self.torn) = (content.len() as u64, false);
+        Ok(())
+    }
+
     /// Appends one line in one write.
     pub(super) fn append(&mut self, mut line: String) -> Result<(), Problem> {
         assert!(!line.contains('\n'), "a record is one line");
         line.push('\n');
         self.cut()?;
         self.torn = true;
-        let written = (&*self.disk.file).write_all(line.as_bytes());
+        let written = (&*self.disk.file()).write_all(line.as_bytes());
         written.map_err(|error| io_problem("write", &self.disk.path, &error))?;
         self.torn = false;
         self.length += line.len() as u64;
@@ -232,7 +256,7 @@ impl LineFile {
 
     fn cut(&mut self) -> Result<(), Problem> {
         if self.torn {
-            let cut = self.disk.file.set_len(self.length);
+            let cut = self.disk.file().set_len(self.length);
             cut.map_err(|error| io_problem("write", &self.disk.path, &error))?;
             self.torn = false;
         }

@@ -170,6 +170,10 @@ pub struct Replay {
     pub last_generation: Generation,
     /// What its bits depended on; `None` before it and where that was not recorded.
     pub bits: Option<String>,
+    /// First and one past the last shard of each of its members, by rank; none once the run has ended.
+    pub places: Vec<[u32; 2]>,
+    /// What workers of this and older generations hold is not what the run goes on from.
+    pub fence: Generation,
     /// What each step used, by steps done. Rewound steps are gone.
     pub ledger: BTreeMap<u64, LedgerLine>,
     /// Each evaluation, by steps done. Rewound ones are gone.
@@ -254,8 +258,9 @@ impl Replay {
                 self.coordinator_epoch = coordinator_epoch;
                 self.run_id = Some(run_id);
             }
-            Record::Generation { generation, bits, .. } => {
+            Record::Generation { generation, bits, members, .. } => {
                 (self.last_generation, self.bits) = (generation, bits);
+                self.places = members.iter().map(|member| member.shards).collect();
             }
             Record::Step { step, rows, row_hash } => {
                 self.ledger.insert(step, LedgerLine { rows, row_hash });
@@ -271,12 +276,17 @@ impl Replay {
                 self.learning_rates.retain(|&step, _| step <= to_step);
                 self.last_checkpoint = (to_step > 0).then_some(to_step);
                 self.finished = None;
+                self.fence = self.last_generation;
             }
             Record::LearningRate { step, learning_rate } => {
                 self.learning_rates.insert(step, learning_rate.parse().unwrap_or(f64::NAN));
+                self.fence = self.last_generation;
             }
             Record::Event { text } => self.events.push((self.last_step(), text)),
-            Record::Finish { step, outcome } => self.finished = Some((step, outcome)),
+            Record::Finish { step, outcome } => {
+                self.finished = Some((step, outcome));
+                self.places.clear();
+            }
         }
     }
 
@@ -432,6 +442,34 @@ mod tests {
         let (mut journal, _) = Journal::open(&path).unwrap();
         journal.append(&step(2)).unwrap();
         assert_eq!(Replay::read(&path).unwrap().finished, None);
+    }
+
+    #[test]
+    fn workers_of_a_run_that_was_cut_off_may_still_be_there() {
+        let generation = |generation| Record::Generation {
+            generation,
+            members: vec![
+                MemberLine { name: "a".to_owned(), shards: [0, 5] },
+                MemberLine { name: "b".to_owned(), shards: [5, 8] },
+            ],
+            reason: String::new(),
+            bits: None,
+        };
+        let rate = Record::LearningRate { step: 1, learning_rate: "0.5".to_owned() };
+        let finish = Record::Finish { step: 2, outcome: "done".to_owned() };
+        let places: &[[u32; 2]] = &[[0, 5], [5, 8]];
+        let cases = [
+            (vec![generation(4), step(1)], places, 0),
+            (vec![generation(4), step(1), start(2)], places, 0),
+            (vec![generation(4), step(1), start(2), Record::Rewind { to_step: 0 }, generation(5)], places, 4),
+            (vec![generation(4), step(1), rate, generation(5), step(2)], places, 4),
+            (vec![generation(4), step(1), step(2), finish], &[], 0),
+        ];
+        for (records, places, fence) in cases {
+            let (_dir, path) = written(&records);
+            let replay = Replay::read(&path).unwrap();
+            assert_eq!((&replay.places[..], replay.fence), (places, fence), "{records:?}");
+        }
     }
 
     #[test]

@@ -179,9 +179,25 @@ impl MetricsLog {
         Ok(Self { lines, last })
     }
 
+    /// Drops all lines after `step` steps.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
+    pub fn rewind(&mut self, step: u64) -> Result<(), Problem> {
+        let (kept, last) = kept_lines(&self.lines.content()?, step);
+        self.lines.replace(&kept)?;
+        self.last = last;
+        Ok(())
+    }
+
     /// The last step that has a line; 0 if none has.
     pub fn last_step(&self) -> u64 {
         self.last.step
+    }
+
+    /// The last step after which an epoch has a line; 0 if none has.
+    pub fn last_epoch(&self) -> u64 {
+        self.last.epoch
     }
 
     /// Appends a line. One for a step or epoch that has a line already is left out, and false is returned.
@@ -324,6 +340,19 @@ mod tests {
             assert_eq!(read(&path).unwrap(), story(), "resumed at {resumed}");
             assert_eq!(names_in(dir.path()).unwrap(), ["metrics.jsonl"]);
         }
+    }
+
+    #[test]
+    fn whoever_waits_for_lines_waits_for_those_after_a_rewind() {
+        let (_dir, path, mut log) = written();
+        let on_disk = log.on_disk();
+        log.rewind(2).unwrap();
+        assert_eq!((read(&path).unwrap(), log.last_step()), (story()[..4].to_vec(), 2));
+        for line in &story()[4..] {
+            assert!(log.append(line).unwrap());
+        }
+        assert_eq!(read(&path).unwrap(), story());
+        on_disk.sync().unwrap();
     }
 
     #[test]

@@ -116,6 +116,7 @@ impl JobFile {
             ("sample_chars", self.run.sample_chars, 10_000),
             ("workers", self.fleet.workers, WORKER_LIMIT as u32),
             ("threads", self.fleet.threads, MOST_THREADS as u32),
+            ("park_timeout_seconds", self.fleet.park_timeout_seconds, 604_800),
         ];
         let of_layers = of_layers.map(|(key, value)| (key, value, 16_384));
         for (key, value, most) in limits.into_iter().chain(of_layers) {

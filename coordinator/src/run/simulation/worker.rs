@@ -169,6 +169,8 @@ impl Worker {
             data_port: me.life as u16,
             advertise: None,
             metrics: None,
+            incarnation: me.node.number() << 32 | u64::from(me.life),
+            held: None,
         }));
         worker.wake(SIGN_OF_LIFE_INTERVAL, Timer::SignOfLife);
         let out = worker.taken();
@@ -572,7 +574,7 @@ impl Worker {
         }
         let (generation, schedule) = (training.form.generation, self.job.schedule);
         let (sums, gradient_norm) = replica.take_step(schedule, parts);
-        let step = replica.step;
+        let (step, control) = (replica.step, replica.control);
         if schedule.evaluates_after(step) {
             training.evaluation = schedule.evaluation(step).collect();
         }
@@ -583,6 +585,7 @@ impl Worker {
             sums,
             gradient_norm,
             learning_rate: self.job.file.job.learning_rate,
+            control,
             seconds: PhaseSeconds { data: 0.0, compute: 0.03, reduce: 0.01, update: 0.01 },
         }));
         if !schedule.evaluates_after(step) {
@@ -606,9 +609,9 @@ impl Worker {
             }
         }
         let sums = replica.take_evaluation(self.job.schedule, &batches);
-        let step = replica.step;
+        let (step, control) = (replica.step, replica.control);
         self.out.push(Output::Advanced(generation, replica.clone()));
-        self.tell(ToCoordinator::Evaluation { generation, step, sums });
+        self.tell(ToCoordinator::Evaluation { generation, step, sums, control });
         self.after_step();
         self.next();
     }
