@@ -46,7 +46,7 @@ pub struct Limits {
 const MOST_HELD: usize = 128;
 
 /// Registers of a thread besides the weights that it holds; estimated, and checked by the table of resources.
-const OTHER_REGISTERS: usize = 64;
+const OTHER_REGISTERS: usize = 96;
 
 /// Units of a cube where a launch does one step.
 const STEP_UNITS: usize = 64;

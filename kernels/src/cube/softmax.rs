@@ -81,7 +81,7 @@ fn cross_entropy_kernel(
                 found.store(1.0);
             }
             let e = exp(x - max);
-            sum.store(sum.read() + e);
+            sum.store(fma(e, 1.0, sum.read()));
             if comptime!(backward) {
                 if is_target {
                     logits[start + j] = e;
@@ -105,8 +105,9 @@ fn cross_entropy_kernel(
         for round in 0..rounds {
             let j = round * LANES + unit;
             if j < classes && is_target {
-                let p = logits[start + j] * inverse;
-                let gradient = select(j == class, p - 1.0, p);
+                // Fused, and not left to a compiler's choice.
+                let e = logits[start + j];
+                let gradient = select(j == class, fma(e, inverse, -1.0), e * inverse);
                 logits[start + j] = select(has_target, gradient, 0.0);
             }
         }
