@@ -14,7 +14,7 @@ use protocol::schedule::Schedule;
 pub(crate) const LOCAL_RANK: &str = "LOCKSTEP_LOCAL_RANK";
 
 /// Where the number of this process among those of its machine is looked for.
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(feature = "cuda", feature = "wgpu", test))]
 const LOCAL_RANKS: [&str; 2] = [LOCAL_RANK, "SLURM_LOCALID"];
 
 /// Which device computes.
@@ -28,10 +28,14 @@ pub(crate) struct DeviceArg {
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wanted {
+pub(crate) enum Wanted {
+    /// What is there.
     Auto,
+    /// The CPU.
     Cpu,
+    /// A GPU through CUDA.
     Cuda(Option<usize>),
+    /// Anything through Vulkan.
     Wgpu(Option<usize>),
 }
 
@@ -96,7 +100,8 @@ pub(crate) fn open<B: Backend>(
     Ok((device, parameters))
 }
 
-fn wanted(word: &str) -> Result<Wanted, Problem> {
+/// What a word means.
+pub(crate) fn wanted(word: &str) -> Result<Wanted, Problem> {
     let unknown = || {
         Problem::usage(format!(
             "--device: unknown device '{word}', expected auto, cpu, cuda, cuda:N, wgpu or wgpu:N"
@@ -131,14 +136,15 @@ fn cuda(word: &str, number: Option<usize>) -> Result<Chosen, Problem> {
     Err(not_built(word, "backend for CUDA"))
 }
 
-fn not_built(word: &str, feature: &str) -> Problem {
+/// A build that lacks a feature.
+pub(crate) fn not_built(word: &str, feature: &str) -> Problem {
     Problem::usage(format!("--device {word}: this build has no {feature}"))
         .hint(format!("build it with cargo build --release --features {feature}"))
 }
 
 /// Which of so many devices of one kind.
-#[cfg(any(feature = "cuda", test))]
-fn ordinal(word: &str, number: Option<usize>, count: usize) -> Result<usize, Problem> {
+#[cfg(any(feature = "cuda", feature = "wgpu", test))]
+pub(crate) fn ordinal(word: &str, number: Option<usize>, count: usize) -> Result<usize, Problem> {
     match number {
         Some(number) if number < count => Ok(number),
         Some(_) => Err(Problem::usage(format!(
@@ -154,7 +160,7 @@ fn ordinal(word: &str, number: Option<usize>, count: usize) -> Result<usize, Pro
 }
 
 /// The number of this process among those of its machine; 0 where nobody says.
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(feature = "cuda", feature = "wgpu", test))]
 fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, Problem> {
     let said = LOCAL_RANKS.iter().find_map(|name| Some((name, variable(name)?)));
     said.map_or(Ok(0), |(name, text)| {

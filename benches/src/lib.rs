@@ -5,6 +5,7 @@
 //! | [`roofline`] | what the machine can do at most: multiply-adds in registers, a large product beside them, memory |
 //! | [`step`] | whole training steps of real workers |
 //! | [`kernel_rates`] | each kernel alone |
+//! | `device_rates` | with the features cuda and wgpu: the same on a GPU |
 //! | [`fleet`] | real workers in this process, with batches from memory |
 //! | [`trainer`] | the calls of the step loop on one device, without a worker around it |
 //! | [`workload`] | a preset with random batches of the right shape, and its count of operations |
@@ -19,6 +20,10 @@
 //! ratios of pairs that ran one after the other.
 #![forbid(unsafe_code)]
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod device_kernels;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod device_rates;
 pub mod fleet;
 pub mod kernel_rates;
 pub mod roofline;

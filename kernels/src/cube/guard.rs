@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::panic::{set_hook, take_hook};
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 /// Threads of cubecl's devices are named so.
 const DEVICE_THREAD: &str = "DSD-";
@@ -12,18 +12,43 @@ const DEVICE_THREAD: &str = "DSD-";
 pub fn abort_on_device_panic() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
-        let before = take_hook();
-        set_hook(Box::new(move |info| {
-            before(info);
-            let thread = std::thread::current();
-            let name = thread.name().unwrap_or_default();
-            if name.starts_with(DEVICE_THREAD) {
-                // Not by a macro: the test harness keeps what those print of tests that do not end.
-                let _ = writeln!(std::io::stderr(), "the device's thread {name} panicked: {info}");
-                std::process::abort();
-            }
-        }));
+        on_device_panic(|sentence| {
+            // Not by a macro: the test harness keeps what those print of tests that do not end.
+            let _ = writeln!(std::io::stderr(), "{sentence}");
+            std::process::abort();
+        });
     });
+}
+
+/// From now on the first panic on a device's thread is kept for [`device_panic`] instead of printed.
+pub fn keep_device_panic() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        on_device_panic(|sentence| {
+            let _ = FIRST.set(sentence);
+        });
+    });
+}
+
+/// What [`keep_device_panic`] has kept: after this no result of a device is to be believed. To be asked after each
+/// synchronisation; the panic of a launch comes before what waits for it.
+pub fn device_panic() -> Option<&'static str> {
+    FIRST.get().map(String::as_str)
+}
+
+static FIRST: OnceLock<String> = OnceLock::new();
+
+fn on_device_panic(act: impl Fn(String) + Send + Sync + 'static) {
+    let before = take_hook();
+    set_hook(Box::new(move |info| {
+        let thread = std::thread::current();
+        match thread.name() {
+            Some(name) if name.starts_with(DEVICE_THREAD) => {
+                act(format!("the device's thread {name} panicked: {info}"));
+            }
+            _ => before(info),
+        }
+    }));
 }
 
 #[cfg(all(test, feature = "wgpu"))]
@@ -70,16 +95,22 @@ mod tests {
     #[test]
     fn a_kernel_that_cannot_be_made_ends_the_process() {
         if let Ok(what) = std::env::var(CHILD) {
-            if what == "guarded" {
-                abort_on_device_panic();
+            match &what[..] {
+                "aborting" => abort_on_device_panic(),
+                "keeping" => keep_device_panic(),
+                _ => {}
             }
-            println!("went on with {}", launch_broken());
+            println!("went on with {}, {:?}", launch_broken(), device_panic());
             return;
         }
         let unguarded = child("unguarded");
         let out = String::from_utf8_lossy(&unguarded.stdout);
-        assert!(unguarded.status.success() && out.contains("went on with -1"), "{unguarded:?}");
-        let guarded = child("guarded");
+        assert!(unguarded.status.success() && out.contains("went on with -1, None"), "{unguarded:?}");
+        let keeping = child("keeping");
+        let out = String::from_utf8_lossy(&keeping.stdout);
+        let kept = "went on with -1, Some(\"the device's thread DSD-";
+        assert!(keeping.status.success() && out.contains(kept), "{keeping:?}");
+        let guarded = child("aborting");
         let out = String::from_utf8_lossy(&guarded.stdout);
         let errors = String::from_utf8_lossy(&guarded.stderr);
         assert_eq!(guarded.status.signal(), Some(ABORTED), "{guarded:?}");

@@ -17,6 +17,7 @@
 //! | [`shards`], [`elements`] | what happens to gradients |
 //! | [`roofline`] | what a device can do at most |
 //! | [`guard`] | a kernel that cannot be made ends the process |
+//! | `vulkan` | with feature `wgpu`: the devices that wgpu finds |
 //! | `source` | with feature `cuda`: the CUDA C++ of every launch, without a GPU |
 #![allow(missing_docs, unreachable_pub)] // of what #[cube] generates
 #![allow(clippy::manual_div_ceil, clippy::collapsible_if)] // the language of kernels knows neither `div_ceil` nor chains
@@ -36,6 +37,8 @@ pub mod shards;
 pub mod softmax;
 #[cfg(feature = "cuda")]
 pub mod source;
+#[cfg(feature = "wgpu")]
+pub mod vulkan;
 
 #[cfg(all(test, feature = "wgpu"))]
 mod parity;
