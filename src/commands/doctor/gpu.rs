@@ -1,4 +1,5 @@
-//! What there is of NVIDIA's: driver, devices, libraries. Only files are looked at; nothing is loaded.
+//! What there is of NVIDIA's: driver, devices, libraries. A build without CUDA only looks at files; one with it loads the
+//! libraries and asks them, as a worker would.
 
 use std::fs::{read_dir, read_to_string};
 use std::path::{Path, PathBuf};
@@ -31,14 +32,69 @@ pub(super) fn checks() -> Vec<Check> {
     folders.extend(configured_folders(Path::new("/etc/ld.so.conf.d")));
     folders.extend(STANDARD_FOLDERS.map(PathBuf::from));
 
-    let mut checks = vec![
-        Check::ok("gpu", "not used: this build computes on the CPU"),
-        driver(Path::new(DRIVER)),
-        devices(Path::new(DRIVER)),
-    ];
-    checks.extend(["libcuda", "libnvrtc", "libnccl"].map(|name| library(name, &folders)));
-    checks.push(headers(&toolkits));
+    let mut checks = loaded::checks();
+    // What was loaded needs no search for its file.
+    let files = vec![driver(Path::new(DRIVER)), devices(Path::new(DRIVER))];
+    let files =
+        files.into_iter().chain(["libcuda", "libnvrtc", "libnccl"].map(|name| library(name, &folders)));
+    for check in files.chain([headers(&toolkits)]) {
+        if !checks.iter().any(|known| known.name == check.name) {
+            checks.push(check);
+        }
+    }
     checks
+}
+
+/// What this build would use of it.
+#[cfg(not(feature = "cuda"))]
+mod loaded {
+    use super::super::Check;
+
+    pub(super) fn checks() -> Vec<Check> {
+        vec![Check::ok("gpu", "not used: this build computes on the CPU")]
+    }
+}
+
+/// What this build would use of it, as the libraries themselves say.
+#[cfg(feature = "cuda")]
+mod loaded {
+    use kernels::cuda::{Cuda, CudaGpu, devices, headers, nvrtc_version};
+    use kernels::nccl::{Library, NcclLibrary};
+
+    use super::super::{Check, bytes};
+
+    pub(super) fn checks() -> Vec<Check> {
+        let mut checks = vec![match Cuda::look() {
+            Ok(cuda) => Check::ok("gpu", format!("CUDA can be used: {}", cuda.bits(0))),
+            Err(missing) => Check::note("gpu", format!("not used: {missing}")).hint(missing.hint()),
+        }];
+        if let Ok(devices) = devices() {
+            let shown: Vec<String> =
+                devices.iter().zip(0..).map(|(gpu, ordinal)| device(ordinal, gpu)).collect();
+            checks.push(Check::ok("gpu devices", shown.join("; ")));
+        }
+        checks.push(match nvrtc_version() {
+            Some((major, minor)) => Check::ok("libnvrtc", format!("NVRTC {major}.{minor}")),
+            None => Check::note("libnvrtc", "cannot be loaded")
+                .hint("install the CUDA toolkit, and name its lib64 in LD_LIBRARY_PATH"),
+        });
+        checks.push(match headers() {
+            Ok(folder) => Check::ok("cuda headers", folder.display().to_string()),
+            Err(missing) => Check::note("cuda headers", missing.to_string()).hint(missing.hint()),
+        });
+        checks.push(match Library::load() {
+            Ok(nccl) => Check::ok("libnccl", format!("NCCL {} in {}", nccl.version(), nccl.path())),
+            Err(error) => Check::note("libnccl", error.to_string()).hint(
+                "without it gradients travel between GPUs through the host's memory: the same bits, slower",
+            ),
+        });
+        checks
+    }
+
+    fn device(ordinal: usize, gpu: &CudaGpu) -> String {
+        let CudaGpu { name, memory_bytes, capability: (major, minor), .. } = gpu;
+        format!("cuda:{ordinal} {name}, {}, compute capability {major}.{minor}", bytes(*memory_bytes))
+    }
 }
 
 fn driver(folder: &Path) -> Check {
