@@ -4,6 +4,8 @@ use clap::Args;
 use coordinator::store::state::StateImage;
 use kernels::Simd;
 use model::cpu::CpuBackend;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use model::cube::CubeBackend;
 use model::device::{Backend, Device, DeviceError};
 use protocol::batch::DataShape;
 use protocol::job::JobSpec;
@@ -44,6 +46,12 @@ pub(crate) enum Wanted {
 pub(crate) enum Chosen {
     /// The CPU.
     Cpu,
+    /// A CUDA device by its number, and the word for its bits.
+    #[cfg(feature = "cuda")]
+    Cuda(usize, &'static str),
+    /// A device of wgpu's by its number.
+    #[cfg(feature = "wgpu")]
+    Wgpu(usize),
 }
 
 /// Something to be done with a backend, whichever it is.
@@ -62,9 +70,10 @@ impl DeviceArg {
     /// The device that was asked for, if it is there.
     pub(crate) fn resolve(&self) -> Result<Chosen, Problem> {
         match wanted(&self.device)? {
-            Wanted::Auto | Wanted::Cpu => Ok(Chosen::Cpu),
+            Wanted::Auto => Ok(cuda(&self.device, None).unwrap_or(Chosen::Cpu)),
+            Wanted::Cpu => Ok(Chosen::Cpu),
             Wanted::Cuda(number) => cuda(&self.device, number),
-            Wanted::Wgpu(_) => Err(not_built(&self.device, "wgpu")),
+            Wanted::Wgpu(number) => wgpu(&self.device, number),
         }
     }
 
@@ -79,6 +88,10 @@ impl Chosen {
     pub(crate) fn run<W: WithBackend>(self, simd: Simd, threads: usize, work: W) -> W::Output {
         match self {
             Self::Cpu => work.with(CpuBackend::new(simd, threads)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(number, name) => work.with(CubeBackend::cuda(number, name.to_owned())),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu(number) => work.with(CubeBackend::wgpu(&kernels::cube::vulkan::devices()[number])),
         }
     }
 }
@@ -132,11 +145,27 @@ fn cuda(word: &str, _: Option<usize>) -> Result<Chosen, Problem> {
 fn cuda(word: &str, number: Option<usize>) -> Result<Chosen, Problem> {
     let cuda = kernels::cuda::Cuda::look()
         .map_err(|missing| Problem::usage(format!("--device {word}: {missing}")).hint(missing.hint()))?;
-    ordinal(word, number, cuda.devices.len())?;
-    Err(not_built(word, "backend for CUDA"))
+    let number = ordinal(word, number, cuda.devices.len())?;
+    // Once in a process, which has one device.
+    Ok(Chosen::Cuda(number, cuda.bits(number).leak()))
 }
 
-/// A build that lacks a feature.
+#[cfg(not(feature = "wgpu"))]
+fn wgpu(word: &str, _: Option<usize>) -> Result<Chosen, Problem> {
+    Err(not_built(word, "wgpu"))
+}
+
+#[cfg(feature = "wgpu")]
+fn wgpu(word: &str, number: Option<usize>) -> Result<Chosen, Problem> {
+    let devices = kernels::cube::vulkan::devices();
+    if devices.is_empty() {
+        return Err(Problem::usage(format!("--device {word}: there is no device that wgpu could use"))
+            .hint("install a Vulkan driver, such as mesa-vulkan-drivers for the CPU"));
+    }
+    Ok(Chosen::Wgpu(ordinal(word, number, devices.len())?))
+}
+
+#[cfg(not(all(feature = "cuda", feature = "wgpu")))]
 pub(crate) fn not_built(word: &str, feature: &str) -> Problem {
     Problem::usage(format!("--device {word}: this build has no {feature}"))
         .hint(format!("build it with cargo build --release --features {feature}"))

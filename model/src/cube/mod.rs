@@ -93,12 +93,11 @@ impl CubeBackend<cubecl::cuda::CudaRuntime> {
 
 #[cfg(feature = "wgpu")]
 impl CubeBackend<cubecl::wgpu::WgpuRuntime> {
-    /// A backend for the discrete GPU at this position; `None` for the one that wgpu finds best, a CPU if there is no GPU.
-    pub fn wgpu(number: Option<usize>) -> Self {
-        use cubecl::wgpu::WgpuDevice;
-        let device = number.map_or(WgpuDevice::DefaultDevice, WgpuDevice::DiscreteGpu);
-        let name = format!("wgpu ({})", number.map_or("best".to_owned(), |number| format!("GPU {number}")));
-        Self::new(device, name)
+    /// A backend for a device of wgpu's. To be called once for each device in a process.
+    pub fn wgpu(device: &cubecl::wgpu::WgpuDevice) -> Self {
+        use cubecl::wgpu::{AutoGraphicsApi, init_setup};
+        let info = init_setup::<AutoGraphicsApi>(device, Default::default()).adapter.get_info();
+        Self::new(device.clone(), format!("wgpu {}, {} {}", info.name, info.driver, info.driver_info))
     }
 }
 
