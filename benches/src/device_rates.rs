@@ -136,7 +136,7 @@ fn seconds<R: Runtime>(client: &ComputeClient<R>, mut call: impl FnMut()) -> Res
         let started = Instant::now();
         (0..calls).for_each(|_| call());
         synchronize(client)?;
-        Ok(started.elapsed())
+        Ok::<Duration, Problem>(started.elapsed())
     };
     // The first call compiles the kernel.
     burst(1)?;
