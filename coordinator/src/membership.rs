@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use protocol::message::{Generation, Member, WorkerId};
 use protocol::problem::Problem;
-use protocol::slots::shards_of_rank;
 
+use self::gathering::{form, gathered};
 use crate::stage::Stage;
 
 /// Gathering takes this long before it is worth a word to the user.
@@ -54,7 +54,7 @@ pub struct Membership {
     shards: u32,
     /// All that are connected, in the order in which they came.
     workers: BTreeMap<WorkerId, Candidate>,
-    /// The states of workers that rest.
+    /// The states of workers that rest, members or not.
     states: BTreeMap<WorkerId, Stage>,
     /// The members of the last generation that are still connected, by rank.
     members: Vec<WorkerId>,
@@ -164,6 +164,8 @@ pub enum Event {
         /// Why, if nobody asked for it.
         broken: Option<String>,
     },
+    /// A worker that is no member has left the generation in which it worked when it came back, and rests.
+    Rests(WorkerId, Stage),
     /// All members have stopped for good, or the run is being given up.
     Ending,
     /// Time has passed.
@@ -306,6 +308,12 @@ pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
             next.states.extend(state.map(|stage| (id, stage)));
             stopped(next, now, id, broken)
         }
+        Event::Rests(id, stage) => {
+            if next.workers.contains_key(&id) && !next.members.contains(&id) {
+                next.states.insert(id, stage);
+            }
+            (next, vec![], format!("worker {id} rests, and holds the state after {} steps", stage.step))
+        }
         Event::Ending => {
             next.enter(Phase::Ending, now);
             (next, vec![], "the run is ending".into())
@@ -332,6 +340,9 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
     }
     let name = candidate.name.clone();
     next.workers.insert(id, candidate);
+    if let Holds::State(stage) = holds {
+        next.states.insert(id, stage);
+    }
     if let Phase::Gathering(returned) = &mut next.phase {
         let mut actions = vec![Action::Welcome(id)];
         match holds {
@@ -341,10 +352,7 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
                 next.members = returned.places.values().copied().collect();
                 actions.push(Action::Feed(id));
             }
-            Holds::State(stage) => {
-                returned.since.get_or_insert(now);
-                next.states.insert(id, stage);
-            }
+            Holds::State(_) => drop(returned.since.get_or_insert(now)),
             Holds::Place(_) | Holds::Nothing => {}
         }
         return gathered(next, now, actions);
@@ -500,120 +508,8 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
     }
 }
 
-/// Goes on in the last generation if all its members are back. Else forms one if there are enough workers: as many as
-/// the run was to begin with, and as many as the last generation had while others of it may still come back; after that,
-/// any that hold the run's state, or, once it has begun and some more time has passed, any at all.
-fn gathered(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
-    let Phase::Gathering(returned) = &next.phase else {
-        return (next, actions, String::new());
-    };
-    let here = next.workers.len() as u32;
-    if next.world_size > 0 && returned.places.len() as u32 == next.world_size {
-        return adopt(next, now, actions);
-    }
-    let may_come = |since: Duration| now < since + RETURN_LIMIT;
-    let others_may_come = may_come(next.since) || returned.since.is_some_and(may_come);
-    let wanted = if others_may_come { next.expected.max(next.world_size) } else { next.expected };
-    let is_enough = here >= wanted
-        || (returned.since.is_some()
-            && !others_may_come
-            && !(next.states.is_empty() && next.members.is_empty()))
-        || (next.has_begun && here > 0 && now >= next.since + GATHER_LIMIT);
-    if !is_enough {
-        let reason = match actions.is_empty() {
-            true => String::new(),
-            false => format!("{here} of {wanted} workers are here"),
-        };
-        return (next, actions, reason);
-    }
-    if next.members.is_empty() {
-        return form(next, now, actions);
-    }
-    let (back, of) = (next.members.len(), next.world_size);
-    let why = format!("{back} of {of} workers of generation {} are back", next.generation);
-    let at_work = next.members.clone();
-    actions.push(Action::Abort(next.generation, at_work.clone()));
-    next.enter(Phase::Stopping { at_work, why, is_blameless: false, aborted: Some(now) }, now);
-    rest(next, now, actions)
-}
-
-/// All members of the last generation are back, and have never left each other.
-fn adopt(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
-    let Phase::Gathering(returned) = &next.phase else { return (next, actions, String::new()) };
-    let waiting = next.members.iter().copied().filter(|id| !returned.connected.contains(id)).collect();
-    let (who, goes) = match next.world_size {
-        1 => ("its worker is back".to_owned(), "goes"),
-        all => (format!("all {all} workers are back"), "go"),
-    };
-    let reason = format!("generation {}: {who} and {goes} on", next.generation);
-    actions.push(Action::Adopt(next.generation, next.members.clone()));
-    next.states.clear();
-    next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
-    (next.has_begun, next.formed_from) = (true, None);
-    next.enter(Phase::Formed { waiting }, now);
-    (next, actions, reason)
-}
-
-/// Gives workers contiguous ranges of shards: first the members that are left, in their order, so that little moves, then
-/// those that have come since. The rest stand by.
-fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>) -> Decision {
-    next.generation += 1;
-    let mut ids = next.members.clone();
-    ids.extend(next.others());
-    let surplus = ids.split_off(ids.len().min(next.shards as usize));
-    let world_size = ids.len() as u32;
-    let member = |(&id, rank): (&WorkerId, u32)| {
-        let worker = &next.workers[&id];
-        Member {
-            worker_id: id,
-            name: worker.name.clone(),
-            address: worker.address.clone(),
-            shards: shards_of_rank(next.shards, world_size, rank),
-        }
-    };
-    let members = ids.iter().zip(0..).map(member).collect();
-    actions.extend(surplus.iter().map(|&id| Action::StandBy(id)));
-    if !surplus.is_empty() {
-        actions.push(Action::Notice(format!(
-            "{} of {} workers stand by: there are only {} shards (hint: --shards {})",
-            surplus.len(),
-            next.workers.len(),
-            next.shards,
-            next.workers.len()
-        )));
-    }
-    let source = source(&next, &ids);
-    next.world_size = world_size;
-    // Whatever is computed from now on is gone on with by the same bits only.
-    next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
-    let goes_back = source == Source::Disk && next.has_begun;
-    next.has_begun = true;
-    next.formed_from = match source {
-        Source::Disk => None,
-        Source::Kept(stage) | Source::Member(_, stage) => Some(stage),
-    };
-    actions.push(Action::Form(next.generation, members, source));
-    let who = if world_size == 1 { "1 worker has".to_owned() } else { format!("{world_size} workers share") };
-    let back = if goes_back { ", going back to what is on the disk" } else { "" };
-    let reason = format!("generation {}: {who} {} shards{back}", next.generation, next.shards);
-    next.states.clear();
-    next.members = ids.clone();
-    next.enter(Phase::Formed { waiting: ids }, now);
-    (next, actions, reason)
-}
-
-/// Where these members get the most advanced state.
-fn source(state: &Membership, members: &[WorkerId]) -> Source {
-    let stage = |id: &WorkerId| state.states.get(id).copied();
-    let Some(best) = members.iter().filter_map(stage).max() else { return Source::Disk };
-    let holds = |id: &WorkerId| stage(id) == Some(best);
-    match members.iter().position(holds) {
-        Some(rank) if !members.iter().all(holds) => Source::Member(rank as u32, best),
-        _ => Source::Kept(best),
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod broken;
+mod gathering;
 #[cfg(test)]
 mod tests;

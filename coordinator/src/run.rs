@@ -378,6 +378,10 @@ impl Run {
                     }
                 }
             }
+            // It came back when the others had gone on without it.
+            ToCoordinator::Stopped { state: Some(state), .. } if self.can_rejoin(id) => {
+                self.decide(Event::Rests(id, Stage { step: state.step, whole: !state.owes_evaluation }))?;
+            }
             ToCoordinator::Failed { sentence, hint } => {
                 let sentence = format!("worker {}: {sentence}", self.name(id));
                 self.give_up(Problem { hint, ..Problem::failed(sentence) })?;

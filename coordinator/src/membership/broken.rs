@@ -3,7 +3,7 @@
 use super::*;
 
 /// Each with what is wrong about it.
-pub(crate) const ALL: [(&str, Decide); 7] = [
+pub(crate) const ALL: [(&str, Decide); 8] = [
     ("the next generation has the number of the last", reuses_the_number),
     ("a generation forms while members of the last one have not stopped", waits_for_nobody),
     ("the least advanced state is gone on from", goes_on_from_the_least_advanced),
@@ -11,6 +11,7 @@ pub(crate) const ALL: [(&str, Decide); 7] = [
     ("an evaluation that was cut off is forgotten", forgets_the_evaluation),
     ("a member that is gone is waited for", waits_for_the_lost),
     ("a shard belongs to nobody", leaves_out_a_shard),
+    ("who comes back is taken to hold nothing", forgets_who_comes_back),
 ];
 
 /// What is decided with each source of a state changed.
@@ -110,4 +111,12 @@ fn leaves_out_a_shard(now: Duration, state: Membership, event: Event) -> Decisio
         }
     }
     (next, actions, reason)
+}
+
+fn forgets_who_comes_back(now: Duration, state: Membership, event: Event) -> Decision {
+    let event = match event {
+        Event::Joined(id, candidate, _) => Event::Joined(id, candidate, Holds::Nothing),
+        other => other,
+    };
+    membership(now, state, event)
 }

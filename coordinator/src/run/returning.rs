@@ -1,6 +1,6 @@
 //! Workers that have lost a coordinator and come back: what they hold is of use, and how they go on.
 
-use protocol::message::{Generation, Hello, Holding, WorkerId};
+use protocol::message::{Generation, Held, Hello, Holding, WorkerId};
 use protocol::problem::Problem;
 
 use super::Run;
@@ -14,10 +14,7 @@ impl Run {
     /// machine that went down may have lost the last lines of journal and metrics.
     pub(super) fn use_of(&self, hello: &Hello) -> Holds {
         let Some(held) = &hello.held else { return Holds::Nothing };
-        let is_usable = held.run_id == self.parts.records.run_id
-            && self.counts(held.generation)
-            && self.parts.records.last_bits().is_none_or(|bits| bits == hello.bits)
-            && held.reports_from <= self.wholly_on_record() + 1;
+        let is_usable = self.is_usable(held, &hello.bits);
         match &held.holding {
             Holding::Place { rank, shards, .. }
                 if is_usable
@@ -31,6 +28,19 @@ impl Run {
             }
             Holding::Place { .. } | Holding::State(_) => Holds::Nothing,
         }
+    }
+
+    fn is_usable(&self, held: &Held, bits: &str) -> bool {
+        held.run_id == self.parts.records.run_id
+            && self.counts(held.generation)
+            && self.parts.records.last_bits().is_none_or(|recorded| recorded == bits)
+            && held.reports_from <= self.wholly_on_record() + 1
+    }
+
+    /// Whether the run could go on with the state of a worker that is no member and had a place when it came back.
+    pub(super) fn can_rejoin(&self, id: WorkerId) -> bool {
+        let hello = self.workers.get(&id).map(|(_, hello)| hello).filter(|_| !self.members().contains(&id));
+        hello.is_some_and(|hello| hello.held.as_ref().is_some_and(|held| self.is_usable(held, &hello.bits)))
     }
 
     /// Whether what was done in a generation is part of the run as it is now.

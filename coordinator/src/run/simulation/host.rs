@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::super::checkpoints::WrittenCheckpoint;
 use super::super::{Parts, Run, StartState};
-use super::network::{Parcel, Process};
+use super::network::{Parcel, Process, Wire};
 use super::replica::Job;
 use super::worker::host_of;
 use crate::http::Status;
@@ -40,7 +40,8 @@ pub(super) struct Host {
 }
 
 struct Connected {
-    process: Process,
+    /// From here to the worker.
+    wire: Wire,
     queued: UnboundedReceiver<Bytes>,
     heard: Duration,
 }
@@ -93,8 +94,8 @@ impl Host {
     }
 
     /// What has come from a worker.
-    pub(super) fn arrive(&mut self, now: Duration, from: Process, parcel: Parcel) {
-        let id = self.links.iter().find(|(_, link)| link.process == from).map(|(&id, _)| id);
+    pub(super) fn arrive(&mut self, now: Duration, wire: Wire, parcel: Parcel) {
+        let id = self.links.iter().find(|(_, link)| link.wire == wire.back()).map(|(&id, _)| id);
         let arrival = match (id, parcel) {
             (Some(id), Parcel::End) => {
                 self.links.remove(&id);
@@ -110,9 +111,9 @@ impl Host {
             }
             (None, Parcel::Frame(frame)) => match decode(frame) {
                 Ok(Frame::Message(ToCoordinator::Hello(hello))) => {
-                    let (id, (link, queued)) = (self.next_id, Link::new(host_of(from)));
+                    let (id, (link, queued)) = (self.next_id, Link::new(host_of(wire.from)));
                     self.next_id += 1;
-                    self.links.insert(id, Connected { process: from, queued, heard: now });
+                    self.links.insert(id, Connected { wire: wire.back(), queued, heard: now });
                     Arrival::Joined(id, Box::new(hello), link)
                 }
                 _ => return,
@@ -123,13 +124,13 @@ impl Host {
         self.run.handled(result);
     }
 
-    /// Time has passed. Gives the workers whose connections are closed for their silence.
-    pub(super) fn tick(&mut self, now: Duration) -> Vec<Process> {
+    /// Time has passed. Gives the connections that are closed for their silence.
+    pub(super) fn tick(&mut self, now: Duration) -> Vec<Wire> {
         let silent = |(_, link): &(&WorkerId, &Connected)| now >= link.heard + SILENCE_LIMIT;
         let silent: Vec<WorkerId> = self.links.iter().filter(silent).map(|(&id, _)| id).collect();
         let mut closed = Vec::new();
         for id in silent {
-            closed.extend(self.links.remove(&id).map(|link| link.process));
+            closed.extend(self.links.remove(&id).map(|link| link.wire));
             let result = self.run.arrive(Arrival::Left(id, "nothing came from it for 5 s".into()));
             self.run.handled(result);
         }
@@ -165,17 +166,17 @@ impl Host {
         self.run.handled(Ok(()));
     }
 
-    /// What is to be sent, by worker and in order; nothing after [`Parcel::End`].
-    pub(super) fn outgoing(&mut self) -> Vec<(Process, Parcel)> {
+    /// What is to be sent, by connection and in order; nothing after [`Parcel::End`].
+    pub(super) fn outgoing(&mut self) -> Vec<(Wire, Parcel)> {
         let mut outgoing = Vec::new();
         let mut let_go = Vec::new();
         for (&id, link) in &mut self.links {
             loop {
                 match link.queued.try_recv() {
-                    Ok(frame) => outgoing.push((link.process, Parcel::Frame(frame))),
+                    Ok(frame) => outgoing.push((link.wire, Parcel::Frame(frame))),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
-                        outgoing.push((link.process, Parcel::End));
+                        outgoing.push((link.wire, Parcel::End));
                         let_go.push(id);
                         break;
                     }
@@ -195,7 +196,7 @@ impl Host {
     }
 
     /// Says goodbye and ends; gives the last messages and how the run ended.
-    pub(super) async fn end(self) -> (Vec<(Process, Parcel)>, Result<Exit, Problem>) {
+    pub(super) async fn end(self) -> (Vec<(Wire, Parcel)>, Result<Exit, Problem>) {
         let Self { run, mut links, .. } = self;
         // Nobody who is still connected is waited for.
         let (sender, mut arrivals) = unbounded_channel();
@@ -204,9 +205,9 @@ impl Host {
         let mut outgoing = Vec::new();
         for link in links.values_mut() {
             while let Ok(frame) = link.queued.try_recv() {
-                outgoing.push((link.process, Parcel::Frame(frame)));
+                outgoing.push((link.wire, Parcel::Frame(frame)));
             }
-            outgoing.push((link.process, Parcel::End));
+            outgoing.push((link.wire, Parcel::End));
         }
         (outgoing, outcome.result)
     }

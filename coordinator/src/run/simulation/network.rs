@@ -55,13 +55,21 @@ impl Process {
     }
 }
 
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Plane {
+    /// A worker's to its coordinator; counts those that it has opened.
+    Control(u32),
+    /// Between members of a generation.
+    Data(Generation),
+}
+
 /// One direction of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Wire {
     pub(super) from: Process,
     pub(super) to: Process,
-    /// The generation whose data plane it belongs to; none for a control connection.
-    pub(super) generation: Option<Generation>,
+    pub(super) plane: Plane,
 }
 
 impl Wire {

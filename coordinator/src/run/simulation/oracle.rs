@@ -1,14 +1,15 @@
 //! What must hold while a run is under way and in the end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use protocol::message::{Form, Generation};
+use protocol::message::{Form, Generation, StateSource};
 use protocol::schedule::Work;
 use protocol::sums::StepSums;
 
 use super::network::Process;
 use super::replica::{Job, Replica};
+use super::worker::BATCHES_AHEAD;
 use crate::store::checkpoint_dir::CheckpointDir;
 use crate::store::journal::Replay;
 use crate::store::metrics_log::{self, MetricLine};
@@ -48,7 +49,13 @@ impl Expected {
 
     /// Watches the workers of one run.
     pub(super) fn watch(&self) -> Watch<'_> {
-        Watch { expected: self, newest: 0, late_steps: HashMap::new() }
+        Watch {
+            expected: self,
+            newest: 0,
+            formed_by: BTreeMap::new(),
+            from_disk: 0,
+            late_steps: HashMap::new(),
+        }
     }
 
     /// What is wrong with the records of a run that is done.
@@ -94,24 +101,44 @@ pub(super) struct Watch<'a> {
     expected: &'a Expected,
     /// The newest generation that was formed.
     newest: Generation,
+    /// The coordinator of each.
+    formed_by: BTreeMap<Generation, Process>,
+    /// What was done in older ones does not count: the run went on from what the disk had.
+    from_disk: Generation,
     /// Steps that each worker has done of an older one.
     late_steps: HashMap<Process, u32>,
 }
 
 impl Watch<'_> {
-    /// A generation was formed. The most advanced state that a member holds is that after `most` steps.
-    pub(super) fn formed(&mut self, form: &Form, most: Option<u64>) -> Result<(), String> {
-        if form.generation > self.newest {
-            self.newest = form.generation;
-            self.late_steps.clear();
-            if let Some(most) = most.filter(|most| *most != form.step) {
-                return Err(format!(
-                    "a member holds the state after step {most}, and all go on from {}",
-                    form.step
-                ));
-            }
+    /// A generation was formed. Its members hold the states after so many steps, of these generations.
+    pub(super) fn formed(
+        &mut self,
+        by: Process,
+        form: &Form,
+        held: &[(Generation, u64)],
+    ) -> Result<(), String> {
+        self.formed_by.insert(form.generation, by);
+        if form.generation <= self.newest {
+            return Ok(());
         }
-        Ok(())
+        self.newest = form.generation;
+        self.late_steps.clear();
+        let counts = held.iter().filter(|(generation, _)| *generation >= self.from_disk);
+        let most = counts.map(|&(_, step)| step).max();
+        if matches!(form.state, StateSource::Coordinator | StateSource::Initial) {
+            self.from_disk = form.generation;
+        }
+        match most {
+            Some(most) if most != form.step => {
+                Err(format!("a member holds the state after step {most}, and all go on from {}", form.step))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The run has stopped, and its records are in order: who has missed that holds nothing of use.
+    pub(super) fn stopped(&mut self) {
+        self.from_disk = self.newest + 1;
     }
 
     /// A worker has done a step, or the evaluation that belongs to it.
@@ -127,10 +154,12 @@ impl Watch<'_> {
             return Err(format!("{name} has another state than it should after step {step}: {replica:?}"));
         }
         if generation < self.newest {
-            // All that such a step needs may have been on its way when the worker was lost; that is so for one step.
+            // All that such a step needs may have been on its way when the worker was lost; that is so for one step, and its
+            // evaluation. Members that a new coordinator does not know of do all for which they have batches.
+            let is_its_own = self.formed_by.get(&generation) == self.formed_by.get(&self.newest);
             let late = self.late_steps.entry(who).or_default();
             *late += 1;
-            if *late > 2 {
+            if *late > if is_its_own { 2 } else { BATCHES_AHEAD } {
                 return Err(format!(
                     "{name} goes on in generation {generation}, while there is generation {}",
                     self.newest

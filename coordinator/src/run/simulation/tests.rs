@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 
+use super::network::Node;
 use super::oracle::Expected;
 use super::replica::Job;
 use super::script::{Fault, Script, Timed};
@@ -135,6 +136,16 @@ fn a_kill_at_any_point_of_the_protocol_changes_nothing() {
         script.faults.push(Timed { at: Duration::ZERO, fault: Fault::KillAt(number * every) });
         script
     });
+}
+
+#[test]
+fn a_coordinator_that_is_killed_finds_its_workers_as_they_were() {
+    let mut simulator = Simulator::new();
+    for at in (100..900).step_by(50).map(Duration::from_millis) {
+        let kill = Timed { at, fault: Fault::Kill(Node::Coordinator) };
+        let report = simulator.run(&Script { faults: vec![kill], ..Script::calm(1, 3) }, membership);
+        assert_eq!((report.violation.as_deref(), report.generation), (None, 1), "killed after {at:?}");
+    }
 }
 
 #[test]

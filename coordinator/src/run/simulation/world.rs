@@ -37,6 +37,8 @@ const STORY_LENGTH: usize = 60;
 enum Happening {
     Arrives(Sent),
     Wakes(Process, Timer),
+    /// A worker looks for a coordinator.
+    Seeks(Process),
     Tick(Process),
     /// The writer of checkpoints gets to a state.
     Write(Process, Vec<u8>),
@@ -216,6 +218,7 @@ impl<'a> World<'a> {
                 sent.wire.to.node
             }
             Happening::Wakes(process, _)
+            | Happening::Seeks(process)
             | Happening::Tick(process)
             | Happening::Write(process, _)
             | Happening::Written(process, _) => process.node,
@@ -235,12 +238,12 @@ impl<'a> World<'a> {
                     self.obey(process, outputs);
                 }
             }
+            Happening::Seeks(process) => self.seek(process),
             Happening::Tick(process) => {
                 if self.is_alive(process)
                     && let Some(host) = &mut self.host
                 {
-                    for silent in host.tick(self.now) {
-                        let wire = Wire { from: process, to: silent, generation: None };
+                    for wire in host.tick(self.now) {
                         let told = self.network.close(self.now, wire);
                         self.put_sent(told);
                     }
@@ -324,7 +327,7 @@ impl<'a> World<'a> {
         match wire.to.node {
             Node::Coordinator => {
                 let Some(host) = &mut self.host else { return };
-                host.arrive(self.now, wire.from, parcel);
+                host.arrive(self.now, wire, parcel);
                 if self.passes(wire.to) {
                     self.after_host().await;
                 }
@@ -360,6 +363,7 @@ impl<'a> World<'a> {
             // Those whose hello has not come either.
             let told = self.network.died(self.now, me, &mut self.dice);
             self.put_sent(told);
+            self.watch.stopped();
             match result {
                 Ok(RunExit::Done) => self.is_done = true,
                 // Whoever asked it to stop starts it again. All workers end with it.
@@ -373,9 +377,8 @@ impl<'a> World<'a> {
         }
     }
 
-    fn send_all(&mut self, from: Process, outgoing: Vec<(Process, Parcel)>) {
-        for (to, parcel) in outgoing {
-            let wire = Wire { from, to, generation: None };
+    fn send_all(&mut self, from: Process, outgoing: Vec<(Wire, Parcel)>) {
+        for (wire, parcel) in outgoing {
             let frame = match parcel {
                 Parcel::Frame(frame) => frame,
                 Parcel::End => {
@@ -385,16 +388,16 @@ impl<'a> World<'a> {
                 }
             };
             if let Ok(Frame::Message(ToWorker::Form(form))) = decode(frame.clone()) {
-                (self.generation, self.begun_by) = (form.generation, Some(from));
                 let held = form.members.iter().filter_map(|member| {
                     let process = process_at(&member.address);
                     let worker = self.workers.get(&process.number()?).filter(|_| self.is_alive(process))?;
-                    worker.held().map(|replica| replica.step)
+                    worker.held().map(|(generation, replica)| (generation, replica.step))
                 });
-                let most = held.max();
-                if let Err(what) = self.watch.formed(&form, most) {
+                let held: Vec<_> = held.collect();
+                if let Err(what) = self.watch.formed(from, &form, &held) {
                     self.wrong(what);
                 }
+                (self.generation, self.begun_by) = (form.generation, Some(from));
             }
             // A coordinator that is no more says goodbye all the same, and is not killed meanwhile.
             if self.host.is_some() && !self.passes(from) {
@@ -419,6 +422,7 @@ impl<'a> World<'a> {
                     self.put_sent(told);
                 }
                 Output::Wake(after, timer) => self.put(self.now + after, Happening::Wakes(process, timer)),
+                Output::Seek => self.put(self.now, Happening::Seeks(process)),
                 Output::Advanced(generation, replica) => {
                     if let Err(what) = self.watch.advanced(process, generation, &replica) {
                         self.wrong(what);
@@ -466,17 +470,27 @@ impl<'a> World<'a> {
                 }
             }
             Node::Worker(number) => {
-                let Some(coordinator) = self.process(Node::Coordinator) else {
-                    // It tries again until there is one.
-                    return self.put(self.now + RESTART_AFTER, Happening::Start(node));
-                };
-                let (worker, outputs) = Worker::start(me, coordinator, self.job.clone(), self.script.seed);
+                let (worker, outputs) = Worker::start(me, self.job.clone(), self.script.seed);
                 self.workers.insert(number, worker);
                 self.lives.insert(node, life);
                 return self.obey(me, outputs);
             }
         }
         self.lives.insert(node, life);
+    }
+
+    /// A worker greets the coordinator, if there is one, else it tries again later.
+    fn seek(&mut self, process: Process) {
+        if !self.is_alive(process) {
+            return;
+        }
+        let Some(coordinator) = self.process(Node::Coordinator) else {
+            return self.put(self.now + RESTART_AFTER, Happening::Seeks(process));
+        };
+        if let Some(worker) = self.worker(process) {
+            let outputs = worker.greet(coordinator);
+            self.obey(process, outputs);
+        }
     }
 
     /// A process ends.
