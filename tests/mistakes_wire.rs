@@ -3,15 +3,14 @@
 mod common;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::time::Duration;
 
-use common::{Coordinator, Ended, Folder, Process, lockstep};
+use common::played::{TOKEN, answer, worker_against_this};
+use common::{Coordinator, Ended, Folder};
 use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::PROTOCOL_VERSION;
-
-const TOKEN: &str = "a token of both sides";
 
 /// The first message of a side that speaks another version.
 fn hello_of_version(version: u16, plane: u8) -> Vec<u8> {
@@ -30,18 +29,6 @@ fn prove(stream: &mut TcpStream) {
     proofs.check(&proof).unwrap();
 }
 
-/// The same as the answerer.
-fn answer(stream: &mut TcpStream) {
-    let own = Handshake::answerer(Plane::Control, &Token::new(TOKEN)).unwrap();
-    let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
-    stream.read_exact(&mut theirs).unwrap();
-    stream.write_all(&own.hello()).unwrap();
-    let proofs = own.proofs(&theirs).unwrap();
-    stream.read_exact(&mut proof).unwrap();
-    proofs.check(&proof).unwrap();
-    stream.write_all(&proofs.ours).unwrap();
-}
-
 /// A frame of which nothing comes but a length over the limit.
 fn too_long() -> [u8; 4] {
     (FRAME_LIMIT_BYTES as u32 + 1).to_be_bytes()
@@ -49,11 +36,7 @@ fn too_long() -> [u8; 4] {
 
 /// How a real worker ends whose coordinator is played by `coordinator`.
 fn worker_against(coordinator: impl FnOnce(&mut TcpStream)) -> Ended {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut command = lockstep();
-    command.args(["worker", "--coordinator", &listener.local_addr().unwrap().to_string()]);
-    let worker = Process::start(command.env("LOCKSTEP_TOKEN", TOKEN));
-    let (mut stream, _) = listener.accept().unwrap();
+    let (worker, mut stream) = worker_against_this(&[]);
     coordinator(&mut stream);
     // Held open, so that the worker's end is its own decision.
     let ended = worker.end();
@@ -129,11 +112,8 @@ fn a_worker_that_cannot_be_passed_on_is_refused_before_it_connects_further() {
         (name.as_str(), "the worker's name has 300 bytes, the most supported is 256"),
         ("\u{1b}[2Jcleared", "the worker's name \"\\u{1b}[2Jcleared\" has control characters"),
     ] {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut command = lockstep();
-        command.args(["worker", "--name", name, "--coordinator"]).env("LOCKSTEP_TOKEN", TOKEN);
-        let worker = Process::start(command.arg(listener.local_addr().unwrap().to_string()));
-        answer(&mut listener.accept().unwrap().0);
+        let (worker, mut stream) = worker_against_this(&["--name", name]);
+        answer(&mut stream);
         worker.end().expect_refusal(2, sentence, "");
     }
 }

@@ -360,6 +360,9 @@ impl Run {
             {
                 self.feeders.remove(&id);
                 self.deadlines.forget(id);
+                // Whoever holds more than what is on record, when it has told of all that it did, is not of this run's time:
+                // records went back meanwhile.
+                let state = state.filter(|held| held.step <= self.step);
                 let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
                 self.stopped.insert(id, state);
                 self.furthest = self.furthest.max(state);

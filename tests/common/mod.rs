@@ -10,6 +10,7 @@
 //! - [`refusal`]: what every refused command has in common.
 //! - [`mounts`]: commands with file systems of their own.
 //! - [`http`]: one GET.
+//! - [`played`]: a coordinator that a test plays itself.
 //! - [`proxy`]: a network that can be cut, slowed down and broken.
 
 #![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
@@ -21,6 +22,7 @@ mod http;
 mod in_process;
 mod meddling;
 mod mounts;
+pub(crate) mod played;
 mod process;
 mod proxy;
 mod refusal;

@@ -279,6 +279,8 @@ struct Next {
     rank: u32,
     /// As much of the state as has arrived, if the coordinator sends it.
     image: Option<Vec<u8>>,
+    /// It was given up before it began.
+    is_over: bool,
 }
 
 /// How a session ends.
@@ -395,7 +397,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                     .then(|| Vec::with_capacity(self.layout.image_bytes()));
                 let rank = form.rank_of(self.welcome.worker_id);
                 let rank = rank.ok_or_else(|| lost("it formed a generation without this worker"))?;
-                self.next = Some(Next { form, rank, image });
+                self.next = Some(Next { form, rank, image, is_over: false });
                 // Of a generation that the coordinator has gone on without.
                 self.end_training();
                 self.start_next();
@@ -411,6 +413,10 @@ impl<D: model::device::Device + 'static> Session<D> {
                 {
                     running.end();
                     self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
+                }
+                if let Some(next) = self.next.as_mut().filter(|next| next.form.generation == generation) {
+                    next.is_over = true;
+                    self.start_next();
                 }
             }
             ToWorker::SendState { at_step } => match &self.stage {
@@ -467,18 +473,25 @@ impl<D: model::device::Device + 'static> Session<D> {
         }
     }
 
-    /// Starts the training thread of the next generation, if its state is here and the last thread has ended.
+    /// Starts the training thread of the next generation, if its state is here and the last thread has ended. One that is
+    /// over it leaves without having begun: its members are not waited for.
     fn start_next(&mut self) {
         let is_here = |image: &Vec<u8>| image.len() >= self.layout.image_bytes();
-        let is_whole = self.next.as_ref().is_some_and(|next| next.image.as_ref().is_none_or(is_here));
-        if !is_whole || !matches!(self.stage, Stage::Idle(_)) {
+        let may_begin = |next: &Next| next.is_over || next.image.as_ref().is_none_or(is_here);
+        if !self.next.as_ref().is_some_and(may_begin) || !matches!(self.stage, Stage::Idle(_)) {
             return;
         }
-        let (Some(Next { form, rank, image }), Stage::Idle(mut trainer)) =
+        let (Some(Next { form, rank, image, is_over }), Stage::Idle(mut trainer)) =
             (self.next.take(), std::mem::replace(&mut self.stage, Stage::Between))
         else {
             unreachable!("both were looked at")
         };
+        if is_over {
+            let (generation, state) = (form.generation, self.held_state(&trainer, false));
+            self.outbox.send(ToCoordinator::Stopped { generation, state, why: Stop::Aborted });
+            self.stage = Stage::Idle(trainer);
+            return;
+        }
         self.outbox.begin_generation(form.generation, form.step);
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();

@@ -118,6 +118,8 @@ struct Next {
     form: Form,
     /// As much of the state as has arrived, if the coordinator sends it.
     image: Option<Vec<u8>>,
+    /// It was given up before it began.
+    is_over: bool,
 }
 
 impl Worker {
@@ -248,7 +250,7 @@ impl Worker {
                     return self.wrong("a generation is formed while another one runs");
                 }
                 let image = (form.state == StateSource::Coordinator).then(Vec::new);
-                self.next = Some(Next { form, image });
+                self.next = Some(Next { form, image, is_over: false });
                 // Of a generation that the coordinator has gone on without.
                 self.abort();
                 self.begin_next();
@@ -258,6 +260,10 @@ impl Worker {
             ToWorker::Abort { generation } => {
                 if self.training.as_ref().is_some_and(|training| training.form.generation == generation) {
                     self.abort();
+                }
+                if let Some(next) = self.next.as_mut().filter(|next| next.form.generation == generation) {
+                    next.is_over = true;
+                    self.begin_next();
                 }
             }
             ToWorker::SendState { at_step } => match &self.training {
@@ -271,7 +277,7 @@ impl Worker {
     fn take_in(&mut self, header: &BulkHeader, payload: &Bytes) {
         match header.kind {
             BulkKind::State => {
-                let Some(Next { form, image: Some(image) }) = &mut self.next else { return };
+                let Some(Next { form, image: Some(image), .. }) = &mut self.next else { return };
                 if header.generation != form.generation || header.tag != image.len() as u64 {
                     return self.wrong("a state in the wrong order");
                 }
@@ -295,9 +301,16 @@ impl Worker {
     /// Begins the next generation, if its state is here and the last one has ended.
     fn begin_next(&mut self) {
         let size = self.job.layout.image_bytes();
-        let is_whole = |next: &Next| next.image.as_ref().is_none_or(|image| image.len() >= size);
-        if self.training.is_none() && self.next.as_ref().is_some_and(is_whole) {
-            let Next { form, image } = self.next.take().expect("it was just looked at");
+        let is_here = |image: &Vec<u8>| image.len() >= size;
+        let may_begin = |next: &Next| next.is_over || next.image.as_ref().is_none_or(is_here);
+        if self.training.is_some() || !self.next.as_ref().is_some_and(may_begin) {
+            return;
+        }
+        let Next { form, image, is_over } = self.next.take().expect("it was just looked at");
+        if is_over {
+            let (generation, state) = (form.generation, self.held_state(false));
+            self.tell(ToCoordinator::Stopped { generation, state, why: Stop::Aborted });
+        } else {
             self.begin(form, image);
         }
     }
