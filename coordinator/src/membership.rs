@@ -255,6 +255,18 @@ impl Membership {
         &self.members
     }
 
+    /// What the fleet is at, in a word for the log.
+    pub fn phase(&self) -> &'static str {
+        match &self.phase {
+            Phase::Gathering(_) => "gathering",
+            Phase::Formed { waiting } if waiting.is_empty() => "training",
+            Phase::Formed { .. } => "forming",
+            Phase::Stopping { aborted: None, is_blameless: false, .. } => "admission",
+            Phase::Stopping { .. } => "recovery",
+            Phase::Ending => "ending",
+        }
+    }
+
     /// Workers connected, whether members or not.
     pub fn connected(&self) -> usize {
         self.workers.len()

@@ -149,6 +149,8 @@ pub(crate) struct Run {
     /// Members that have stopped, and how far the state is that each holds, if it does.
     stopped: HashMap<WorkerId, Option<Stage>>,
     drain_asked: bool,
+    /// What the log last said that the fleet is at.
+    logged_phase: &'static str,
     ending: Option<Ending>,
     early_end: Option<EarlyEnd>,
 }
@@ -218,6 +220,7 @@ impl Run {
             furthest: None,
             stopped: HashMap::new(),
             drain_asked: false,
+            logged_phase: "",
             ending: None,
             early_end: None,
             parts,
@@ -230,6 +233,21 @@ impl Run {
             self.fail(problem, true);
         }
         self.settle();
+        self.log_phase();
+    }
+
+    /// Logs what the fleet is at, when that has changed: `scripts/soak-kills` reads it.
+    fn log_phase(&mut self) {
+        let phase = match self.membership.phase() {
+            "training" if self.writing > 0 => "checkpoint",
+            "training" if self.schedule.ends_epoch(self.step) && self.evaluated_at != Some(self.step) => {
+                "epoch-end"
+            }
+            phase => phase,
+        };
+        if std::mem::replace(&mut self.logged_phase, phase) != phase {
+            tracing::trace!(target: "lockstep_phase", "coordinator {}: {phase}", std::process::id());
+        }
     }
 
     fn arrive(&mut self, arrival: Arrival) -> Result<(), Problem> {

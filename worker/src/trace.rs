@@ -55,6 +55,8 @@ impl Tracer {
 
     /// The training thread enters a phase, `step` steps being done.
     pub(crate) fn enter(&self, phase: Phase, step: u64) {
+        // The last such line of a dead process says where it was: `scripts/soak-kills`.
+        tracing::trace!(target: "lockstep_phase", "worker {}: {}", std::process::id(), phase.name());
         let now = Instant::now();
         let mut state = self.lock();
         let (place, took) = (state.phase as usize, now - state.since);
