@@ -100,7 +100,10 @@ impl Worker {
 
     /// The connection has ended without a goodbye.
     pub(super) fn lose_coordinator(&mut self) {
-        self.link = Link::Away;
+        // Nobody was told: a later hello comes behind it.
+        if let Link::Greeting(unsaid) = std::mem::replace(&mut self.link, Link::Away) {
+            unsaid.messages.iter().for_each(|message| self.note(message));
+        }
         // Nobody will send the rest of it.
         self.next = None;
         self.states.clear();
