@@ -68,7 +68,12 @@ impl Coordinator {
         self.worker_at(&self.control, working_dir, options)
     }
 
-    /// The same where the worker knows it by another address.
+    /// What starts such a worker, for whoever has more to say to it.
+    pub(crate) fn worker_command(&self, working_dir: &Path, options: &str) -> Command {
+        worker_command(&self.control, working_dir, options, self.token.as_deref())
+    }
+
+    /// A worker that knows it by another address.
     pub(crate) fn worker_at(&self, control: &str, working_dir: &Path, options: &str) -> Process {
         start_worker(control, working_dir, options, self.token.as_deref())
     }
@@ -85,9 +90,14 @@ impl Coordinator {
 }
 
 fn start_worker(control: &str, working_dir: &Path, options: &str, token: Option<&str>) -> Process {
+    Process::start(&mut worker_command(control, working_dir, options, token))
+}
+
+fn worker_command(control: &str, working_dir: &Path, options: &str, token: Option<&str>) -> Command {
     let mut command = lockstep();
     command.current_dir(working_dir).args(["worker", "--coordinator", control]);
-    Process::start(with_token(&mut command, token).args(options.split_whitespace()))
+    with_token(&mut command, token).args(options.split_whitespace());
+    command
 }
 
 fn with_token<'a>(command: &'a mut Command, token: Option<&str>) -> &'a mut Command {

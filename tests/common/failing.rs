@@ -1,6 +1,7 @@
 //! A run whose processes do something at failpoints, and what they leave behind when they do.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use super::folder::Folder;
 use super::process::{Process, eventually, lockstep};
@@ -31,6 +32,11 @@ impl Events {
     pub(crate) fn start(&self, run: &Run, options: &str, plan: &str) -> Process {
         let mut command = lockstep();
         command.arg("train").args(run.words()).args(options.split_whitespace());
+        self.start_command(&mut command, plan)
+    }
+
+    /// Starts a process that obeys `plan`.
+    pub(crate) fn start_command(&self, command: &mut Command, plan: &str) -> Process {
         Process::start(command.env("LOCKSTEP_FAIL", plan).env("LOCKSTEP_FAIL_EVENTS", &self.folder))
     }
 
