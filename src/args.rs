@@ -57,7 +57,7 @@ pub(crate) struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 not usable, nothing was started; \
-75 stopped on request, the same command goes on. \
+75 stopped on request, the same command goes on; 93 failed, and would fail again. \
 Environment: LOCKSTEP_TOKEN (run token), LOCKSTEP_DATA_DIR (real data), LOCKSTEP_LOG (log filter).";
 
 #[derive(Debug, Subcommand)]
@@ -144,6 +144,9 @@ pub(crate) struct RunArgs {
     /// Serve status and metrics for this many seconds after the end, for a last scrape
     #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(crate) linger: u64,
+    /// When asked to stop, finish the step and write the state within this many seconds, or stop without
+    #[arg(long, value_name = "SECONDS", default_value_t = 25, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    drain_timeout: u64,
 }
 
 impl JobArgs {
@@ -186,6 +189,7 @@ impl JobArgs {
             token: Token::new(""),
             ready_file: None,
             linger: Duration::ZERO,
+            drain_timeout: Duration::ZERO,
             json: false,
             build: BUILD.to_owned(),
         })
@@ -229,7 +233,13 @@ impl RunArgs {
     /// A coordinator of this run that nobody can reach yet.
     fn config(&self) -> Result<coordinator::Config, Problem> {
         let linger = Duration::from_secs(self.linger);
-        Ok(coordinator::Config { json: self.json, linger, ..self.job.config_for(self.workers)? })
+        let drain_timeout = Duration::from_secs(self.drain_timeout);
+        Ok(coordinator::Config {
+            json: self.json,
+            linger,
+            drain_timeout,
+            ..self.job.config_for(self.workers)?
+        })
     }
 
     /// The same options as words of a command line.
@@ -237,6 +247,7 @@ impl RunArgs {
         let mut words = self.job.to_words();
         words.extend(self.workers.map(|workers| word("--workers", workers.to_string())));
         words.push(word("--linger", self.linger.to_string()));
+        words.push(word("--drain-timeout", self.drain_timeout.to_string()));
         words.extend(self.json.then(|| "--json".into()));
         words
     }
@@ -558,7 +569,7 @@ mod tests {
     #[test]
     fn options_survive_the_way_to_the_coordinator() {
         let words = "mnist-rnn --data x=y.txt --data-dir=-d --run-dir=-r=s --steps 3 --epochs 4 --seed 5 --shards 6 \
-                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 \
+                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 --drain-timeout 3 \
                      --init-from=-a --change-learning-rate=-1e-5";
         let TrainArgs { job: args, start, .. } = train(words);
         let words = args.to_words().into_iter().chain(start.to_words());

@@ -88,7 +88,7 @@ fn a_run_ends_for_good_when_as_many_steps_were_left_out_as_the_job_allows() {
     let run = folder.run("run", &job(&folder, &format!("{blows_up} --set skip_limit=5")));
     let sentence = "error: 5 steps were left out because they were not finite, as many as skip_limit allows";
     let ended = run.end("--epochs 9 --workers 3");
-    ended.expect_failure(1, &[sentence, "hint: a new run may do better"]);
+    ended.expect_failure(93, &[sentence, "hint: a new run may do better"]);
     assert!(ended.stdout.contains("was left out: it is not finite (loss "), "{}", ended.stdout);
     let (hashes, checkpoint) = (run.hashes(), run.checkpoint());
     assert_eq!(hashes.step, run.steps_so_far(), "the state after the last step is on the disk");
@@ -96,11 +96,11 @@ fn a_run_ends_for_good_when_as_many_steps_were_left_out_as_the_job_allows() {
     assert!(run.inspect()["events"].to_string().contains(&sentence["error: ".len()..]));
 
     let again = run.end("--epochs 20 --workers 1");
-    again.expect_failure(1, &[sentence]);
+    again.expect_failure(93, &[sentence]);
     assert!(!again.stdout.contains("generation"), "{}", again.stdout);
     assert!(run.checkpoint() == checkpoint, "it trains no more");
     let alone = folder.run("alone", &job(&folder, &format!("{blows_up} --set skip_limit=5")));
-    alone.end("--epochs 9 --workers 1").expect_exit(1);
+    alone.end("--epochs 9 --workers 1").expect_exit(93);
     assert_eq!(alone.hashes(), hashes);
 }
 
@@ -137,7 +137,7 @@ fn a_run_that_diverges_ends_for_good_after_the_same_step_on_any_fleet() {
         let ended = run.end(&format!("{blow_up} --workers {workers}"));
         let sentence = "error: the run has diverged: the mean loss of epoch 2 is ";
         let measure = format!("more than 3 times the first epoch's {first_loss:.4}");
-        ended.expect_failure(1, &[sentence, &measure, "hint: ", "--set divergence_factor=0"]);
+        ended.expect_failure(93, &[sentence, &measure, "hint: ", "--set divergence_factor=0"]);
         let hashes = run.hashes();
         assert_eq!(hashes.step, 67 + 50, "it is looked at from its 50th step on");
         assert_eq!(*expected.get_or_insert_with(|| hashes.clone()), hashes);
@@ -145,7 +145,7 @@ fn a_run_that_diverges_ends_for_good_after_the_same_step_on_any_fleet() {
 
         let checkpoint = run.checkpoint();
         let again = run.end("--epochs 9 --workers 2");
-        again.expect_failure(1, &[sentence, &measure]);
+        again.expect_failure(93, &[sentence, &measure]);
         assert!(!again.stdout.contains("generation"), "{}", again.stdout);
         assert!(run.checkpoint() == checkpoint, "it trains no more");
     }

@@ -6,7 +6,9 @@ mod common;
 use std::collections::HashSet;
 use std::time::Duration;
 
-use common::{Coordinator, Folder, Process, Run, children_of, eventually, is_alive};
+use common::{
+    Coordinator, Folder, Process, Run, children_of, eventually, is_alive, skipped, with_own_mounts,
+};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// An epoch has few steps: whatever is killed, one ends soon after.
@@ -195,4 +197,39 @@ fn a_worker_gives_a_coordinator_up_that_does_not_come_back() {
     worker
         .end()
         .expect_failure(75, &["error: the coordinator was lost (", "did not come back within 1 s", "hint: "]);
+}
+
+#[test]
+fn a_coordinator_that_comes_back_to_a_folder_it_cannot_write_says_so_and_loses_nothing() {
+    let folder = Folder::new();
+    let (run, job) = (folder.run("run", &job(&folder)), job(&folder));
+    std::fs::create_dir(run.dir()).unwrap();
+    let change = folder.path().join("change");
+    // Files that are open stay writable: whoever trains notices nothing.
+    let script = format!(
+        "$LOCKSTEP train {job} --epochs 1000000 --workers 2 --run-dir $DIR &
+         until [ -e {change} ]; do sleep 0.05; done
+         mount --bind $DIR $DIR && mount -o remount,bind,ro $DIR || exit 97
+         echo changed; wait $!; echo code $?",
+        change = change.display()
+    );
+    let Some(mut process) = with_own_mounts(&script, run.dir()) else {
+        return skipped("coordinator_restart::a_folder_it_cannot_write", "this machine lets nobody mount");
+    };
+    eventually("a checkpoint", || run.dir().join("latest").exists().then_some(()));
+    std::fs::write(change, "").unwrap();
+    process.line_with("changed");
+    let train = eventually("the supervisor", || child_with(&process, "lockstep train"));
+    let coordinator = eventually("a coordinator", || {
+        children_of(train).iter().find(|(_, line)| line.contains("lockstep coordinator")).map(|(pid, _)| *pid)
+    });
+    kill(coordinator);
+    process.line_with("the coordinator was lost (signal: 9");
+    let ended = process.end();
+    let said = format!("{}{}", ended.stdout, ended.stderr);
+    assert!(said.contains("Read-only file system") && said.contains("hint: choose a place"), "{said}");
+    assert!(said.contains("code 1\n"), "{said}");
+    let length = format!("--steps {}", run.steps_so_far() + 20);
+    run.train(&format!("{length} --workers 1"));
+    assert_undisturbed(&folder, &run, &length);
 }

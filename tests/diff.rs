@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{Ended, Folder, Process, Run, lockstep};
 use coordinator::store::checkpoint::Checkpoint;
-use coordinator::store::checkpoint_dir::{CheckpointDir, KEEP};
+use coordinator::store::checkpoint_dir::CheckpointDir;
 use coordinator::store::state::StateImage;
 use serde_json::Value;
 
@@ -65,7 +65,7 @@ fn one_bit_of_one_element_is_named() {
     let mut bytes = checkpoint.image.bytes().to_vec();
     bytes[4 * float..4 * float + 4].copy_from_slice(&after.to_le_bytes());
     let image = StateImage::new(&layout, bytes).unwrap();
-    CheckpointDir::new(b.dir()).write(&Checkpoint { image, ..checkpoint }, KEEP).unwrap();
+    CheckpointDir::new(b.dir()).write(&Checkpoint { image, ..checkpoint }, 3).unwrap();
 
     let elements = 3 * layout.parameters() + layout.recurrent();
     let first = format!(

@@ -170,7 +170,7 @@ fn a_loss_that_is_not_finite_ends_the_run_before_the_update() {
     let run = folder.run("run", &job(&folder));
     let ended = run.end("--set learning_rate=3e38 --set clip=none --epochs 10 --workers 2");
     ended.expect_refusal(
-        1,
+        93,
         "its update was not applied",
         "start over with --fresh and a smaller learning_rate or another init",
     );

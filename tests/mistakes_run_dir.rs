@@ -124,7 +124,7 @@ fn a_run_without_a_usable_checkpoint_is_not_started_over_by_itself() {
     checkpoints(&run).iter().for_each(|path| damage(path));
     let damaged: Vec<Vec<u8>> = checkpoints(&run).iter().map(|path| std::fs::read(path).unwrap()).collect();
     run.end("--steps 60").expect_refusal(
-        1,
+        93,
         "checkpoints is usable: checkpoints/step-00000040.safetensors: its digest is ",
         "restore one of these files from a copy, or give --fresh to start over",
     );

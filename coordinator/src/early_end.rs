@@ -59,7 +59,7 @@ impl EarlyEnd {
     /// How the run ends.
     pub(crate) fn result(&self) -> Result<Exit, Problem> {
         match self.is_failure {
-            true => Err(Problem::failed(self.sentence.clone()).hint(self.hint)),
+            true => Err(Problem::for_good(self.sentence.clone()).hint(self.hint)),
             false => Ok(Exit::Done),
         }
     }
@@ -109,12 +109,12 @@ mod tests {
         };
         for (step, epoch) in [(20, 2), (21, 3), (29, 3), (30, 3)] {
             let problem = end(Stop::Diverged, step).result().unwrap_err();
-            assert_eq!((problem.sentence, problem.exit), (diverged(epoch), Exit::Failed));
+            assert_eq!((problem.sentence, problem.exit), (diverged(epoch), Exit::Final));
             assert!(problem.hint.unwrap().contains("--set divergence_factor=0"));
         }
         let skipped = end(Stop::SkipLimit, 25);
         assert!(skipped.sentence.starts_with("100 steps were left out"), "{}", skipped.sentence);
-        assert_eq!(skipped.result().unwrap_err().exit, Exit::Failed);
+        assert_eq!(skipped.result().unwrap_err().exit, Exit::Final);
         let stopped = end(Stop::NoImprovement, 50);
         assert_eq!(
             stopped.sentence,

@@ -1,5 +1,7 @@
 //! The run's Prometheus metrics.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use prometheus::core::Collector;
 use prometheus::{
     CounterVec, Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -28,6 +30,8 @@ pub(crate) struct Metrics {
     step: IntGauge,
     checkpoints: IntCounterVec,
     checkpoint_step: IntGauge,
+    checkpoint_time: Gauge,
+    records_waiting: IntGauge,
     workers: IntGaugeVec,
     generations: IntCounter,
 }
@@ -87,6 +91,14 @@ impl Metrics {
                 .expect(VALID),
             ),
             checkpoint_step: int_gauge("lockstep_checkpoint_step", "Steps done in the newest checkpoint."),
+            checkpoint_time: gauge(
+                "lockstep_checkpoint_timestamp_seconds",
+                "When a checkpoint was last written since the coordinator's start; 0 before.",
+            ),
+            records_waiting: int_gauge(
+                "lockstep_records_waiting",
+                "1 while the disk takes no lines of journal and metrics file: they wait in memory.",
+            ),
             workers: register(
                 &registry,
                 IntGaugeVec::new(Opts::new("lockstep_workers", "Connected workers by role."), &["role"])
@@ -157,7 +169,14 @@ impl Metrics {
         self.checkpoints.with_label_values(&[outcome]).inc();
         if let Some(step) = written_step {
             self.checkpoint_step.set(step as i64);
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.checkpoint_time.set(now.as_secs_f64());
         }
+    }
+
+    /// Shows whether records wait for the disk.
+    pub(crate) fn set_records_waiting(&self, are_waiting: bool) {
+        self.records_waiting.set(are_waiting.into());
     }
 
     /// Shows how many workers are connected.

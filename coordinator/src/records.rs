@@ -14,7 +14,7 @@ use crate::data::DataFacts;
 use crate::early_end::EarlyEnd;
 use crate::stage::Stage;
 use crate::store::checkpoint::Checkpoint;
-use crate::store::checkpoint_dir::{CheckpointDir, KEEP, Newest};
+use crate::store::checkpoint_dir::{CheckpointDir, Newest};
 use crate::store::diverged;
 use crate::store::files::LineSync;
 use crate::store::identity::{Identity, START_OVER};
@@ -279,15 +279,33 @@ impl Records {
         Ok(self.dir.checkpoints().newest_verified()?.map(|newest| newest.checkpoint.image))
     }
 
-    /// Appends to the journal.
+    /// Appends to the journal. It never runs ahead of the metrics file: after a crash that may have lines that the journal
+    /// lacks, which a resume drops, but no gap.
     pub(crate) fn journal(&mut self, record: &Record) -> Result<(), Problem> {
+        if self.metrics.on_disk().refused().is_none() {
+            return self.journal.append(record);
+        }
+        if !record.waits_for_disk() {
+            return self.journal.keep(record);
+        }
+        self.metrics.on_disk().flush()?;
         self.journal.append(record)
+    }
+
+    /// Why lines of the journal or the metrics file wait in memory, if any do.
+    pub(crate) fn waiting(&self) -> Option<Problem> {
+        self.metrics.on_disk().refused().or_else(|| self.journal.on_disk().refused())
+    }
+
+    /// Tries again to write the lines that wait in memory.
+    pub(crate) fn flush(&self) {
+        if self.metrics.on_disk().flush().is_ok() {
+            let _ = self.journal.on_disk().flush();
+        }
     }
 
     /// Records a finished step.
     pub(crate) fn step(&mut self, report: &StepReport, epoch: u64, workers: u32) -> Result<(), Problem> {
-        // The metrics first: after a crash they may have a line that the journal lacks, which a resume drops, but
-        // no gap.
         let seconds = report.seconds;
         let duration = seconds.data + seconds.compute + seconds.reduce + seconds.update;
         self.metrics.append(&MetricLine::Step(StepLine {
@@ -301,7 +319,7 @@ impl Records {
             skipped: report.is_skipped(),
             seconds: seconds.into(),
         }))?;
-        self.journal.append(&Record::step(report.step, &report.sums))
+        self.journal(&Record::step(report.step, &report.sums))
     }
 
     /// Records an evaluation, and the epoch that it ends, if it does.
@@ -311,7 +329,7 @@ impl Records {
         sums: &StepSums,
         epoch: Option<EpochLine>,
     ) -> Result<(), Problem> {
-        self.journal.append(&Record::evaluation(step, sums))?;
+        self.journal(&Record::evaluation(step, sums))?;
         if let Some(line) = epoch {
             self.metrics.append(&MetricLine::Epoch(line))?;
         }
@@ -325,9 +343,10 @@ impl Records {
 
     /// What writes a state image as a checkpoint, on another thread.
     pub(crate) fn checkpoint_writer(&self) -> CheckpointWriter {
-        let lines = [self.journal.on_disk(), self.metrics.on_disk()];
+        let lines = [self.metrics.on_disk(), self.journal.on_disk()];
         let dir = self.checkpoints.clone();
-        CheckpointWriter { dir, make: self.make_checkpoint.clone(), lines }
+        let keep = self.dir.job().run.keep_checkpoints as usize;
+        CheckpointWriter { dir, keep, make: self.make_checkpoint.clone(), lines }
     }
 
     /// Writes the state of a replica that has parted from others; gives the file.
@@ -338,15 +357,17 @@ impl Records {
     /// Records that a checkpoint was written.
     pub(crate) fn checkpoint_written(&mut self, stage: Stage, file: String) -> Result<(), Problem> {
         self.checkpoint = Some(stage);
-        self.journal.append(&Record::Checkpoint { step: stage.step, file })
+        self.journal(&Record::Checkpoint { step: stage.step, file })
     }
 }
 
 /// Writes one checkpoint.
 pub(crate) struct CheckpointWriter {
     dir: CheckpointDir,
+    /// The newest that stay.
+    keep: usize,
     make: MakeCheckpoint,
-    /// Journal and metrics file.
+    /// Metrics file and journal.
     lines: [LineSync; 2],
 }
 
@@ -357,7 +378,7 @@ impl CheckpointWriter {
         // loss would tear a hole into ledger and metrics that no resume mends.
         self.lines.iter().try_for_each(LineSync::sync)?;
         let checkpoint = (self.make)(image)?;
-        let entry = self.dir.write(&checkpoint, KEEP)?;
+        let entry = self.dir.write(&checkpoint, self.keep)?;
         Ok((Stage::of(&checkpoint.image), entry.file))
     }
 }
@@ -405,6 +426,7 @@ mod tests {
         let image = checkpoint.image.bytes().to_vec();
         let writer = |lines| CheckpointWriter {
             dir: CheckpointDir::new(dir.path()),
+            keep: testing::KEEP,
             make: Arc::new({
                 let checkpoint = checkpoint.clone();
                 move |_| Ok(checkpoint.clone())

@@ -50,6 +50,7 @@ use crate::store::files::write_atomic;
 use crate::store::journal::{MemberLine, Record};
 use checkpoints::write_in_order;
 use ending::Ending;
+pub(crate) use ending::goodbye;
 
 /// What the run is made of.
 pub(crate) struct Parts {
@@ -67,6 +68,8 @@ pub(crate) struct Parts {
     pub(crate) screen: Screen,
     /// The ready file, and what it says before a generation forms.
     pub(crate) ready: Option<(PathBuf, String)>,
+    /// A run that is asked to stop has this long to write its last state.
+    pub(crate) drain_timeout: Duration,
 }
 
 /// The state that a run goes on from.
@@ -151,6 +154,10 @@ pub(crate) struct Run {
     drain_asked: bool,
     /// What the log last said that the fleet is at.
     logged_phase: &'static str,
+    /// When a run that drains stops whether it is ready or not.
+    drain_until: Option<Instant>,
+    /// The disk takes no records: they wait in memory.
+    records_wait: bool,
     ending: Option<Ending>,
     early_end: Option<EarlyEnd>,
 }
@@ -221,6 +228,8 @@ impl Run {
             stopped: HashMap::new(),
             drain_asked: false,
             logged_phase: "",
+            drain_until: None,
+            records_wait: false,
             ending: None,
             early_end: None,
             parts,
@@ -403,9 +412,10 @@ impl Run {
             ToCoordinator::Stopped { state: Some(state), .. } if self.can_rejoin(id) => {
                 self.decide(Event::Rests(id, Stage { step: state.step, whole: !state.owes_evaluation }))?;
             }
-            ToCoordinator::Failed { sentence, hint } => {
+            ToCoordinator::Failed { sentence, hint, is_final } => {
                 let sentence = format!("worker {}: {sentence}", self.name(id));
-                self.give_up(Problem { hint, ..Problem::failed(sentence) })?;
+                let exit = if is_final { Exit::Final } else { Exit::Failed };
+                self.give_up(Problem { sentence, hint, exit })?;
             }
             // A late word of an older generation, or a second hello.
             _ => {}
@@ -520,7 +530,7 @@ impl Run {
             let feeder = Feeder::start(data, self.schedule, first, generation, shards, link.clone());
             self.feeders.insert(member.worker_id, feeder);
         }
-        self.show_generation(members.iter().map(|member| member.worker_id))?;
+        self.show_generation(members.iter().map(|member| member.worker_id));
         self.parts.screen.notice(reason);
         if source == Source::Disk {
             self.epoch = EpochClock::new();
@@ -541,7 +551,7 @@ impl Run {
     }
 
     /// Says on the status page and in the ready file who trains.
-    fn show_generation(&self, members: impl Iterator<Item = WorkerId>) -> Result<(), Problem> {
+    fn show_generation(&mut self, members: impl Iterator<Item = WorkerId>) {
         let generation = self.generation;
         self.with_status(|status| {
             (status.phase, status.generation) = ("training", generation);
@@ -551,8 +561,11 @@ impl Run {
                 }
             }
         });
-        let Some((path, text)) = &self.parts.ready else { return Ok(()) };
-        write_atomic(path, format!("{text}generation={generation}\nstep={}\n", self.step).as_bytes())
+        let Some((path, text)) = &self.parts.ready else { return };
+        let text = format!("{text}generation={generation}\nstep={}\n", self.step);
+        if let Err(problem) = write_atomic(path, text.as_bytes()) {
+            self.parts.screen.notice(&problem.to_string());
+        }
     }
 
     /// Members of the generation that are connected, by rank.

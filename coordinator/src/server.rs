@@ -135,14 +135,15 @@ async fn accept_within(
 }
 
 /// Sends home the workers of a run that is over: up to so many, who were left without a goodbye and come in time.
-pub(crate) async fn send_home(workers: usize, mut arrivals: UnboundedReceiver<Arrival>) {
+pub(crate) async fn send_home(workers: usize, goodbye: Goodbye, mut arrivals: UnboundedReceiver<Arrival>) {
+    let goodbye = ToWorker::Goodbye(goodbye);
     let mut left = 0;
     let all = async {
         while left < workers
             && let Some(arrival) = arrivals.recv().await
         {
             match arrival {
-                Arrival::Joined(_, _, link) => link.send(&ToWorker::Goodbye(Goodbye::Done)),
+                Arrival::Joined(_, _, link) => link.send(&goodbye),
                 Arrival::Left(..) => left += 1,
                 Arrival::Message(..) | Arrival::Bulk(..) => {}
             }

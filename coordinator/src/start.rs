@@ -26,7 +26,7 @@ use crate::loss_plot::LossFile;
 use crate::membership::membership;
 use crate::metrics::Metrics;
 use crate::records::{Opening, Records};
-use crate::run::{Outcome, Parts, Run, StartState};
+use crate::run::{Outcome, Parts, Run, StartState, goodbye};
 use crate::screen::{Screen, duration, fixed, quality, quoted, short};
 use crate::server;
 use crate::store::checkpoint_dir::CheckpointDir;
@@ -67,8 +67,11 @@ pub struct Config {
     /// each; once workers train, also `generation=N` and `step=N`, steps done when
     /// it formed.
     pub ready_file: Option<PathBuf>,
-    /// How long status and metrics are served after the run's end, for a last scrape.
+    /// How long status and metrics are served after the run's end, for a last scrape. A run that was asked to stop ends
+    /// without.
     pub linger: Duration,
+    /// A run that is asked to stop has this long to finish its step and to write its last state.
+    pub drain_timeout: Duration,
     /// Show JSON lines.
     pub json: bool,
     /// What this binary is.
@@ -139,18 +142,21 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         status,
         screen,
         ready,
+        drain_timeout: config.drain_timeout,
     };
     let started = Instant::now();
     let over = parts.resumed.as_ref().and_then(|start| over(start, &config.file.job, &schedule));
     let outcome = match over {
         Some(stop) => {
-            if !parts.records.places.is_empty() {
+            let outcome = already_over(parts, &stop);
+            let places = outcome.parts.records.places.len();
+            if places > 0 {
                 let (arrivals, arrived) = unbounded_channel();
                 let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
-                server::send_home(parts.records.places.len(), arrived).await;
+                server::send_home(places, goodbye(&outcome.result), arrived).await;
                 accepting.abort();
             }
-            already_over(parts, &stop)
+            outcome
         }
         None => {
             let (arrivals, arrived) = unbounded_channel();
@@ -161,7 +167,7 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         }
     };
     let result = conclude(&config, outcome, started.elapsed());
-    if !config.linger.is_zero() {
+    if !config.linger.is_zero() && result != Ok(Exit::Requeue) {
         tokio::select! {
             () = tokio::time::sleep(config.linger) => {}
             _ = signals.recv() => {}

@@ -10,12 +10,14 @@ use bytes::Bytes;
 use coordinator::data::fuzzing;
 use coordinator::store::checkpoint::Checkpoint;
 use coordinator::store::journal::Replay;
+use coordinator::store::state::StateImage;
+use coordinator::store::weights::{ArrayOptions, Weights};
 use protocol::batch::{Batch, DataShape};
 use protocol::cell::{Cell, CellOptions};
 use protocol::frame::{Frame, decode, encode_bulk, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::job::{InitialState, JobFile, differences};
-use protocol::layout::{Head, Input, ModelShape};
+use protocol::layout::{Head, Input, ModelShape, StateLayout};
 use protocol::message::{ToCoordinator, ToWorker};
 use protocol::problem::Problem;
 use protocol::schedule::Schedule;
@@ -24,7 +26,7 @@ use protocol::schedule::Schedule;
 pub type Reader = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const READERS: [Reader; 9] = [
+pub const READERS: [Reader; 11] = [
     ("frame", frame),
     ("message", message),
     ("handshake", handshake),
@@ -34,6 +36,8 @@ pub const READERS: [Reader; 9] = [
     ("text", text),
     ("checkpoint", checkpoint),
     ("journal", journal),
+    ("state", state),
+    ("weights", weights),
 ];
 
 /// The contents of a frame, in both directions, with the bulk header.
@@ -123,6 +127,32 @@ pub fn text(bytes: &[u8]) {
 pub fn checkpoint(bytes: &[u8]) {
     if let Ok(checkpoint) = Checkpoint::from_bytes(bytes) {
         assert_eq!(Checkpoint::from_bytes(&checkpoint.to_bytes()).as_ref(), Ok(&checkpoint));
+    }
+}
+
+/// A state as a worker streams it, filled up to its length: any bytes of that length are taken.
+pub fn state(bytes: &[u8]) {
+    let settings = [("hidden_size", "2"), ("num_layers", "1"), ("batch_size", "3"), ("shards", "2")];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let job = JobFile::resolve("char-gru", None, &settings).expect("the job is usable").job;
+    let layout = StateLayout::of(&job, 5, 5);
+    if bytes.len() != layout.image_bytes() {
+        assert!(StateImage::new(&layout, bytes.to_vec()).is_err());
+    }
+    // What decides how a run goes on is at the end.
+    let mut whole = vec![0; layout.image_bytes().saturating_sub(bytes.len())];
+    whole.extend(bytes.iter().take(layout.image_bytes()));
+    let mut image = StateImage::new(&layout, whole.clone()).expect("it has the length");
+    let (progress, control) = (image.progress(), image.control());
+    let _ = (image.is_whole(), image.best_step(), control.early_end(&job, progress), control.best_epoch());
+    image.set_control(&control);
+    assert_eq!(image.into_bytes(), whole);
+}
+
+/// Parameters to start from: safetensors of anybody, and NumPy's archives.
+pub fn weights(bytes: &[u8]) {
+    for cell in [Cell::Lstm, Cell::Gru] {
+        let _ = Weights::from_bytes("weights", bytes, cell, &ArrayOptions::default());
     }
 }
 

@@ -231,6 +231,8 @@ pub struct RunSpec {
     pub steps: u64,
     pub recompute: bool,
     pub checkpoint_seconds: u64,
+    pub checkpoint_steps: u64,
+    pub keep_checkpoints: u32,
     pub digest_steps: u64,
     pub sample_chars: u32,
     pub sample_temperature: f64,

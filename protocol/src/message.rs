@@ -3,7 +3,7 @@
 //! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
 //! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
 //! life; traces; a generation's message is the same for all members; a coordinator that is started again: what a worker
-//! holds in its hello, control states in its reports.
+//! holds in its hello, control states in its reports; failures for good; intervals and number of checkpoints.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -81,6 +81,8 @@ pub enum ToCoordinator {
         sentence: String,
         /// What to do about it.
         hint: Option<String>,
+        /// Whoever tries again fails again.
+        is_final: bool,
     },
     /// What the network wrote at an epoch's end, as [`Welcome::sample`] asked; only rank 0 does.
     Sample {
@@ -297,6 +299,8 @@ pub enum Goodbye {
     Requeue,
     /// The run failed, or the worker is refused; why, in words.
     Failed(String),
+    /// The run failed, and would fail again; why, in words.
+    Final(String),
 }
 
 /// What the run is.

@@ -7,12 +7,14 @@ use std::fmt;
 pub enum Exit {
     /// The run is done.
     Done = 0,
-    /// The run failed; the message says why.
+    /// The run failed; the message says why. Another start of the same command may do better.
     Failed = 1,
     /// The command line, the job file or the data is not usable; nothing was started.
     Usage = 2,
     /// The run was asked to stop and did: start the same command again to go on from the newest checkpoint.
     Requeue = 75,
+    /// The run failed, and would fail again: no other start of the same command, on whatever machines, ends otherwise.
+    Final = 93,
 }
 
 /// A failure that a user can cause or mend.
@@ -35,6 +37,11 @@ impl Problem {
     /// The run failed.
     pub fn failed(sentence: impl Into<String>) -> Self {
         Self { sentence: sentence.into(), hint: None, exit: Exit::Failed }
+    }
+
+    /// The run failed, and would fail again.
+    pub fn for_good(sentence: impl Into<String>) -> Self {
+        Self { sentence: sentence.into(), hint: None, exit: Exit::Final }
     }
 
     /// Adds what to do about it.

@@ -96,6 +96,8 @@ epochs = 1
 steps = 2
 recompute = true
 checkpoint_seconds = 3
+checkpoint_steps = 6
+keep_checkpoints = 7
 digest_steps = 4
 sample_chars = 5
 sample_temperature = 0.5
@@ -161,7 +163,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Step(report),
         ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS, control: CONTROL },
         ToCoordinator::Digest { generation: 1, step: 2, digest: 3 },
-        ToCoordinator::Failed { sentence: "no".to_owned(), hint: Some("yes".to_owned()) },
+        ToCoordinator::Failed { sentence: "no".to_owned(), hint: Some("yes".to_owned()), is_final: true },
         ToCoordinator::Sample { generation: 1, step: 2, tokens: vec![3, 4] },
     ];
     let state = Some(HeldState { step: 2, owes_evaluation: true });
@@ -220,8 +222,15 @@ fn to_worker() -> Vec<ToWorker> {
     ];
     let sources = [StateSource::Initial, StateSource::Coordinator, StateSource::Kept, StateSource::Member(3)];
     messages.extend(sources.map(form));
-    messages
-        .extend([Goodbye::Done, Goodbye::Requeue, Goodbye::Failed("why".to_owned())].map(ToWorker::Goodbye));
+    messages.extend(
+        [
+            Goodbye::Done,
+            Goodbye::Requeue,
+            Goodbye::Failed("why".to_owned()),
+            Goodbye::Final("why".to_owned()),
+        ]
+        .map(ToWorker::Goodbye),
+    );
     messages
 }
 

@@ -37,12 +37,13 @@ impl Role {
     }
 
     /// Whether the process did not end by a decision of its own. What a coordinator has decided, it has told; a worker
-    /// decides nothing but that it is done.
+    /// decides nothing but that it is done, or that it would fail again.
     fn is_death(self, status: ExitStatus) -> bool {
         match self {
             Self::Coordinator => status.code().is_none_or(|code| code == PANIC),
             Self::Worker(_) => {
-                !matches!(status.code(), Some(code) if code == Exit::Done as i32 || code == Exit::Requeue as i32)
+                let decided = [Exit::Done, Exit::Requeue, Exit::Final].map(|exit| exit as i32);
+                status.code().is_none_or(|code| !decided.contains(&code))
             }
         }
     }
@@ -154,6 +155,7 @@ pub(super) fn exit_of(status: ExitStatus, asked_to_stop: bool) -> Result<Exit, P
         Some(0) => Ok(Exit::Done),
         Some(2) => Ok(Exit::Usage),
         Some(75) => Ok(Exit::Requeue),
+        Some(93) => Ok(Exit::Final),
         Some(_) => Ok(Exit::Failed),
         // It was asked before it listened for signals, so before it began anything.
         None if asked_to_stop && status.signal() == Some(Signal::TERM.as_raw()) => Ok(Exit::Requeue),
@@ -225,6 +227,7 @@ mod tests {
             (code(1), false, true),
             (code(2), false, true),
             (code(75), false, false),
+            (code(93), false, false),
             (code(101), true, true),
             (killed, true, true),
         ] {

@@ -91,6 +91,7 @@ fn config(run: &Run, settings: &str, workers: usize) -> coordinator::Config {
         token: Token::new(""),
         ready_file: Some(run.dir().with_extension("ready")),
         linger: Duration::ZERO,
+        drain_timeout: Duration::from_secs(25),
         json: false,
         build: "test".to_owned(),
     }

@@ -87,7 +87,8 @@ impl Outbox {
             "step {step} is not finite (loss {loss}, gradient norm {norm}); its update was not applied"
         );
         let hint = "start over with --fresh and a smaller learning_rate or another init; --set non_finite=skip leaves such steps out";
-        self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()) });
+        // The same step has the same numbers wherever it is done.
+        self.send(ToCoordinator::Failed { sentence, hint: Some(hint.to_owned()), is_final: true });
     }
 
     /// Counts time that training itself does not need.

@@ -215,6 +215,7 @@ fn ended(goodbye: Goodbye) -> Result<Exit, Problem> {
         Goodbye::Done => Ok(Exit::Done),
         Goodbye::Requeue => Ok(Exit::Requeue),
         Goodbye::Failed(sentence) => Err(Problem::failed(sentence)),
+        Goodbye::Final(sentence) => Err(Problem::for_good(sentence)),
     }
 }
 
@@ -544,7 +545,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                 why
             }
             Err(sentence) => {
-                self.outbox.send(ToCoordinator::Failed { sentence, hint: None });
+                self.outbox.send(ToCoordinator::Failed { sentence, hint: None, is_final: false });
                 Stop::Aborted
             }
         };

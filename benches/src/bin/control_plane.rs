@@ -110,6 +110,7 @@ async fn coordinate(folder: &Path, workers: u32) -> Result<()> {
         token: Token::new(TOKEN),
         ready_file: Some(folder.join("ready")),
         linger: Duration::ZERO,
+        drain_timeout: Duration::ZERO,
         json: false,
         build: "control plane".to_owned(),
     };

@@ -14,10 +14,17 @@ use crate::store::journal::Record;
 pub(super) type WrittenCheckpoint = Result<(Stage, String), Problem>;
 
 impl Run {
-    /// Asks the first member for its state at the next epoch's end, or at the run's.
+    /// Asks the first member for its state at the next epoch's end, at the run's, or after so many steps as the job
+    /// wants between two checkpoints, whichever comes first.
     pub(super) fn announce_checkpoint(&mut self) {
-        let per_epoch = self.schedule.steps_per_epoch;
-        self.announced = ((self.step / per_epoch + 1) * per_epoch).min(self.schedule.total_steps);
+        let next = |interval: u64| (self.step / interval + 1) * interval;
+        let run = &self.parts.file.run;
+        self.announced = next(self.schedule.steps_per_epoch).min(self.schedule.total_steps);
+        if run.checkpoint_steps > 0 {
+            // States are only written where digests are compared.
+            let compared = next(run.checkpoint_steps).checked_next_multiple_of(run.digest_steps.max(1));
+            self.announced = self.announced.min(compared.unwrap_or(u64::MAX));
+        }
         self.ask_state(self.announced);
     }
 
@@ -75,10 +82,6 @@ impl Run {
                 self.parts.metrics.checkpoint(Some(stage.step));
                 self.with_status(|status| status.checkpoint_step = Some(stage.step));
                 self.parts.records.checkpoint_written(stage, file)?;
-                if self.ending.is_none() && self.writing == 0 && stage.step >= self.announced {
-                    self.announce_checkpoint();
-                }
-                Ok(())
             }
             Err(problem) => {
                 self.parts.metrics.checkpoint(None);
@@ -89,9 +92,13 @@ impl Run {
                     self.distrust();
                     self.end(Err(problem));
                 }
-                self.parts.records.journal(&Record::Event { text: sentence })
+                self.parts.records.journal(&Record::Event { text: sentence })?;
             }
         }
+        if self.ending.is_none() && self.writing == 0 && self.step >= self.announced {
+            self.announce_checkpoint();
+        }
+        Ok(())
     }
 }
 

@@ -44,28 +44,74 @@ pub(super) struct Ending {
     cut_short: bool,
 }
 
+/// What workers are told of the run's end.
+pub(crate) fn goodbye(result: &Result<Exit, Problem>) -> Goodbye {
+    let problem = match result {
+        Ok(Exit::Done) => return Goodbye::Done,
+        Ok(_) => return Goodbye::Requeue,
+        Err(problem) => problem,
+    };
+    let sentence = format!("the run ended: {problem}");
+    match problem.exit {
+        Exit::Final => Goodbye::Final(sentence),
+        _ => Goodbye::Failed(sentence),
+    }
+}
+
 impl Run {
     /// A signal asks the run to stop: after the step under way, or at once if it has asked before or nothing is there that
     /// could be kept.
     pub(super) fn stop_asked(&mut self) {
         if self.drain_asked || (self.ending.is_none() && !self.has_states()) {
-            self.end(Ok(Exit::Requeue));
-            if let Some(ending) = &mut self.ending {
-                ending.cut_short = true;
-                // What is not on the disk yet is not done.
-                if ending.result.is_ok() {
-                    ending.result = Ok(Exit::Requeue);
-                }
-            }
-            return;
+            return self.stop_now();
         }
         self.drain_asked = true;
+        self.drain_until = Some(Instant::now() + self.parts.drain_timeout);
         self.parts.screen.notice("stopping after this step (once more: stop at once)");
         self.send_all(&ToWorker::Drain);
     }
 
+    /// Ends the run with what is on the disk.
+    fn stop_now(&mut self) {
+        self.end(Ok(Exit::Requeue));
+        if let Some(ending) = &mut self.ending {
+            ending.cut_short = true;
+            // What is not on the disk yet is not done.
+            if ending.result.is_ok() {
+                ending.result = Ok(Exit::Requeue);
+            }
+        }
+    }
+
     pub(super) fn tick(&mut self) -> Result<(), Problem> {
+        if self.drain_until.take_if(|until| Instant::now() >= *until).is_some() {
+            let limit = self.parts.drain_timeout.as_secs();
+            let sentence = format!("the last state was not written within the {limit} s of --drain-timeout");
+            self.parts.screen.notice(&format!("{sentence}: stopping at once"));
+            self.stop_now();
+        }
+        self.look_at_records()?;
         self.decide(Event::Tick)
+    }
+
+    /// Says when the disk takes no more records, and when it takes them again. The run goes on meanwhile.
+    fn look_at_records(&mut self) -> Result<(), Problem> {
+        let records = &mut self.parts.records;
+        if records.waiting().is_some() {
+            records.flush();
+        }
+        let waiting = records.waiting();
+        if waiting.is_some() == self.records_wait {
+            return Ok(());
+        }
+        self.records_wait = waiting.is_some();
+        self.parts.metrics.set_records_waiting(self.records_wait);
+        let sentence = match waiting {
+            Some(problem) => format!("{problem}; the run goes on, and its records wait in memory"),
+            None => "the records that waited in memory are written".to_owned(),
+        };
+        self.parts.screen.notice(&sentence);
+        self.parts.records.journal(&Record::Event { text: sentence })
     }
 
     /// Gives the run up for a reason that leaves the states whole. What follows from the first reason is not told.
@@ -237,13 +283,8 @@ impl Run {
             Ok(_) => "stopped on request".to_owned(),
             Err(problem) => format!("failed: {problem}"),
         };
-        let goodbye = match &result {
-            Ok(Exit::Done) => Goodbye::Done,
-            Ok(_) => Goodbye::Requeue,
-            Err(problem) => Goodbye::Failed(format!("the run ended: {problem}")),
-        };
         self.feeders.clear();
-        self.send_all(&ToWorker::Goodbye(goodbye));
+        self.send_all(&ToWorker::Goodbye(goodbye(&result)));
         let all_left = async {
             while !self.workers.is_empty() {
                 match arrivals.recv().await {
@@ -263,6 +304,25 @@ impl Run {
             early_end: self.early_end,
             result: result.and_then(|exit| journaled.map(|()| exit)),
             parts: self.parts,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_told_whether_the_run_would_fail_again() {
+        let failed = "the run ended: no".to_owned();
+        for (result, told) in [
+            (Ok(Exit::Done), Goodbye::Done),
+            (Ok(Exit::Requeue), Goodbye::Requeue),
+            (Err(Problem::failed("no")), Goodbye::Failed(failed.clone())),
+            (Err(Problem::usage("no")), Goodbye::Failed(failed.clone())),
+            (Err(Problem::for_good("no")), Goodbye::Final(failed)),
+        ] {
+            assert_eq!(goodbye(&result), told);
         }
     }
 }

@@ -79,7 +79,7 @@ impl Run {
         self.stopped.clear();
         self.digests.begin(self.step);
         self.parts.records.journal(&Record::Event { text: reason.to_owned() })?;
-        self.show_generation(members.iter().copied())?;
+        self.show_generation(members.iter().copied());
         self.parts.screen.notice(reason);
         self.announce_checkpoint();
         // One may have become due meanwhile.

@@ -1,4 +1,4 @@
-//! The checkpoints of a run: `checkpoints/step-00000200.safetensors`, their manifest, and the link `latest`.
+//! The checkpoints of a run: `checkpoints/step-00000200.safetensors`, their manifest, and the links `latest` and `best`.
 //!
 //! A new file is complete and on the disk before the manifest names it, and the manifest before an older file is
 //! deleted. The manifest holds the digest of each whole file; one that a crash kept out of the manifest, or whose
@@ -19,13 +19,12 @@ use super::files::{
 };
 use crate::hex::sha256_hex;
 
-/// How many checkpoints a run keeps unless told otherwise.
-pub const KEEP: usize = 3;
-
 /// Name of the folder inside the run directory.
 pub(super) const FOLDER: &str = "checkpoints";
 /// Name of the link inside the run directory.
 pub(super) const LATEST: &str = "latest";
+/// Name of the link to the state of the epoch with the lowest validation loss, while there is a checkpoint of it.
+pub(super) const BEST: &str = "best";
 /// Name of the manifest inside the folder.
 pub(super) const MANIFEST: &str = "manifest.json";
 
@@ -68,7 +67,8 @@ impl CheckpointDir {
         Self { run_dir: run_dir.to_owned(), damaged: Vec::new() }
     }
 
-    /// Writes a checkpoint, points `latest` to it, and deletes older ones but the newest `keep`, this one included.
+    /// Writes a checkpoint, points `latest` to it and `best` to the best one, and deletes older ones but the newest
+    /// `keep`, this one included, and the best.
     ///
     /// Checkpoints of later steps go too: after a resume from an earlier one they can only be those that were found
     /// damaged.
@@ -98,11 +98,17 @@ impl CheckpointDir {
         let is_sound = |other: &u64| *other == step || *other < step && !self.damaged.contains(other);
         let mut kept: Vec<u64> = self.steps_on_disk()?.into_iter().filter(is_sound).collect();
         kept.sort_unstable_by(|a, b| b.cmp(a));
+        let best = checkpoint.image.best_step().filter(|best| kept.contains(best));
         kept.truncate(keep.max(1));
+        kept.extend(best);
         entries.retain(|old| old.step != step && kept.contains(&old.step));
         entries.push(entry.clone());
         self.write_manifest(&entries)?;
         link_atomic(&self.run_dir.join(LATEST), &format!("{FOLDER}/{}", entry.file))?;
+        match best {
+            Some(best) => link_atomic(&self.run_dir.join(BEST), &format!("{FOLDER}/{}", file_name(best)))?,
+            None => remove_if_there(&self.run_dir.join(BEST))?,
+        }
 
         for other in self.steps_on_disk()? {
             if !kept.contains(&other) {
@@ -154,7 +160,7 @@ impl CheckpointDir {
         if steps.is_empty() && skipped.is_empty() {
             return Ok(None);
         }
-        Err(Problem::failed(format!(
+        Err(Problem::for_good(format!(
             "no checkpoint in {} is usable: {}",
             self.folder().display(),
             skipped.join("; ")
@@ -255,8 +261,9 @@ fn short(digest: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use proptest::prelude::*;
+    use protocol::control::ControlState;
 
     /// A run directory with checkpoints of these steps.
     fn with_steps(steps: &[u64]) -> (tempfile::TempDir, CheckpointDir) {
@@ -296,6 +303,39 @@ mod tests {
         assert_eq!(checkpoints.steps().unwrap(), [10, 8, 5]);
         checkpoints.write(&testing::checkpoint(12, 12), KEEP).unwrap();
         assert_eq!(checkpoints.steps().unwrap(), [12, 10, 8], "the new state after step 10 is sound");
+    }
+
+    #[test]
+    fn the_best_one_stays_besides_the_newest_and_has_a_link() {
+        let (dir, mut checkpoints) = with_steps(&[]);
+        // Epochs have five steps; after the last of so many evaluated ones, the best was so many epochs ago.
+        let mut write = |step, evaluated_epochs, epochs_without_improvement| {
+            let mut checkpoint = testing::checkpoint(step, step);
+            let best_validation_loss = 1.0;
+            let control = checkpoint.image.control();
+            checkpoint.image.set_control(&ControlState {
+                best_validation_loss,
+                evaluated_epochs,
+                epochs_without_improvement,
+                ..control
+            });
+            checkpoints.write(&checkpoint, 2).unwrap();
+            let mut steps = checkpoints.steps().unwrap();
+            steps.reverse();
+            (steps, fs::read_link(dir.path().join(BEST)).ok())
+        };
+        let link = |step| Some(Path::new(FOLDER).join(file_name(step)));
+        assert_eq!(write(5, 1, 0), (vec![5], link(5)));
+        assert_eq!(write(10, 2, 0), (vec![5, 10], link(10)));
+        for (step, behind) in [(15, 1), (20, 2), (25, 3)] {
+            assert_eq!(
+                write(step, step / 5, behind),
+                (vec![10, step - 5, step][usize::from(step == 15)..].to_vec(), link(10))
+            );
+        }
+        assert_eq!(write(30, 6, 0), (vec![25, 30], link(30)));
+        // Whoever goes on from before the best one has none until there is another.
+        assert_eq!(write(27, 5, 3), (vec![25, 27], None));
     }
 
     #[test]

@@ -267,12 +267,11 @@ impl fmt::Display for Diff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::checkpoint_dir::KEEP;
     use crate::store::journal::{Journal, Record};
     use crate::store::metrics_log::{MetricLine, MetricsLog, SecondsLine, StepLine};
     use crate::store::run_dir::{OpenMode, RunDir};
     use crate::store::state::StateImage;
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use protocol::sums::StepSums;
     use std::fs;
 

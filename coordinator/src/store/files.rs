@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use failpoints::{Point, reach};
 use protocol::problem::Problem;
@@ -164,47 +164,114 @@ fn sync_parent(path: &Path) -> Result<(), Problem> {
     File::open(parent).and_then(|dir| dir.sync_all()).map_err(|error| io_problem("sync", parent, &error))
 }
 
+/// Most bytes of lines that wait in memory for a disk to take them: hours of steps.
+const WAITING_LIMIT_BYTES: usize = 64 << 20;
+
 /// A file that grows line by line. What reaches it is whole lines: the rest of a line whose write failed is cut
-/// off before the next one, so only a crash of the machine can leave a torn one, and only at the end.
+/// off before the next one, so only a crash of the machine can leave a torn one, and only at the end. Lines that the
+/// disk does not take, because it is full say, wait in memory and keep their order.
 #[derive(Debug)]
 pub(super) struct LineFile {
     disk: LineSync,
-    /// Bytes of whole lines.
-    length: u64,
-    /// Whether a failed write may have left something after them.
-    torn: bool,
 }
 
 /// The file of a [`LineFile`], whose lines another thread can wait for.
 #[derive(Debug, Clone)]
 pub(crate) struct LineSync {
     path: PathBuf,
+    end: Arc<Mutex<FileEnd>>,
+}
+
+/// What is at the end of a file that grows, and what is to come there.
+#[derive(Debug)]
+struct FileEnd {
     /// The one that has the name now: whoever waits for lines waits for those of the file that replaced another.
-    file: Arc<Mutex<Arc<File>>>,
+    file: Arc<File>,
+    /// Bytes of whole lines.
+    length: u64,
+    /// Whether a failed write may have left something after them.
+    torn: bool,
+    /// Lines that are not in the file yet.
+    waiting: Vec<u8>,
+    /// Why they were refused.
+    refused: Option<Problem>,
+}
+
+impl FileEnd {
+    fn of(file: File, length: u64) -> Self {
+        Self { file: Arc::new(file), length, torn: false, waiting: Vec::new(), refused: None }
+    }
+
+    /// Writes the lines that wait.
+    fn write(&mut self, path: &Path) -> Result<(), Problem> {
+        let written = self.cut().and_then(|()| {
+            self.torn = !self.waiting.is_empty();
+            (&*self.file).write_all(&self.waiting)
+        });
+        if let Err(error) = written {
+            let problem = io_problem("write", path, &error);
+            self.refused = Some(problem.clone());
+            return Err(problem);
+        }
+        self.torn = false;
+        self.length += self.waiting.len() as u64;
+        self.waiting.clear();
+        self.refused = None;
+        Ok(())
+    }
+
+    fn cut(&mut self) -> io::Result<()> {
+        if self.torn {
+            self.file.set_len(self.length)?;
+            self.torn = false;
+        }
+        Ok(())
+    }
 }
 
 impl LineSync {
     /// Opens a file for appending, creating it if need be.
     pub(crate) fn open(path: &Path) -> Result<Self, Problem> {
-        let file = Arc::new(Mutex::new(Arc::new(open_lines(path)?)));
-        Ok(Self { path: path.to_owned(), file })
+        let end = Arc::new(Mutex::new(FileEnd::of(open_lines(path)?, 0)));
+        Ok(Self { path: path.to_owned(), end })
     }
 
-    fn file(&self) -> Arc<File> {
-        self.file.lock().expect("no holder of this lock can panic").clone()
+    /// Writes the lines that wait in memory, if any do.
+    ///
+    /// # Errors
+    /// The disk still refuses them; they go on waiting.
+    pub(crate) fn flush(&self) -> Result<(), Problem> {
+        self.end().write(&self.path)
+    }
+
+    /// Why lines wait in memory, if any do.
+    pub(crate) fn refused(&self) -> Option<Problem> {
+        self.end().refused.clone()
     }
 
     /// Waits until all lines that were appended before are on the disk.
     pub(crate) fn sync(&self) -> Result<(), Problem> {
         let failed = |error| io_problem("sync", &self.path, &error);
-        let file = self.file();
+        let file = {
+            let mut end = self.end();
+            end.write(&self.path)?;
+            end.file.clone()
+        };
+        // Whoever appends meanwhile does not wait.
         file.sync_data().map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if metadata.is_file() && metadata.nlink() == 0 {
+            if !Arc::ptr_eq(&file, &self.end().file) {
+                return self.sync();
+            }
             return Err(Problem::failed(format!("{} was deleted while it was written", self.path.display()))
                 .hint("nothing of the run is left there: start it again"));
         }
         Ok(())
+    }
+
+    fn end(&self) -> MutexGuard<'_, FileEnd> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -216,51 +283,68 @@ fn open_lines(path: &Path) -> Result<File, Problem> {
 impl LineFile {
     /// Opens a file for appending, creating it if need be, and cuts off what lies after its first `length` bytes.
     pub(super) fn open(path: &Path, length: u64) -> Result<Self, Problem> {
-        let mut lines = Self { disk: LineSync::open(path)?, length, torn: true };
-        lines.cut()?;
+        let disk = LineSync::open(path)?;
+        {
+            let mut end = disk.end();
+            (end.length, end.torn) = (length, true);
+            end.write(path)?;
+        }
         sync_parent(path)?;
-        Ok(lines)
+        Ok(Self { disk })
     }
 
-    /// All lines.
+    /// All lines, those that wait in memory included.
     pub(super) fn content(&self) -> Result<Vec<u8>, Problem> {
-        Ok(read_if_there(&self.disk.path)?.unwrap_or_default())
+        let end = self.disk.end();
+        let mut content = read_if_there(&self.disk.path)?.unwrap_or_default();
+        content.truncate(end.length as usize);
+        content.extend_from_slice(&end.waiting);
+        Ok(content)
     }
 
     /// Replaces all lines by `content`, which has whole lines.
+    ///
+    /// # Errors
+    /// The file cannot be written; all is then as it was.
     pub(super) fn replace(&mut self, content: &[u8]) -> Result<(), Problem> {
         write_atomic(&self.disk.path, content)?;
-        let file = Arc::new(open_lines(&self.disk.path)?);
-        *self.disk.file.lock().expect("no holder of this lock can panic") = file;
-        (self.length, self.torn) = (content.len() as u64, false);
+        *self.disk.end() = FileEnd::of(open_lines(&self.disk.path)?, content.len() as u64);
         Ok(())
     }
 
-    /// Appends one line in one write.
-    pub(super) fn append(&mut self, mut line: String) -> Result<(), Problem> {
+    /// Appends one line in one write. If the disk refuses it, it waits in memory with those after it, until
+    /// [`LineSync::flush`] succeeds.
+    ///
+    /// # Errors
+    /// Too much waits already.
+    pub(super) fn append(&mut self, line: &str) -> Result<(), Problem> {
+        self.keep(line)?;
+        if self.disk.refused().is_none() {
+            // Whoever needs it on the disk says so.
+            let _ = self.disk.flush();
+        }
+        Ok(())
+    }
+
+    /// Keeps one line in memory until the next one, or somebody who needs it on the disk, takes it along.
+    ///
+    /// # Errors
+    /// Too much waits already.
+    pub(super) fn keep(&mut self, line: &str) -> Result<(), Problem> {
         assert!(!line.contains('\n'), "a record is one line");
-        line.push('\n');
-        self.cut()?;
-        self.torn = true;
-        let written = (&*self.disk.file()).write_all(line.as_bytes());
-        written.map_err(|error| io_problem("write", &self.disk.path, &error))?;
-        self.torn = false;
-        self.length += line.len() as u64;
+        let mut end = self.disk.end();
+        if end.waiting.len() + line.len() >= WAITING_LIMIT_BYTES {
+            let full = || io_problem("write", &self.disk.path, &ErrorKind::StorageFull.into());
+            return Err(end.refused.clone().unwrap_or_else(full));
+        }
+        end.waiting.extend_from_slice(line.as_bytes());
+        end.waiting.push(b'\n');
         Ok(())
     }
 
     /// What waits for the disk.
     pub(super) fn on_disk(&self) -> LineSync {
         self.disk.clone()
-    }
-
-    fn cut(&mut self) -> Result<(), Problem> {
-        if self.torn {
-            let cut = self.disk.file().set_len(self.length);
-            cut.map_err(|error| io_problem("write", &self.disk.path, &error))?;
-            self.torn = false;
-        }
-        Ok(())
     }
 }
 
@@ -310,17 +394,46 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_said_with_a_hint() {
+    fn what_a_full_disk_refuses_waits_in_memory_and_is_said_with_a_hint() {
         // Every write to this device fails as on a full disk; it cannot be cut, so it is not opened through `open`.
         let path = Path::new("/dev/full");
         let Ok(disk) = LineSync::open(path) else {
             return;
         };
-        let mut lines = LineFile { disk, length: 0, torn: false };
-        let problem = lines.append("record".to_owned()).unwrap_err();
-        assert!(problem.sentence.starts_with("cannot write /dev/full: No space left"), "{problem}");
-        assert!(problem.hint.unwrap().contains("free some space"));
-        assert!(lines.torn && lines.length == 0, "the failed line must be cut off before the next");
+        let mut lines = LineFile { disk };
+        lines.append("record").unwrap();
+        for problem in [lines.disk.refused().unwrap(), lines.disk.flush().unwrap_err()] {
+            assert!(problem.sentence.contains("cannot write /dev/full: "), "{problem}");
+        }
+        let end = lines.disk.end();
+        assert!(end.torn && end.length == 0, "the failed line must be cut off before the next");
+        assert_eq!(end.waiting, b"record\n");
+        drop(end);
+        let long = "x".repeat(WAITING_LIMIT_BYTES - 8);
+        lines.append(&long).unwrap();
+        let problem = lines.append("one too many").unwrap_err();
+        assert!(problem.sentence.starts_with("cannot write /dev/full: "), "{problem}");
+    }
+
+    #[test]
+    fn lines_that_waited_come_in_their_order_when_there_is_room_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lines");
+        let mut lines = LineFile::open(&path, 0).unwrap();
+        lines.append("one").unwrap();
+        // A disk that has refused a line is left alone until somebody asks.
+        let full = io_problem("write", &path, &ErrorKind::StorageFull.into());
+        lines.disk.end().refused = Some(full.clone());
+        lines.append("two").unwrap();
+        assert_eq!(
+            (fs::read_to_string(&path).unwrap().as_str(), lines.disk.refused()),
+            ("one\n", Some(full))
+        );
+        lines.keep("three").unwrap();
+        lines.on_disk().sync().unwrap();
+        assert_eq!(lines.disk.refused(), None);
+        lines.append("four").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "one\ntwo\nthree\nfour\n");
     }
 
     #[test]
@@ -346,10 +459,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lines");
         let mut lines = LineFile::open(&path, 0).unwrap();
-        lines.append("one".to_owned()).unwrap();
+        lines.append("one").unwrap();
         fs::write(&path, "one\ntw").unwrap();
-        lines.torn = true;
-        lines.append("three".to_owned()).unwrap();
+        lines.disk.end().torn = true;
+        lines.append("three").unwrap();
         lines.on_disk().sync().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "one\nthree\n");
     }

@@ -173,10 +173,9 @@ impl fmt::Display for Inspection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::checkpoint_dir::KEEP;
     use crate::store::journal::{Journal, Record};
     use crate::store::run_dir::{OpenMode, RunDir};
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use protocol::sums::StepSums;
     use std::fs;
 

@@ -2,7 +2,8 @@
 //!
 //! A crash of the process loses nothing that was appended. A crash of the machine may lose the end: what is left of
 //! it is cut off when the journal is opened. Damage before an intact record cannot come from a crash and is a
-//! problem. Records that the others depend on wait for the disk, see [`Record::waits_for_disk`].
+//! problem. Records that the others depend on wait for the disk, see [`Record::waits_for_disk`]; the others wait in memory
+//! while a disk is full.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -128,14 +129,12 @@ impl Record {
     /// such records; a lost step or evaluation is merely done again after a crash of the machine.
     pub fn waits_for_disk(&self) -> bool {
         match self {
-            Self::Start { .. }
-            | Self::Generation { .. }
+            Self::Start { .. } | Self::Generation { .. } | Self::Rewind { .. } | Self::Finish { .. } => true,
+            Self::Step { .. }
+            | Self::Evaluation { .. }
             | Self::Checkpoint { .. }
-            | Self::Rewind { .. }
-            | Self::Finish { .. } => true,
-            Self::Step { .. } | Self::Evaluation { .. } | Self::LearningRate { .. } | Self::Event { .. } => {
-                false
-            }
+            | Self::LearningRate { .. }
+            | Self::Event { .. } => false,
         }
     }
 
@@ -238,12 +237,15 @@ impl Replay {
                 continue;
             };
             if let Some(damaged) = first_damaged {
-                return Err(Problem::failed(format!("line {damaged} of {} is damaged", path.display()))
+                return Err(Problem::for_good(format!("line {damaged} of {} is damaged", path.display()))
                     .hint("restore the file from a copy, or give --fresh to start over"));
             }
             let record = serde_json::from_str(json).map_err(|error| {
-                Problem::failed(format!("line {number} of {} is not a known record: {error}", path.display()))
-                    .hint("read it with the version of lockstep that wrote it")
+                Problem::for_good(format!(
+                    "line {number} of {} is not a known record: {error}",
+                    path.display()
+                ))
+                .hint("read it with the version of lockstep that wrote it")
             })?;
             replay.take_in(record);
             replay.intact_bytes += length;
@@ -334,10 +336,18 @@ impl Journal {
     /// Appends a record, and waits for the disk where [`Record::waits_for_disk`] says so.
     ///
     /// # Errors
-    /// The file cannot be written. Nothing of the record is then in the journal once it is used again.
+    /// The file cannot be written, and the record must be; or too much waits for it in memory.
     pub fn append(&mut self, record: &Record) -> Result<(), Problem> {
-        self.lines.append(record.to_line())?;
+        self.lines.append(&record.to_line())?;
         if record.waits_for_disk() { self.on_disk().sync() } else { Ok(()) }
+    }
+
+    /// Keeps a record in memory, behind those that wait there.
+    ///
+    /// # Errors
+    /// Too much waits already.
+    pub fn keep(&mut self, record: &Record) -> Result<(), Problem> {
+        self.lines.keep(&record.to_line())
     }
 
     /// What waits until its records are on the disk.

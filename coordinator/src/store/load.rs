@@ -71,9 +71,9 @@ fn run_of(path: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::checkpoint_dir::{KEEP, LATEST};
+    use crate::store::checkpoint_dir::LATEST;
     use crate::store::run_dir::{OpenMode, RunDir};
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use std::fs;
 
     fn run() -> (tempfile::TempDir, RunDir) {

@@ -203,7 +203,7 @@ impl MetricsLog {
     /// Appends a line. One for a step or epoch that has a line already is left out, and false is returned.
     ///
     /// # Errors
-    /// The file cannot be written. Nothing of the line is then in it once it is used again.
+    /// Too much waits in memory because the file cannot be written.
     pub fn append(&mut self, line: &MetricLine) -> Result<bool, Problem> {
         let mut last = self.last;
         let is_new = match line {
@@ -212,7 +212,7 @@ impl MetricsLog {
             MetricLine::Sample(line) => last.advance("sample", line.step),
         };
         if is_new {
-            self.lines.append(serde_json::to_string(line).expect("plain values can be written as JSON"))?;
+            self.lines.append(&serde_json::to_string(line).expect("plain values can be written as JSON"))?;
             self.last = last;
         }
         Ok(is_new)

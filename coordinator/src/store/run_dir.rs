@@ -4,7 +4,7 @@
 //! job.toml       the job, all keys resolved       journal        what happened
 //! data.toml      digest of the data               metrics.jsonl  numbers of steps and epochs
 //! checkpoints/   states and their manifest        lock           held while a coordinator runs
-//! latest         link to the newest state         loss.svg       picture of the losses
+//! latest, best   links to states                  loss.svg       picture of the losses
 //! ```
 //! A directory belongs to one `[job]` over one data set. `[run]` may change when it is resumed, `[fleet]` always.
 
@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use super::checkpoint_dir::{CheckpointDir, FOLDER, LATEST, MANIFEST, step_of};
+use super::checkpoint_dir::{BEST, CheckpointDir, FOLDER, LATEST, MANIFEST, step_of};
 use super::diverged;
 use super::files::{
     create_dir, io_problem, names_in, read_if_there, remove_if_there, temporary_of, write_atomic,
@@ -36,7 +36,7 @@ const LOCK: &str = "lock";
 
 /// What `--fresh` deletes besides checkpoints, in this order: while `job.toml` is there, a deletion that a crash
 /// interrupted is still seen as a run directory of the old job.
-const DELETED_BY_FRESH: [&str; 6] = [LATEST, LOSS_PLOT, METRICS, JOURNAL, DATA, JOB];
+const DELETED_BY_FRESH: [&str; 7] = [LATEST, BEST, LOSS_PLOT, METRICS, JOURNAL, DATA, JOB];
 
 const MISSING: &str = "it has no job.toml and lock";
 
@@ -347,9 +347,8 @@ fn is_checkpoint_file(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::checkpoint_dir::KEEP;
     use crate::store::journal::{Journal, Record};
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use protocol::problem::Exit;
     use std::fs;
 

@@ -93,6 +93,14 @@ impl StateImage {
         !self.control().owes_evaluation(self.progress().epoch)
     }
 
+    /// Steps done at the end of the epoch with the lowest validation loss so far; `None` before there is one.
+    pub fn best_step(&self) -> Option<u64> {
+        let (Progress { step, epoch, cursor }, control) = (self.progress(), self.control());
+        let steps_per_epoch = step.saturating_sub(cursor).checked_div(epoch)?;
+        let has_best = control.best_validation_loss.is_finite() && control.best_epoch() > 0;
+        has_best.then(|| steps_per_epoch.saturating_mul(control.best_epoch()))
+    }
+
     /// Hash of the flat parameter buffer, 64 lower-case hexadecimal digits.
     pub fn parameter_sha256(&self) -> String {
         let [parameters, ..] = self.layout.image_ranges();
@@ -145,6 +153,20 @@ mod tests {
         assert_eq!(image.control(), control);
         image.set_control(&before.control());
         assert_eq!(image, before);
+    }
+
+    #[test]
+    fn the_best_step_is_the_end_of_the_best_epoch() {
+        let of = |step, control: ControlState| {
+            let mut image = testing::checkpoint(step, 1).image;
+            image.set_control(&control);
+            image.best_step()
+        };
+        let control = testing::control(1);
+        assert_eq!(of(17, control), None, "no evaluation was finite");
+        // Epochs have five steps, and the second of three was the best.
+        let control = ControlState { best_validation_loss: 1.5, evaluated_epochs: 3, ..control };
+        assert_eq!([of(15, control), of(17, control), of(3, control)], [Some(10), Some(10), None]);
     }
 
     #[test]

@@ -8,6 +8,9 @@ use protocol::random::mix64;
 use super::checkpoint::Checkpoint;
 use super::state::StateImage;
 
+/// How many checkpoints tests keep, unless they are about that.
+pub(crate) const KEEP: usize = 3;
+
 /// A job with few parameters, and `KEY=VALUE` settings over it.
 pub(crate) fn job_file(preset: &str, settings: &[(&str, &str)]) -> JobFile {
     let small = [("hidden_size", "2"), ("num_layers", "1"), ("batch_size", "3"), ("shards", "2")];

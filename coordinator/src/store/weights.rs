@@ -315,10 +315,9 @@ mod tests {
 
     use safetensors::tensor::TensorView;
 
-    use crate::store::checkpoint_dir::KEEP;
     use crate::store::run_dir::{OpenMode, RunDir};
     use crate::store::state::StateImage;
-    use crate::store::testing;
+    use crate::store::testing::{self, KEEP};
     use crate::store::torch::to_torch;
 
     fn file(tensors: &[(&str, &[usize], Dtype)], metadata: Option<(&str, &str)>) -> Vec<u8> {

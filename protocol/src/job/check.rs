@@ -133,8 +133,12 @@ impl JobFile {
             ))
             .hint("it is never set by hand: give --init-from RUN|FILE"));
         }
-        if self.run.checkpoint_seconds == 0 {
-            return Err(Problem::usage("checkpoint_seconds is 0, it must be at least 1"));
+        let at_least_one = [
+            ("checkpoint_seconds", self.run.checkpoint_seconds),
+            ("keep_checkpoints", self.run.keep_checkpoints.into()),
+        ];
+        if let Some((key, _)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
+            return Err(Problem::usage(format!("{key} is 0, it must be at least 1")));
         }
         if self.run.epochs == 0 && self.run.steps == 0 {
             return Err(Problem::usage("epochs and steps are both 0: there is nothing to do")

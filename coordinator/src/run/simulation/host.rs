@@ -86,6 +86,7 @@ impl Host {
             status: Arc::new(Mutex::new(Status::default())),
             screen: Screen::dark(job.file.job.task, &job.schedule),
             ready: None,
+            drain_timeout: Duration::from_secs(25),
         };
         let writer = parts.records.checkpoint_writer();
         let (sender, images) = std::sync::mpsc::channel();
