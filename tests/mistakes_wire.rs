@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use common::played::{TOKEN, answer, worker_against_this};
-use common::{Coordinator, Ended, Folder};
+use common::{Coordinator, Ended, Folder, Process, lockstep};
 use protocol::frame::FRAME_LIMIT_BYTES;
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::PROTOCOL_VERSION;
@@ -50,7 +50,7 @@ type Played = fn(&mut TcpStream);
 #[test]
 fn a_worker_names_what_answers_in_the_coordinators_place() {
     let hint_of_token = "give every process of the run the same token";
-    let cases: [(Played, String, &str); 6] = [
+    let cases: [(Played, String, &str); 5] = [
         (
             |stream| stream.write_all(&hello_of_version(9, 0)).unwrap(),
             format!("the other side speaks protocol 9, this one {PROTOCOL_VERSION}"),
@@ -60,11 +60,6 @@ fn a_worker_names_what_answers_in_the_coordinators_place() {
             |stream| stream.write_all(&b"HTTP/1.1 400 Bad Request\r\n".repeat(3)).unwrap(),
             "the other side of the connection is not Lockstep".to_owned(),
             "check the host and the port",
-        ),
-        (
-            |stream| stream.shutdown(std::net::Shutdown::Both).unwrap(),
-            "the coordinator closed the connection during the handshake".to_owned(),
-            hint_of_token,
         ),
         (
             |stream| {
@@ -94,6 +89,24 @@ fn a_worker_names_what_answers_in_the_coordinators_place() {
     for (coordinator, sentence, hint) in cases {
         worker_against(coordinator).expect_refusal(1, &sentence, hint);
     }
+}
+
+#[test]
+fn a_worker_with_another_token_tries_no_longer_than_that_can_be_an_accident() {
+    let folder = Folder::new();
+    let run = folder.run("run", &format!("char-lstm --data {}", folder.text(12_000)));
+    let mut coordinator = Coordinator::start(&run, "--workers 1", Some("a token that is not the worker's"));
+    let mut command = lockstep();
+    command.args(["worker", "--coordinator", &coordinator.control]);
+    let worker = Process::start(command.env("LOCKSTEP_TOKEN", TOKEN));
+    for _ in 0..4 {
+        coordinator.process.line_with("was refused: the other side of the connection has another run token");
+    }
+    worker.end().expect_refusal(
+        1,
+        "the coordinator closed the connection during the handshake",
+        "give every process of the run the same token",
+    );
 }
 
 #[test]

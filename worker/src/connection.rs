@@ -19,7 +19,11 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 pub(crate) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Pause before a coordinator that was lost is looked for again; doubles up to the second value.
+/// So often a coordinator is taken at its word that closes the connection when it has seen this side's proof: one with
+/// another token does so each time.
+const REFUSALS_LIMIT: u32 = 4;
+
+/// Pause before the coordinator is tried again; doubles up to the second value.
 const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(500)];
 
 /// A proved connection to the coordinator.
@@ -35,6 +39,30 @@ pub(crate) enum Broken {
     Lost(String),
     /// What came over it makes no sense.
     Senseless(Problem),
+}
+
+/// Why a connection was not proved.
+enum Unproved {
+    /// The other side ended it before it had answered. A coordinator bears so many connections that have proved nothing,
+    /// and closes the oldest to make room.
+    Dropped(Problem),
+    /// It ended it when it could have seen this side's proof: most likely its token is another one.
+    Refused(Problem),
+    /// It said what it will say again.
+    Useless(Problem),
+}
+
+impl Unproved {
+    fn into_problem(self) -> Problem {
+        let (Self::Dropped(problem) | Self::Refused(problem) | Self::Useless(problem)) = self;
+        problem
+    }
+}
+
+impl From<Problem> for Unproved {
+    fn from(problem: Problem) -> Self {
+        Self::Useless(problem)
+    }
 }
 
 impl From<Problem> for Broken {
@@ -55,7 +83,29 @@ impl From<Broken> for Problem {
 impl Connection {
     /// Connects to `HOST:PORT`, patiently, and proves the token.
     pub(crate) async fn open(address: &str, token: &Token) -> Result<Self, Problem> {
-        Self::prove(connect(address).await?, address, token).await
+        Self::open_within(CONNECT_PATIENCE, address, token).await
+    }
+
+    async fn open_within(patience: Duration, address: &str, token: &Token) -> Result<Self, Problem> {
+        let deadline = Instant::now() + patience;
+        let [mut pause, longest_pause] = RETRY_PAUSE;
+        let mut refusals = 0;
+        loop {
+            let stream = connect(address, deadline).await?;
+            let unproved = match Self::prove(stream, address, token).await {
+                Ok(connection) => return Ok(connection),
+                Err(unproved) => unproved,
+            };
+            refusals += u32::from(matches!(unproved, Unproved::Refused(_)));
+            let is_useless = matches!(unproved, Unproved::Useless(_)) || refusals == REFUSALS_LIMIT;
+            let problem = unproved.into_problem();
+            if is_useless || Instant::now() > deadline {
+                return Err(problem);
+            }
+            tracing::debug!("trying the coordinator again: {problem}");
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(longest_pause);
+        }
     }
 
     /// Looks for a coordinator that was lost, for as long as it takes. Whoever is there instead may go away again.
@@ -64,7 +114,7 @@ impl Connection {
         loop {
             let attempt = async {
                 let stream = TcpStream::connect(address).await.map_err(|e| lost(&e.to_string()))?;
-                Self::prove(stream, address, token).await
+                Self::prove(stream, address, token).await.map_err(Unproved::into_problem)
             };
             match attempt.await {
                 Ok(connection) => return connection,
@@ -75,12 +125,12 @@ impl Connection {
         }
     }
 
-    async fn prove(mut stream: TcpStream, address: &str, token: &Token) -> Result<Self, Problem> {
-        let broken = |e: io::Error| lost(&e.to_string());
+    async fn prove(mut stream: TcpStream, address: &str, token: &Token) -> Result<Self, Unproved> {
+        let broken = |e: io::Error| Unproved::Dropped(lost(&e.to_string()));
         let local = stream.local_addr().map_err(broken)?;
         if stream.peer_addr().is_ok_and(|peer| peer == local) {
             // Where nobody listens on a port of the range from which connections take theirs, one may meet itself.
-            return Err(lost("nobody listens there"));
+            return Err(Unproved::Dropped(lost("nobody listens there")));
         }
         stream.set_nodelay(true).map_err(broken)?;
         set_tcp_user_timeout(&stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
@@ -142,8 +192,7 @@ impl Connection {
     }
 }
 
-async fn connect(address: &str) -> Result<TcpStream, Problem> {
-    let deadline = Instant::now() + CONNECT_PATIENCE;
+async fn connect(address: &str, deadline: Instant) -> Result<TcpStream, Problem> {
     loop {
         let error = match TcpStream::connect(address).await {
             Ok(stream) => return Ok(stream),
@@ -165,24 +214,99 @@ async fn connect(address: &str) -> Result<TcpStream, Problem> {
     }
 }
 
-async fn handshake(stream: &mut TcpStream, token: &Token) -> Result<(), Problem> {
-    let closed = |_| {
+async fn handshake(stream: &mut TcpStream, token: &Token) -> Result<(), Unproved> {
+    let closed = || {
         Problem::failed("the coordinator closed the connection during the handshake")
             .hint("give every process of the run the same token in LOCKSTEP_TOKEN or with --token-file")
     };
+    let (dropped, refused) = (|_| Unproved::Dropped(closed()), |_| Unproved::Refused(closed()));
     let own = Handshake::opener(Plane::Control, token)
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
-    stream.write_all(&own.hello()).await.map_err(closed)?;
+    stream.write_all(&own.hello()).await.map_err(dropped)?;
     let mut theirs = [0; HELLO_BYTES];
-    stream.read_exact(&mut theirs).await.map_err(closed)?;
+    stream.read_exact(&mut theirs).await.map_err(dropped)?;
     let proofs = own.proofs(&theirs)?;
-    stream.write_all(&proofs.ours).await.map_err(closed)?;
+    stream.write_all(&proofs.ours).await.map_err(refused)?;
     let mut proof = [0; PROOF_BYTES];
-    stream.read_exact(&mut proof).await.map_err(closed)?;
-    proofs.check(&proof)
+    stream.read_exact(&mut proof).await.map_err(refused)?;
+    Ok(proofs.check(&proof)?)
 }
 
 pub(crate) fn lost(cause: &str) -> Problem {
     Problem::failed(format!("lost the connection to the coordinator: {cause}"))
         .hint("the coordinator's own output says why it ended; its run directory can be resumed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::net::TcpListener;
+
+    /// How a coordinator treats a connection.
+    #[derive(Clone, Copy)]
+    enum Treats {
+        Drops,
+        ClosesAfterItsHello,
+        LetsIn,
+    }
+
+    /// A coordinator that treats the first connections like this and all others as the last one; and how many came.
+    async fn coordinator(treats: &'static [Treats]) -> (String, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let count = Arc::new(AtomicUsize::new(0));
+        let came = count.clone();
+        tokio::spawn(async move {
+            let mut held = Vec::new();
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let number = came.fetch_add(1, Ordering::Relaxed).min(treats.len() - 1);
+                if let Treats::Drops = treats[number] {
+                    continue;
+                }
+                let own = Handshake::answerer(Plane::Control, &Token::new("secret")).unwrap();
+                let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
+                stream.read_exact(&mut theirs).await.unwrap();
+                stream.write_all(&own.hello()).await.unwrap();
+                if let Treats::ClosesAfterItsHello = treats[number] {
+                    continue;
+                }
+                stream.read_exact(&mut proof).await.unwrap();
+                stream.write_all(&own.proofs(&theirs).unwrap().ours).await.unwrap();
+                held.push(stream);
+            }
+        });
+        (address, count)
+    }
+
+    /// What a worker with this patience ends with, and how many connections it made.
+    async fn open(treats: &'static [Treats], patience: Duration) -> (Result<(), String>, usize) {
+        let (address, count) = coordinator(treats).await;
+        let opened = Connection::open_within(patience, &address, &Token::new("secret")).await;
+        (opened.map(drop).map_err(|problem| problem.sentence), count.load(Ordering::Relaxed))
+    }
+
+    const CLOSED: &str = "the coordinator closed the connection during the handshake";
+
+    #[tokio::test]
+    async fn a_coordinator_that_had_to_make_room_is_tried_again() {
+        use Treats::{ClosesAfterItsHello, Drops, LetsIn};
+        let treats = &[Drops, ClosesAfterItsHello, Drops, ClosesAfterItsHello, Drops, Drops, LetsIn];
+        assert_eq!(open(treats, CONNECT_PATIENCE).await, (Ok(()), 7));
+    }
+
+    #[tokio::test]
+    async fn one_that_refuses_the_proof_again_and_again_has_another_token() {
+        let (opened, count) = open(&[Treats::ClosesAfterItsHello], CONNECT_PATIENCE).await;
+        assert_eq!((opened, count), (Err(CLOSED.to_owned()), REFUSALS_LIMIT as usize));
+    }
+
+    #[tokio::test]
+    async fn one_that_answers_nobody_is_given_up_in_time() {
+        let (opened, count) = open(&[Treats::Drops], Duration::from_millis(200)).await;
+        println!("{count} connections");
+        assert!(opened.is_err());
+    }
 }
