@@ -7,6 +7,7 @@
 //! - [`train`]: the step loop, on one screen.
 //! - [`replica`]: the replicated state.
 //! - [`collective`]: sums and gathers across workers; TCP.
+//! - [`sums_exchange`]: what a step counts, of all shards, to everybody.
 //! - [`feed`]: batches in; [`outbox`]: messages out; `reports`: those that may have to be told again.
 //! - `trace`: what the training thread is doing and did last.
 //! - [`footprint`]: the bytes that all this takes.
@@ -23,7 +24,7 @@ pub mod outbox;
 pub mod replica;
 mod reports;
 pub mod session;
-mod sums_exchange;
+pub mod sums_exchange;
 mod trace;
 pub mod train;
 mod trainer;

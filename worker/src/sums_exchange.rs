@@ -22,7 +22,10 @@ pub enum Wish {
 
 /// Gives every worker the sums of all shards, `[batch][shard]`, and what all do next. `own` holds this worker's shards,
 /// `[batch][own shard]`. Members hold contiguous shards in rank order, so their sums follow one another.
-pub(crate) fn exchange_sums<D: Device>(
+///
+/// # Errors
+/// Another worker was lost, or sent something else.
+pub fn exchange_sums<D: Device>(
     collective: &mut dyn Collective<D>,
     members: &[Member],
     own: &[Vec<StepSums>],

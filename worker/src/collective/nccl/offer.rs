@@ -31,7 +31,7 @@ const NO: u8 = 0;
 const OFFER: u8 = 1;
 
 /// As bytes: 0 and a reason, or 1, version, device, whether it is shared, and the id if there is one.
-pub(crate) fn encode(said: &Said) -> Vec<u8> {
+pub fn encode(said: &Said) -> Vec<u8> {
     match said {
         Err(reason) => {
             let cut = reason.char_indices().map(|(at, _)| at).take_while(|at| *at <= REASON_BYTES).last();
@@ -50,7 +50,7 @@ pub(crate) fn encode(said: &Said) -> Vec<u8> {
 }
 
 /// `None` if it is not what [`encode`] makes.
-pub(crate) fn decode(bytes: &[u8]) -> Option<Said> {
+pub fn decode(bytes: &[u8]) -> Option<Said> {
     let (kind, rest) = bytes.split_first()?;
     if *kind == NO {
         return Some(Err(String::from_utf8_lossy(rest).into_owned()));
@@ -69,7 +69,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Option<Said> {
 
 /// The id of the communicator if all members can be part of it, else why not, in words: the same on every member.
 /// `said` is by rank.
-pub(crate) fn agree(names: &[&str], said: &[Said]) -> Result<UniqueId, String> {
+pub fn agree(names: &[&str], said: &[Said]) -> Result<UniqueId, String> {
     let mut offers = Vec::with_capacity(said.len());
     for (name, said) in names.iter().zip(said) {
         match said {
