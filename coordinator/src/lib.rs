@@ -40,6 +40,7 @@ mod stage;
 mod start;
 mod state_stream;
 pub mod store;
+mod stragglers;
 mod warm_start;
 
 pub use forecast::Forecast;

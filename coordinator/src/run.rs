@@ -48,6 +48,7 @@ use crate::stage::Stage;
 use crate::state_stream::{Arriving, send_image};
 use crate::store::files::write_atomic;
 use crate::store::journal::{MemberLine, Record};
+use crate::stragglers::Stragglers;
 use checkpoints::write_in_order;
 use ending::Ending;
 pub(crate) use ending::goodbye;
@@ -137,6 +138,7 @@ pub(crate) struct Run {
     sample: Option<EpochSample>,
     digests: Digests,
     deadlines: Deadlines,
+    stragglers: Stragglers,
     hangs: HangDump,
     arriving: Arriving,
     /// A state that is written when all members' digests of it agree.
@@ -217,6 +219,7 @@ impl Run {
             sample: EpochSample::new(&parts.file, parts.data.facts()),
             digests: Digests::default(),
             deadlines: Deadlines::default(),
+            stragglers: Stragglers::default(),
             hangs: HangDump::new(parts.records.dir.path()),
             arriving: Arriving::default(),
             held: None,
@@ -368,7 +371,10 @@ impl Run {
                     feeder.grant(batches);
                 }
             }
-            ToCoordinator::Step(report) => self.step_done(report)?,
+            ToCoordinator::Step(report) => {
+                self.compare_speed(id, &report)?;
+                self.step_done(report)?;
+            }
             ToCoordinator::Evaluation { generation, step, sums, control } if self.counts(generation) => {
                 self.evaluated(step, &sums, control)?;
             }
@@ -508,6 +514,8 @@ impl Run {
         };
         self.digests.begin(stage.step);
         self.deadlines.begin();
+        let shares = members.iter().map(|member| (member.worker_id, member.shards.len()));
+        self.stragglers.begin(self.started.elapsed(), shares);
         self.hangs.begin(generation);
         reach(Point::Recovery, stage.step);
         // It names all members: all links share its bytes.

@@ -2,6 +2,7 @@
 //! some steps; or says that it computes other bits. Everything else is the CPU's.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use kernels::Simd;
 use model::cpu::{CpuBackend, CpuDevice};
@@ -39,13 +40,16 @@ pub(crate) enum Broken {
 pub(crate) struct Meddling {
     pub(crate) rows: Rows,
     pub(crate) broken: Broken,
+    /// How much longer than necessary it takes for a training step.
+    pub(crate) delay: Duration,
     /// What its bits depend on, if it is to say something else than the CPU.
     pub(crate) bits: Option<&'static str>,
 }
 
 impl Meddling {
     /// A device that does what it should.
-    pub(crate) const HONEST: Self = Self { rows: Rows::AsSent, broken: Broken::Nothing, bits: None };
+    pub(crate) const HONEST: Self =
+        Self { rows: Rows::AsSent, broken: Broken::Nothing, delay: Duration::ZERO, bits: None };
 
     fn cpu() -> CpuBackend {
         CpuBackend::new(Simd::detect(), 1)
@@ -77,6 +81,7 @@ impl Backend for Meddling {
         Ok(MeddlingDevice {
             rows: self.rows,
             broken: self.broken,
+            delay: self.delay,
             state_size: layout.shape.state_size(),
             cpu: Self::cpu().open(layout, job, data, recompute)?,
             breaks_gradients: false,
@@ -88,6 +93,7 @@ impl Backend for Meddling {
 pub(crate) struct MeddlingDevice {
     rows: Rows,
     broken: Broken,
+    delay: Duration,
     state_size: usize,
     cpu: CpuDevice,
     /// In the step under way.
@@ -114,6 +120,9 @@ impl Device for MeddlingDevice {
             _ => batch.clone(),
         };
         self.cpu.step(pass, parameters, &changed, state_in, state_out)?;
+        if let Pass::Train { .. } = pass {
+            std::thread::sleep(self.delay);
+        }
         self.sums = self.cpu.read_sums()?.to_vec();
         let (steps, breaks_losses) = match self.broken {
             Broken::Nothing => (&[][..], false),

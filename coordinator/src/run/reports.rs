@@ -1,10 +1,11 @@
-//! What members report: steps, evaluations and texts, each taken in once, into records, metrics and the screen.
+//! What members report: steps, evaluations and texts, each taken in once, into records, metrics and the screen; and how
+//! long each member took.
 
 use std::time::Duration;
 
 use failpoints::{Point, reach};
 use protocol::control::ControlState;
-use protocol::message::StepReport;
+use protocol::message::{StepReport, WorkerId};
 use protocol::problem::Problem;
 use protocol::sums::StepSums;
 use tokio::time::Instant;
@@ -49,6 +50,19 @@ impl Run {
             self.checkpoint_asked = Instant::now();
             let digest_steps = self.parts.file.run.digest_steps.max(1);
             self.ask_state((self.step + 1).next_multiple_of(digest_steps));
+        }
+        Ok(())
+    }
+
+    /// Names members that are slower than the others.
+    pub(super) fn compare_speed(&mut self, id: WorkerId, report: &StepReport) -> Result<(), Problem> {
+        if report.generation != self.generation {
+            return Ok(());
+        }
+        for straggler in self.stragglers.take(self.started.elapsed(), id, report.seconds.compute) {
+            let text = straggler.sentence(&self.name(straggler.id));
+            self.parts.screen.notice(&text);
+            self.parts.records.journal(&Record::Event { text })?;
         }
         Ok(())
     }

@@ -78,6 +78,8 @@ impl Run {
         self.may_come_back = false;
         self.stopped.clear();
         self.digests.begin(self.step);
+        let shares = members.iter().copied().zip(self.places.iter().map(ExactSizeIterator::len));
+        self.stragglers.begin(self.started.elapsed(), shares);
         self.parts.records.journal(&Record::Event { text: reason.to_owned() })?;
         self.show_generation(members.iter().copied());
         self.parts.screen.notice(reason);
