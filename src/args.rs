@@ -17,6 +17,7 @@ use protocol::problem::Problem;
 use worker::collective::Choice;
 
 use crate::commands::bench::BenchArgs;
+use crate::commands::cert::CertArgs;
 use crate::commands::completions::CompletionsArgs;
 use crate::commands::data::DataArgs;
 use crate::commands::diff::DiffArgs;
@@ -29,6 +30,7 @@ use crate::commands::man::ManArgs;
 use crate::commands::sample::SampleArgs;
 use crate::device::{Chosen, DeviceArg};
 use crate::forecast::Estimate;
+use crate::tls::TlsArg;
 use crate::token::TokenArgs;
 use crate::warm_start::{ArrayArgs, WarmStart};
 
@@ -58,7 +60,7 @@ pub(crate) struct Cli {
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 not usable, nothing was started; \
 75 stopped on request, the same command goes on; 93 failed, and would fail again. \
-Environment: LOCKSTEP_TOKEN (run token), LOCKSTEP_DATA_DIR (real data), LOCKSTEP_LOG (log filter).";
+Environment: LOCKSTEP_TOKEN (run token), LOCKSTEP_TLS (see --tls), LOCKSTEP_DATA_DIR (real data), LOCKSTEP_LOG (log filter).";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -80,6 +82,8 @@ pub(crate) enum Command {
     Export(ExportArgs),
     /// Make a run that starts from PyTorch's, TensorFlow's or Keras' weights, without training it
     Import(ImportArgs),
+    /// Make the certificate with which the processes of a run encrypt what they say to each other
+    Cert(CertArgs),
     /// List, verify or download the data sets that go by a name
     Data(DataArgs),
     /// Look at this machine: what a run would use, and what is in its way
@@ -187,6 +191,7 @@ impl JobArgs {
             listen: nowhere,
             http: nowhere,
             token: Token::new(""),
+            tls: None,
             ready_file: None,
             linger: Duration::ZERO,
             drain_timeout: Duration::ZERO,
@@ -327,6 +332,8 @@ pub(crate) struct TrainArgs {
     pub(crate) device: DeviceArg,
     #[command(flatten)]
     pub(crate) collective: CollectiveArg,
+    #[command(flatten)]
+    pub(crate) tls: TlsArg,
     /// Where status and metrics are served
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     pub(crate) http: SocketAddr,
@@ -346,6 +353,8 @@ pub(crate) struct CoordinatorArgs {
     http: SocketAddr,
     #[command(flatten)]
     token: TokenArgs,
+    #[command(flatten)]
+    tls: TlsArg,
     /// Written when both ports are bound, with their addresses
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -359,7 +368,7 @@ pub(crate) struct CoordinatorArgs {
 
 impl CoordinatorArgs {
     pub(crate) fn config(&self) -> Result<coordinator::Config, Problem> {
-        let init_from = self.start.init_from()?;
+        let (init_from, tls) = (self.start.init_from()?, self.tls.resolve()?);
         // A token file is made for a job that can be used.
         let of_job = self.job.config()?;
         Ok(coordinator::Config {
@@ -369,6 +378,7 @@ impl CoordinatorArgs {
             listen: self.listen,
             http: self.http,
             token: self.token.read_or_make()?,
+            tls,
             ready_file: self.ready_file.clone(),
             ..of_job
         })
@@ -403,6 +413,8 @@ pub(crate) struct WorkerArgs {
     park_timeout: Option<u64>,
     #[command(flatten)]
     token: TokenArgs,
+    #[command(flatten)]
+    tls: TlsArg,
     /// Leave it to the coordinator to say what went wrong
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
@@ -415,9 +427,10 @@ impl WorkerArgs {
             coordinator: self.coordinator.clone(),
             name: self.name.clone().unwrap_or_else(default_name),
             token: self.token.read()?,
+            tls: self.tls.resolve()?,
             advertise: self.advertise.clone(),
             metrics: self.metrics,
-            collective: self.collective.resolve()?,
+            collective: self.tls.restrict(self.collective.resolve()?)?,
             park_timeout: self.park_timeout.map(Duration::from_secs),
             build: BUILD.to_owned(),
         })

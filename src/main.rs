@@ -6,8 +6,10 @@ mod commands;
 mod device;
 mod forecast;
 mod memory;
+mod secret;
 mod signals;
 mod supervisor;
+mod tls;
 mod token;
 mod warm_start;
 
@@ -91,6 +93,7 @@ fn run(command: Command) -> Result<Exit, Problem> {
         Command::Diff(args) => commands::diff::run(&args),
         Command::Export(args) => commands::export::run(&args),
         Command::Import(args) => commands::import::run(&args),
+        Command::Cert(args) => commands::cert::run(&args),
         Command::Data(args) => commands::data::run(args),
         Command::Doctor(args) => commands::doctor::run(&args),
         Command::Bench(args) => commands::bench::run(&args),

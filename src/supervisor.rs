@@ -30,7 +30,9 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
     let device = args.device.resolve()?;
-    args.collective.resolve()?;
+    // What cannot be used is refused before anything is started.
+    args.tls.restrict(args.collective.resolve()?)?;
+    args.tls.resolve()?;
     let mut requests = signals::stop_requests(false)?;
     let random = || {
         Token::generate()
@@ -42,7 +44,12 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let child = |name: &str| {
         let mut command = Command::new(&program);
         // A group of its own: Ctrl-C reaches this process, which passes it on once.
-        command.arg(name).arg("--supervised").env("LOCKSTEP_TOKEN", &token).process_group(0);
+        command
+            .arg(name)
+            .args(args.tls.to_words())
+            .arg("--supervised")
+            .env("LOCKSTEP_TOKEN", &token)
+            .process_group(0);
         command
     };
     let ready = ReadyFile::new(&random()?);

@@ -1,9 +1,6 @@
 //! The run token: from a file that nobody else can read, or from the environment.
 
 use std::env::VarError;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -11,9 +8,14 @@ use protocol::handshake::Token;
 use protocol::problem::Problem;
 
 use crate::commands::note;
+use crate::secret::{self, Kind};
 
-/// Nothing longer is a token, whatever file was named by mistake.
-const LIMIT_BYTES: u64 = 4096;
+const FILE: Kind = Kind {
+    name: "token file",
+    content: "token",
+    hint: "a coordinator makes a token file that does not exist",
+    limit_bytes: 4096,
+};
 
 /// Where the run token comes from.
 #[derive(Debug, Args)]
@@ -46,32 +48,11 @@ impl TokenArgs {
     }
 }
 
-/// Reads a token file that only its owner can read.
+/// Reads a token file.
 fn read(path: &Path) -> Result<Token, Problem> {
-    let shown = path.display();
-    let unreadable =
-        |error: io::Error| Problem::usage(format!("cannot read the token file {shown}: {error}"));
-    let file = File::open(path).map_err(unreadable)?;
-    // Of the open file, not of the path: between two looks at a path its file can be another.
-    let metadata = file.metadata().map_err(unreadable)?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if metadata.is_file() && mode & 0o077 != 0 {
-        return Err(Problem::usage(format!(
-            "the token file {shown} is open to others than its owner (mode {mode:04o})"
-        ))
-        .hint(format!("chmod 600 {shown}")));
-    }
-    let mut bytes = Vec::new();
-    file.take(LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    let text = String::from_utf8(bytes).ok().filter(|text| text.len() as u64 <= LIMIT_BYTES);
-    let text = text.ok_or_else(|| {
-        Problem::usage(format!(
-            "the token file {shown} holds no token: it is no text of up to {LIMIT_BYTES} bytes"
-        ))
-        .hint("a coordinator makes a token file that does not exist")
-    })?;
-    let token = Token::new(&text);
+    let token = Token::new(&secret::read(path, FILE)?);
     if token.is_empty() {
+        let shown = path.display();
         return Err(Problem::usage(format!("the token file {shown} is empty"))
             .hint(format!("delete it: `lockstep coordinator --token-file {shown}` makes a new one")));
     }
@@ -79,39 +60,17 @@ fn read(path: &Path) -> Result<Token, Problem> {
 }
 
 /// Makes a token file unless there is something at `path`; says whether it did.
-///
-/// The file gets its name when its content is whole, so that a worker never reads half a token, and never in place
-/// of one that somebody else has just made. Nobody but its owner can read it from its first moment on.
 fn make(path: &Path) -> Result<bool, Problem> {
-    let failed = |error: io::Error| {
-        Problem::usage(format!("cannot make the token file {}: {error}", path.display()))
-            .hint("choose a place that can be written with --token-file")
-    };
-    if path.symlink_metadata().is_ok() {
-        return Ok(false);
-    }
-    let name = path.file_name().ok_or_else(|| failed(ErrorKind::IsADirectory.into()))?;
-    let random = || Token::generate().map_err(|error| failed(io::Error::other(error)));
-    // Two coordinators, perhaps on two machines with one disk, do not get into each other's way.
-    let (token, unique) = (random()?, random()?);
-    let temporary = path.with_file_name(format!(".{}.{}.tmp", name.display(), &unique[..8]));
-    let written = (|| {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-        writeln!(file, "{token}")?;
-        file.sync_all()?;
-        fs::hard_link(&temporary, path)
-    })();
-    let _ = fs::remove_file(&temporary);
-    match written {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(failed(error)),
-    }
+    let token = Token::generate()
+        .map_err(|error| Problem::failed(format!("the system has no randomness for a token: {error}")))?;
+    secret::make(path, &format!("{token}\n"), FILE, "--token-file")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     fn args(path: &Path) -> TokenArgs {
         TokenArgs { token_file: Some(path.to_owned()) }

@@ -205,3 +205,18 @@ fn a_device_that_is_not_there_is_refused_before_anything_starts() {
     }
     assert_eq!(files_below(folder.path()), before);
 }
+
+#[cfg(not(feature = "tls"))]
+#[test]
+fn a_build_without_tls_says_so_whoever_asks_for_it() {
+    let folder = Folder::new();
+    let job = job(&folder);
+    for words in [format!("train {job} --tls no.pem"), format!("coordinator {job} --tls no.pem")]
+        .into_iter()
+        .chain(["worker --coordinator 127.0.0.1:1 --tls no.pem".to_owned(), "cert".to_owned()])
+    {
+        let ended =
+            Process::start(lockstep().current_dir(folder.path()).args(words.split_whitespace())).end();
+        ended.expect_refusal(2, "this build has no TLS", "cargo build --release --features tls");
+    }
+}

@@ -177,7 +177,8 @@ impl Worker {
         let (rank, members) = (place.rank, place.members.clone());
         let (step, owes_evaluation, state) = (0, false, StateSource::Initial);
         let form = Form { generation: GENERATION, members, step, owes_evaluation, state };
-        let mesh = Mesh::connect(&listener, &Token::new(""), place, FORM_LIMIT, &AtomicBool::new(false))?;
+        let mesh =
+            Mesh::connect(&listener, &Token::new(""), None, place, FORM_LIMIT, &AtomicBool::new(false))?;
         let collective = Box::new(TcpCollective::new(mesh, SILENCE_LIMIT, Arc::default())?);
         let links = (collective as _, Feed::new(batches, GENERATION, outbox.clone()), outbox);
         let mut generation =

@@ -8,19 +8,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use protocol::frame::{
-    BulkHeader, Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message, length_prefix,
-};
+use protocol::frame::{BulkHeader, Frame, codec, decode, encode_message, length_prefix};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Goodbye, Hello, ToCoordinator, ToWorker, WORKER_LIMIT, WorkerId};
 use protocol::problem::Problem;
-use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio_util::codec::{Framed, FramedRead};
+use transport::{ControlStream, Side, Tls};
 
 use crate::membership::RETURN_LIMIT;
 
@@ -84,14 +82,20 @@ const WRITE_BUFFER_BYTES: usize = 4096;
 const LIMITS: Limits = Limits { handshake: Duration::from_secs(10), unproved: 256, workers: WORKER_LIMIT };
 
 /// Accepts connections for ever.
-pub(crate) async fn accept(listener: TcpListener, token: Token, arrivals: UnboundedSender<Arrival>) {
-    accept_within(LIMITS, listener, token, arrivals).await;
+pub(crate) async fn accept(
+    listener: TcpListener,
+    token: Token,
+    tls: Option<Tls>,
+    arrivals: UnboundedSender<Arrival>,
+) {
+    accept_within(LIMITS, listener, token, tls, arrivals).await;
 }
 
 async fn accept_within(
     limits: Limits,
     listener: TcpListener,
     token: Token,
+    tls: Option<Tls>,
     arrivals: UnboundedSender<Arrival>,
 ) {
     let next_id = Arc::new(AtomicU32::new(1));
@@ -115,9 +119,9 @@ async fn accept_within(
             tracing::warn!("a connection from {oldest} was closed unproved: too many others wait");
         }
         let (token, arrivals, next_id) = (token.clone(), arrivals.clone(), next_id.clone());
-        let places = places.clone();
+        let (tls, places) = (tls.clone(), places.clone());
         let greeting = tokio::spawn(async move {
-            match tokio::time::timeout(limits.handshake, greet(stream, &token, places)).await {
+            match tokio::time::timeout(limits.handshake, greet(stream, &token, tls.as_ref(), places)).await {
                 Ok(Ok(Greeted { frames, hello, place })) => {
                     let id = next_id.fetch_add(1, Ordering::Relaxed);
                     // A task of its own, since this one may be ended to make room for others.
@@ -152,7 +156,7 @@ pub(crate) async fn send_home(workers: usize, goodbye: Goodbye, mut arrivals: Un
     let _ = tokio::time::timeout(RETURN_LIMIT, all).await;
 }
 
-type Frames = Framed<TcpStream, tokio_util::codec::LengthDelimitedCodec>;
+type Frames = Framed<ControlStream, tokio_util::codec::LengthDelimitedCodec>;
 
 /// A worker that has proved the token and said hello.
 struct Greeted {
@@ -163,13 +167,18 @@ struct Greeted {
 }
 
 /// The handshake and the hello.
-async fn greet(mut stream: TcpStream, token: &Token, places: Arc<Semaphore>) -> Result<Greeted, Problem> {
-    let broken =
-        |e: std::io::Error| Problem::failed(format!("the connection broke during the handshake: {e}"));
-    stream.set_nodelay(true).map_err(broken)?;
-    set_tcp_user_timeout(&stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
-        .map_err(|errno| broken(errno.into()))?;
-    let own = Handshake::answerer(Plane::Control, token)
+async fn greet(
+    stream: TcpStream,
+    token: &Token,
+    tls: Option<&Tls>,
+    places: Arc<Semaphore>,
+) -> Result<Greeted, Problem> {
+    let broken = |e: std::io::Error| {
+        e.downcast::<Problem>()
+            .unwrap_or_else(|e| Problem::failed(format!("the connection broke during the handshake: {e}")))
+    };
+    let mut stream = ControlStream::open(stream, Side::Answerer, tls).await.map_err(broken)?;
+    let own = Handshake::answerer(Plane::Control, &stream.bind(token))
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
     let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
     stream.read_exact(&mut theirs).await.map_err(broken)?;
@@ -287,7 +296,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (arrivals, arrived) = unbounded_channel();
-        tokio::spawn(accept_within(limits, listener, Token::new("secret"), arrivals));
+        tokio::spawn(accept_within(limits, listener, Token::new("secret"), None, arrivals));
         (address, arrived)
     }
 
@@ -308,7 +317,8 @@ mod tests {
 
     /// What a worker does up to its hello.
     async fn join(address: SocketAddr, hello: Hello) -> Frames {
-        let mut stream = TcpStream::connect(address).await.unwrap();
+        let stream = TcpStream::connect(address).await.unwrap();
+        let mut stream = ControlStream::open(stream, Side::Opener, None).await.unwrap();
         let own = Handshake::opener(Plane::Control, &Token::new("secret")).unwrap();
         let (mut theirs, mut proof) = ([0; HELLO_BYTES], [0; PROOF_BYTES]);
         stream.write_all(&own.hello()).await.unwrap();

@@ -17,6 +17,7 @@ use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{Receiver, unbounded_channel};
+use transport::Tls;
 
 use crate::data::{self, Dataset, grouped};
 use crate::early_end::{EarlyEnd, epochs};
@@ -63,6 +64,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// The run's secret.
     pub token: Token,
+    /// The run's certificate, if what its processes say to each other is to be encrypted.
+    pub tls: Option<Tls>,
     /// Written, atomically, when both ports are bound: `control=HOST:PORT` and `http=HOST:PORT`, a line
     /// each; once workers train, also `generation=N` and `step=N`, steps done when
     /// it formed.
@@ -152,7 +155,8 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
             let places = outcome.parts.records.places.len();
             if places > 0 {
                 let (arrivals, arrived) = unbounded_channel();
-                let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
+                let accepting =
+                    tokio::spawn(server::accept(control, config.token.clone(), config.tls.clone(), arrivals));
                 server::send_home(places, goodbye(&outcome.result), arrived).await;
                 accepting.abort();
             }
@@ -160,7 +164,8 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         }
         None => {
             let (arrivals, arrived) = unbounded_channel();
-            let accepting = tokio::spawn(server::accept(control, config.token.clone(), arrivals));
+            let accepting =
+                tokio::spawn(server::accept(control, config.token.clone(), config.tls.clone(), arrivals));
             let outcome = Run::run(parts, arrived, &mut signals).await;
             accepting.abort();
             outcome

@@ -27,6 +27,23 @@ pub const PROOF_BYTES: usize = 32;
 /// Fewest characters of a token that protects a port which other machines can reach.
 pub const SHORTEST_TOKEN: usize = 16;
 
+/// Size of what TLS answers to a first message that is not TLS: an alert, shorter than a [hello](HELLO_BYTES).
+pub const TLS_ALERT_BYTES: usize = 7;
+
+/// Checks the first bytes of the other side, at least two, when it should speak without TLS.
+///
+/// # Errors
+/// They are TLS's own: a record of an alert or of a handshake.
+pub fn check_plain(first: &[u8]) -> Result<(), Problem> {
+    match first {
+        [21 | 22, 3, ..] => {
+            Err(Problem::failed("the other side of the connection speaks TLS, this one does not")
+                .hint("give every process of the run the same --tls FILE, or none of them"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -72,6 +89,15 @@ impl Token {
         let mut mac = self.mac();
         mac.update(b"generation");
         mac.update(&generation.to_le_bytes());
+        Self(mac.finalize().into_bytes().to_vec())
+    }
+
+    /// The token as it is proved inside one encrypted channel; `secret` is what only the channel's two ends know. A proof
+    /// of it is worth nothing in another channel.
+    pub fn for_channel(&self, secret: &[u8; 32]) -> Self {
+        let mut mac = self.mac();
+        mac.update(b"channel");
+        mac.update(secret);
         Self(mac.finalize().into_bytes().to_vec())
     }
 
@@ -152,6 +178,7 @@ impl Handshake {
     /// # Errors
     /// The other side is not Lockstep, speaks another version, or wants another kind of connection.
     pub fn proofs(&self, theirs: &[u8; HELLO_BYTES]) -> Result<Proofs, Problem> {
+        check_plain(theirs)?;
         if theirs[..8] != MAGIC {
             return Err(Problem::failed("the other side of the connection is not Lockstep")
                 .hint("check the host and the port"));
@@ -271,6 +298,17 @@ mod tests {
     }
 
     #[test]
+    fn tls_is_named_where_it_is_not_expected() {
+        let (_, answerer) = pair("", "");
+        let mut client_hello = [0; HELLO_BYTES];
+        client_hello[..3].copy_from_slice(&[22, 3, 1]);
+        let problem = answerer.proofs(&client_hello).unwrap_err();
+        assert_eq!(problem.sentence, "the other side of the connection speaks TLS, this one does not");
+        assert!(check_plain(&[21, 3, 3, 0, 2, 2, 50]).is_err());
+        assert!(check_plain(&answerer.hello()).is_ok());
+    }
+
+    #[test]
     fn a_short_token_is_weak() {
         for (text, is_strong) in
             [("", false), ("fifteen letters", false), ("ßßßßßßßß", false), ("sixteen letters!", true)]
@@ -285,5 +323,13 @@ mod tests {
         let token = Token::new("secret");
         assert_ne!(token.for_generation(1), token.for_generation(2));
         assert_ne!(token.for_generation(1), token);
+    }
+
+    #[test]
+    fn each_channel_has_its_own_token() {
+        let token = Token::new("secret");
+        assert_eq!(token.for_channel(&[1; 32]), token.for_channel(&[1; 32]));
+        assert_ne!(token.for_channel(&[1; 32]), token.for_channel(&[2; 32]));
+        assert_ne!(token.for_channel(&[1; 32]), token);
     }
 }

@@ -2,6 +2,7 @@
 //! and what it does.
 
 pub(crate) mod bench;
+pub(crate) mod cert;
 pub(crate) mod completions;
 pub(crate) mod data;
 pub(crate) mod diff;

@@ -16,7 +16,7 @@ pub(crate) fn with_own_mounts(script: &str, dir: &Path) -> Option<Process> {
         return None;
     }
     unshare.args(["sh", "-c", script]).env("LOCKSTEP", lockstep().get_program()).env("DIR", dir);
-    for variable in ["LOCKSTEP_TOKEN", "LOCKSTEP_COORDINATOR", "LOCKSTEP_LOG"] {
+    for variable in ["LOCKSTEP_TOKEN", "LOCKSTEP_TLS", "LOCKSTEP_COORDINATOR", "LOCKSTEP_LOG"] {
         unshare.env_remove(variable);
     }
     Some(Process::start(&mut unshare))

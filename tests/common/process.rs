@@ -16,7 +16,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// The program under test, without what the tester's environment says about runs.
 pub(crate) fn lockstep() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-    for variable in ["LOCKSTEP_TOKEN", "LOCKSTEP_COORDINATOR", "LOCKSTEP_LOG", "LOCKSTEP_FAIL"] {
+    for variable in
+        ["LOCKSTEP_TOKEN", "LOCKSTEP_TLS", "LOCKSTEP_COORDINATOR", "LOCKSTEP_LOG", "LOCKSTEP_FAIL"]
+    {
         command.env_remove(variable);
     }
     command

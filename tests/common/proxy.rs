@@ -35,6 +35,8 @@ struct Line {
     /// Bytes that have got through.
     passed: [AtomicU64; 2],
     streams: Mutex<Vec<TcpStream>>,
+    /// What was heard, by direction, since somebody listens.
+    heard: Mutex<Option<[Vec<u8>; 2]>>,
 }
 
 impl Proxy {
@@ -88,6 +90,16 @@ impl Proxy {
         }
     }
 
+    /// Keeps what passes from now on.
+    pub(crate) fn record(&self) {
+        *self.line.heard.lock().unwrap() = Some(Default::default());
+    }
+
+    /// All that passed since, first in the one direction, then in the other.
+    pub(crate) fn heard(&self) -> Vec<u8> {
+        self.line.heard.lock().unwrap().take().expect("it records").concat()
+    }
+
     /// Bytes that have got through in this direction.
     pub(crate) fn passed(&self, direction: Direction) -> u64 {
         self.line.passed[direction as usize].load(Ordering::SeqCst)
@@ -104,6 +116,9 @@ impl Line {
             thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::SeqCst) + sending));
             while self.is_cut[direction as usize].load(Ordering::SeqCst) {
                 thread::sleep(Duration::from_millis(1));
+            }
+            if let Some(heard) = &mut *self.heard.lock().unwrap() {
+                heard[direction as usize].extend_from_slice(&buffer[..count]);
             }
             if to.write_all(&buffer[..count]).is_err() {
                 break;

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use protocol::frame::{Frame, UNACKNOWLEDGED_LIMIT, codec, decode, encode_message};
-use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
+use protocol::frame::{Frame, codec, decode, encode_message};
+use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, TLS_ALERT_BYTES, Token, check_plain};
 use protocol::message::{Goodbye, ToCoordinator, ToWorker};
 use protocol::problem::Problem;
-use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
+use transport::{ControlStream, Side, Tls};
 
 /// How long a worker keeps trying to reach a coordinator that is not there yet.
 pub(crate) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
@@ -28,7 +28,7 @@ const RETRY_PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_mi
 
 /// A proved connection to the coordinator.
 pub(crate) struct Connection {
-    frames: Framed<TcpStream, LengthDelimitedCodec>,
+    frames: Framed<ControlStream, LengthDelimitedCodec>,
     local: IpAddr,
 }
 
@@ -82,17 +82,22 @@ impl From<Broken> for Problem {
 
 impl Connection {
     /// Connects to `HOST:PORT`, patiently, and proves the token.
-    pub(crate) async fn open(address: &str, token: &Token) -> Result<Self, Problem> {
-        Self::open_within(CONNECT_PATIENCE, address, token).await
+    pub(crate) async fn open(address: &str, token: &Token, tls: Option<&Tls>) -> Result<Self, Problem> {
+        Self::open_within(CONNECT_PATIENCE, address, token, tls).await
     }
 
-    async fn open_within(patience: Duration, address: &str, token: &Token) -> Result<Self, Problem> {
+    async fn open_within(
+        patience: Duration,
+        address: &str,
+        token: &Token,
+        tls: Option<&Tls>,
+    ) -> Result<Self, Problem> {
         let deadline = Instant::now() + patience;
         let [mut pause, longest_pause] = RETRY_PAUSE;
         let mut refusals = 0;
         loop {
             let stream = connect(address, deadline).await?;
-            let unproved = match Self::prove(stream, address, token).await {
+            let unproved = match Self::prove(stream, address, token, tls).await {
                 Ok(connection) => return Ok(connection),
                 Err(unproved) => unproved,
             };
@@ -109,12 +114,12 @@ impl Connection {
     }
 
     /// Looks for a coordinator that was lost, for as long as it takes. Whoever is there instead may go away again.
-    pub(crate) async fn find(address: &str, token: &Token) -> Self {
+    pub(crate) async fn find(address: &str, token: &Token, tls: Option<&Tls>) -> Self {
         let [mut pause, longest_pause] = RETRY_PAUSE;
         loop {
             let attempt = async {
                 let stream = TcpStream::connect(address).await.map_err(|e| lost(&e.to_string()))?;
-                Self::prove(stream, address, token).await.map_err(Unproved::into_problem)
+                Self::prove(stream, address, token, tls).await.map_err(Unproved::into_problem)
             };
             match attempt.await {
                 Ok(connection) => return connection,
@@ -125,17 +130,20 @@ impl Connection {
         }
     }
 
-    async fn prove(mut stream: TcpStream, address: &str, token: &Token) -> Result<Self, Unproved> {
+    async fn prove(
+        stream: TcpStream,
+        address: &str,
+        token: &Token,
+        tls: Option<&Tls>,
+    ) -> Result<Self, Unproved> {
         let broken = |e: io::Error| Unproved::Dropped(lost(&e.to_string()));
         let local = stream.local_addr().map_err(broken)?;
         if stream.peer_addr().is_ok_and(|peer| peer == local) {
             // Where nobody listens on a port of the range from which connections take theirs, one may meet itself.
             return Err(Unproved::Dropped(lost("nobody listens there")));
         }
-        stream.set_nodelay(true).map_err(broken)?;
-        set_tcp_user_timeout(&stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
-            .map_err(|e| broken(e.into()))?;
-        tokio::time::timeout(HANDSHAKE_LIMIT, handshake(&mut stream, token)).await.map_err(|_| {
+        let proved = tokio::time::timeout(HANDSHAKE_LIMIT, handshake(stream, token, tls));
+        let stream = proved.await.map_err(|_| {
             Problem::failed(format!(
                 "{address} did not answer the handshake within {} s",
                 HANDSHAKE_LIMIT.as_secs()
@@ -214,22 +222,31 @@ async fn connect(address: &str, deadline: Instant) -> Result<TcpStream, Problem>
     }
 }
 
-async fn handshake(stream: &mut TcpStream, token: &Token) -> Result<(), Unproved> {
+async fn handshake(stream: TcpStream, token: &Token, tls: Option<&Tls>) -> Result<ControlStream, Unproved> {
     let closed = || {
         Problem::failed("the coordinator closed the connection during the handshake")
             .hint("give every process of the run the same token in LOCKSTEP_TOKEN or with --token-file")
     };
-    let (dropped, refused) = (|_| Unproved::Dropped(closed()), |_| Unproved::Refused(closed()));
-    let own = Handshake::opener(Plane::Control, token)
+    // What TLS has to say is said in its own words.
+    let dropped =
+        |error: io::Error| error.downcast().map_or_else(|_| Unproved::Dropped(closed()), Unproved::Useless);
+    let refused =
+        |error: io::Error| error.downcast().map_or_else(|_| Unproved::Refused(closed()), Unproved::Useless);
+    let mut stream = ControlStream::open(stream, Side::Opener, tls).await.map_err(dropped)?;
+    let own = Handshake::opener(Plane::Control, &stream.bind(token))
         .map_err(|e| Problem::failed(format!("the system has no randomness for the handshake: {e}")))?;
     stream.write_all(&own.hello()).await.map_err(dropped)?;
     let mut theirs = [0; HELLO_BYTES];
-    stream.read_exact(&mut theirs).await.map_err(dropped)?;
+    let (start, rest) = theirs.split_at_mut(TLS_ALERT_BYTES);
+    stream.read_exact(start).await.map_err(dropped)?;
+    check_plain(start)?;
+    stream.read_exact(rest).await.map_err(dropped)?;
     let proofs = own.proofs(&theirs)?;
     stream.write_all(&proofs.ours).await.map_err(refused)?;
     let mut proof = [0; PROOF_BYTES];
     stream.read_exact(&mut proof).await.map_err(refused)?;
-    Ok(proofs.check(&proof)?)
+    proofs.check(&proof)?;
+    Ok(stream)
 }
 
 pub(crate) fn lost(cause: &str) -> Problem {
@@ -284,7 +301,7 @@ mod tests {
     /// What a worker with this patience ends with, and how many connections it made.
     async fn open(treats: &'static [Treats], patience: Duration) -> (Result<(), String>, usize) {
         let (address, count) = coordinator(treats).await;
-        let opened = Connection::open_within(patience, &address, &Token::new("secret")).await;
+        let opened = Connection::open_within(patience, &address, &Token::new("secret"), None).await;
         (opened.map(drop).map_err(|problem| problem.sentence), count.load(Ordering::Relaxed))
     }
 

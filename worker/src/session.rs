@@ -28,6 +28,7 @@ use protocol::schedule::Work;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
+use transport::Tls;
 
 use crate::abort::Abort;
 use crate::collective::Choice;
@@ -56,6 +57,8 @@ pub struct Config {
     pub name: String,
     /// The run's secret.
     pub token: Token,
+    /// The run's certificate, if what its processes say to each other is encrypted.
+    pub tls: Option<Tls>,
     /// Host that other workers reach this one at, if not the control connection's own address.
     pub advertise: Option<String>,
     /// Where to serve the worker's own metrics; nowhere if not given.
@@ -79,7 +82,7 @@ where
     B::Device: 'static,
 {
     let connection = tokio::select! {
-        connection = Connection::open(&config.coordinator, &config.token) => connection?,
+        connection = Connection::open(&config.coordinator, &config.token, config.tls.as_ref()) => connection?,
         _ = shutdown.recv() => return Ok(Exit::Requeue),
     };
     let host = connection.local();
@@ -191,7 +194,7 @@ async fn first_greeting(
             Err(broken) => return Err(broken.into()),
         }
         tokio::time::sleep(GREETING_PAUSE).await;
-        connection = Connection::open(&config.coordinator, &config.token).await?;
+        connection = Connection::open(&config.coordinator, &config.token, config.tls.as_ref()).await?;
     }
 }
 
@@ -507,6 +510,7 @@ impl<D: model::device::Device + 'static> Session<D> {
             welcome: self.welcome.clone(),
             layout: self.layout.clone(),
             token: self.config.token.clone(),
+            tls: self.config.tls.clone(),
             data_listener: self.data_listener.clone(),
             metrics: self.metrics.clone(),
             abort: abort.clone(),

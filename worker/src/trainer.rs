@@ -9,6 +9,7 @@ use protocol::activity::Phase;
 use protocol::handshake::Token;
 use protocol::layout::StateLayout;
 use protocol::message::{Form, Generation as Number, StateSource, Stop, ToCoordinator, Welcome};
+use transport::Tls;
 
 use crate::abort::Abort;
 use crate::collective::mesh::{FORM_LIMIT, Mesh, MeshError, Place};
@@ -40,6 +41,7 @@ pub(crate) struct Task {
     pub(crate) welcome: Arc<Welcome>,
     pub(crate) layout: StateLayout,
     pub(crate) token: Token,
+    pub(crate) tls: Option<Tls>,
     pub(crate) data_listener: Arc<TcpListener>,
     pub(crate) metrics: WorkerMetrics,
     pub(crate) abort: Abort,
@@ -65,15 +67,27 @@ impl<D: Device + 'static> Trainer<D> {
     }
 
     fn take_part(&mut self, task: Task) -> Result<Stop, String> {
-        let Task { form, rank, image, welcome, layout, token, data_listener, metrics, abort, feed, outbox } =
-            task;
+        let Task {
+            form,
+            rank,
+            image,
+            welcome,
+            layout,
+            token,
+            tls,
+            data_listener,
+            metrics,
+            abort,
+            feed,
+            outbox,
+        } = task;
         self.generation = form.generation;
         let (device, job) = (&mut self.device, &welcome.job);
         metrics.shards(form.members[rank as usize].shards.len());
 
         reach(Point::Recovery, form.step);
         let place = Place { generation: form.generation, rank, members: form.members.clone() };
-        let mesh = match Mesh::connect(&data_listener, &token, place, FORM_LIMIT, abort.flag()) {
+        let mesh = match Mesh::connect(&data_listener, &token, tls, place, FORM_LIMIT, abort.flag()) {
             Ok(mesh) => mesh,
             Err(MeshError::Aborted) => return Ok(Stop::Aborted),
             Err(error @ MeshError::Missing { .. }) => return Ok(Stop::Broken(error.to_string())),

@@ -81,7 +81,8 @@ fn run(args: &Args) -> Result<(), Problem> {
         let mut ours = Ours::new(rank, mesh)?;
         return follow_orders(rank, |floats, count| ours.rounds(floats, count));
     }
-    let mut stream = mesh.streams[1 - rank as usize].take().expect("a stream between the two ranks");
+    let stream = mesh.streams[1 - rank as usize].take().expect("a stream between the two ranks");
+    let mut stream = stream.tcp().try_clone().map_err(|error| Problem::failed(error.to_string()))?;
     follow_orders(rank, |floats, count| match args.contestant {
         Contestant::InTurn => in_turn(&mut stream, rank, floats, count),
         other => both_ways(&stream, rank, floats, count, other != Contestant::Exchange),
@@ -116,7 +117,7 @@ fn connect(args: &Args) -> Result<Mesh, Problem> {
         shards: rank..rank + 1,
     };
     let place = Place { generation: 1, rank: args.rank, members: vec![member(0), member(1)] };
-    Mesh::connect(&listener, &Token::new(""), place, FORM_LIMIT, &AtomicBool::new(false))
+    Mesh::connect(&listener, &Token::new(""), None, place, FORM_LIMIT, &AtomicBool::new(false))
         .map_err(|error| Problem::failed(error.to_string()))
 }
 

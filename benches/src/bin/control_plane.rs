@@ -108,6 +108,7 @@ async fn coordinate(folder: &Path, workers: u32) -> Result<()> {
         listen: any_port,
         http: any_port,
         token: Token::new(TOKEN),
+        tls: None,
         ready_file: Some(folder.join("ready")),
         linger: Duration::ZERO,
         drain_timeout: Duration::ZERO,

@@ -4,23 +4,22 @@
 //! Whoever delivers the last piece of a block adds the block up and sends the sum: usually a reader, while the training
 //! thread computes the next bucket; the training thread itself if its own piece came last. So there is no engine thread
 //! and no hand-over to one. Readers never wait for somebody to read (see `outbox`), so two workers cannot block each
-//! other. Where there is only one peer, the training thread reads itself while it begins or waits for an operation.
+//! other. Where there is only one peer, the training thread reads itself while it begins or waits for an operation, unless
+//! the stream holds back what a poll should see: TLS does.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use protocol::frame::BulkKind;
+use transport::DataStream;
 
 use super::mesh::{Mesh, Place};
 use super::outbox::Outbox;
 use super::reduce::{Plan, Refused, Sums};
-use super::wire::{
-    Address, DataPlaneBytes, FrameReader, Incoming, Landing, Outgoing, Payload, Received, wait_readable,
-};
+use super::wire::{Address, DataPlaneBytes, FrameReader, Incoming, Landing, Outgoing, Payload, Received};
 use super::{CollectiveError, Result, lock};
 
 /// A peer may be this many operations ahead; the trainer waits for all of a step, so it is a few at most.
@@ -80,7 +79,7 @@ pub(super) struct Links {
 }
 
 impl Peer {
-    fn new(stream: TcpStream) -> Self {
+    fn new(stream: DataStream) -> Self {
         Self { outbox: Outbox::new(stream), reader: Mutex::new(FrameReader::new()) }
     }
 }
@@ -253,7 +252,7 @@ impl Links {
                 let rank = 1 - self.place.rank;
                 match self.read_one(rank, held, landing.as_mut()) {
                     Reading::Taken => {}
-                    Reading::NothingYet => wait_readable(&self.peer(rank).outbox.stream, Some(patience)),
+                    Reading::NothingYet => self.peer(rank).outbox.stream.wait_readable(Some(patience)),
                     Reading::Over => *reader = None,
                 }
                 state = lock(&self.state);
@@ -272,11 +271,11 @@ impl Links {
         }
     }
 
-    /// The reader of the only peer, unless that peer's own thread is reading at this moment.
+    /// The reader of the only peer, unless that peer's own thread is reading at this moment, or must be the only one to.
     fn only_reader(&self) -> Option<MutexGuard<'_, FrameReader>> {
         let mut peers = self.peers.iter().flatten();
         let (Some(peer), None) = (peers.next(), peers.next()) else { return None };
-        try_lock(&peer.reader)
+        if peer.outbox.stream.holds_bytes() { None } else { try_lock(&peer.reader) }
     }
 
     /// How much longer to wait for what is missing, or why not at all.
@@ -342,8 +341,7 @@ impl Links {
     fn close(&self) {
         for Peer { outbox, .. } in self.peers.iter().flatten() {
             outbox.close();
-            // Fails only if the connection is closed already.
-            let _ = outbox.stream.shutdown(Shutdown::Both);
+            outbox.stream.shutdown();
         }
     }
 
@@ -454,7 +452,7 @@ impl Links {
         loop {
             match try_lock(reader).map(|mut reader| self.read_one(rank, &mut reader, None)) {
                 Some(Reading::Taken) => {}
-                Some(Reading::NothingYet) => wait_readable(&outbox.stream, None),
+                Some(Reading::NothingYet) => outbox.stream.wait_readable(None),
                 Some(Reading::Over) => return,
                 None => std::thread::sleep(READING_PAUSE),
             }

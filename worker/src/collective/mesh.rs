@@ -7,18 +7,17 @@
 //! connection delays nobody.
 
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use protocol::frame::UNACKNOWLEDGED_LIMIT;
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
 use protocol::message::{Generation, Member};
 use protocol::problem::Problem;
-use rustix::net::sockopt::set_tcp_user_timeout;
+use transport::{DataStream, Side, Tls};
 
 /// How long a mesh may take to form, unless told otherwise.
 pub const FORM_LIMIT: Duration = Duration::from_secs(30);
@@ -49,7 +48,7 @@ pub struct Mesh {
     /// Who is connected.
     pub place: Place,
     /// By rank; `None` for this worker itself.
-    pub streams: Vec<Option<TcpStream>>,
+    pub streams: Vec<Option<DataStream>>,
 }
 
 /// Why a mesh did not form.
@@ -92,6 +91,7 @@ impl Mesh {
     pub fn connect(
         listener: &TcpListener,
         token: &Token,
+        tls: Option<Tls>,
         place: Place,
         limit: Duration,
         abort: &AtomicBool,
@@ -101,6 +101,7 @@ impl Mesh {
         let (events, arrivals) = mpsc::channel();
         let caller = Caller {
             token: token.for_generation(place.generation),
+            tls,
             generation: place.generation,
             rank: place.rank,
             world_size: place.members.len() as u32,
@@ -148,7 +149,7 @@ impl Mesh {
 /// What the threads report.
 enum Event {
     /// A peer is connected.
-    Joined { rank: u32, stream: TcpStream },
+    Joined { rank: u32, stream: DataStream },
     /// A call to a peer failed and will be tried again.
     CallFailed { rank: u32, problem: Problem },
     /// Someone connected who does not belong here.
@@ -158,7 +159,7 @@ enum Event {
 /// What has been achieved so far, and the last thing that went wrong.
 struct Forming {
     place: Place,
-    streams: Vec<Option<TcpStream>>,
+    streams: Vec<Option<DataStream>>,
     call_problems: Vec<Option<Problem>>,
     stranger: Option<Problem>,
 }
@@ -215,6 +216,7 @@ impl Forming {
 #[derive(Clone)]
 struct Caller {
     token: Token,
+    tls: Option<Tls>,
     generation: Generation,
     rank: u32,
     world_size: u32,
@@ -238,7 +240,7 @@ impl Caller {
         }
     }
 
-    fn open(&self, address: &str) -> Result<TcpStream, Problem> {
+    fn open(&self, address: &str) -> Result<DataStream, Problem> {
         let mut last = Problem::failed(format!("{address} is no address"));
         for candidate in address.to_socket_addrs().map_err(|error| Problem::failed(error.to_string()))? {
             match TcpStream::connect_timeout(&candidate, HANDSHAKE_LIMIT) {
@@ -249,31 +251,32 @@ impl Caller {
         Err(last)
     }
 
-    fn introduce(&self, stream: TcpStream) -> Result<TcpStream, Problem> {
-        let mut timed = Timed::new(&stream)?;
-        let handshake = Handshake::opener(Plane::Data, &self.token).map_err(no_randomness)?;
+    fn introduce(&self, stream: TcpStream) -> Result<DataStream, Problem> {
+        let mut timed = Timed::open(stream, Side::Opener, self.tls.as_ref())?;
+        let token = timed.stream.bind(&self.token);
+        let handshake = Handshake::opener(Plane::Data, &token).map_err(no_randomness)?;
         timed.write(&handshake.hello())?;
         let proofs = handshake.proofs(&timed.read::<HELLO_BYTES>()?)?;
         timed.write(&proofs.ours)?;
         proofs.check(&timed.read::<PROOF_BYTES>()?)?;
         timed.write(&[&self.rank.to_le_bytes()[..], &self.generation.to_le_bytes()].concat())?;
-        timed.end()?;
-        Ok(stream)
+        Ok(timed.stream)
     }
 
     /// Finds out who connected; only members of this generation with a higher rank are let in.
     fn answer(&self, stream: TcpStream, events: &Sender<Event>) {
-        let event = match self.recognise(&stream) {
-            Ok(rank) => Event::Joined { rank, stream },
+        let event = match self.recognise(stream) {
+            Ok((rank, stream)) => Event::Joined { rank, stream },
             Err(problem) => Event::Stranger { problem },
         };
         // The mesh may be over; then nobody needs the connection.
         let _ = events.send(event);
     }
 
-    fn recognise(&self, stream: &TcpStream) -> Result<u32, Problem> {
-        let mut timed = Timed::new(stream)?;
-        let handshake = Handshake::answerer(Plane::Data, &self.token).map_err(no_randomness)?;
+    fn recognise(&self, stream: TcpStream) -> Result<(u32, DataStream), Problem> {
+        let mut timed = Timed::open(stream, Side::Answerer, self.tls.as_ref())?;
+        let token = timed.stream.bind(&self.token);
+        let handshake = Handshake::answerer(Plane::Data, &token).map_err(no_randomness)?;
         let theirs = timed.read::<HELLO_BYTES>()?;
         timed.write(&handshake.hello())?;
         let proofs = handshake.proofs(&theirs)?;
@@ -281,55 +284,47 @@ impl Caller {
         timed.write(&proofs.ours)?;
         let rank = u32::from_le_bytes(timed.read()?);
         let generation = u64::from_le_bytes(timed.read()?);
-        timed.end()?;
         if generation != self.generation || rank <= self.rank || rank >= self.world_size {
             return Err(Problem::failed(format!(
                 "rank {rank} of generation {generation} called rank {} of generation {}",
                 self.rank, self.generation
             )));
         }
-        Ok(rank)
+        Ok((rank, timed.stream))
     }
 }
 
-/// A stream whose reads and writes together have [`HANDSHAKE_LIMIT`], however slowly the other side drips.
-struct Timed<'a> {
-    stream: &'a TcpStream,
+/// A stream whose handshake, reads and writes together have [`HANDSHAKE_LIMIT`], however slowly the other side drips.
+struct Timed {
+    stream: DataStream,
     until: Instant,
 }
 
-impl<'a> Timed<'a> {
-    fn new(stream: &'a TcpStream) -> Result<Self, Problem> {
-        stream.set_nodelay(true).map_err(describe)?;
-        set_tcp_user_timeout(stream, UNACKNOWLEDGED_LIMIT.as_millis() as u32)
-            .map_err(|errno| describe(errno.into()))?;
-        Ok(Self { stream, until: Instant::now() + HANDSHAKE_LIMIT })
+impl Timed {
+    fn open(stream: TcpStream, side: Side, tls: Option<&Tls>) -> Result<Self, Problem> {
+        let until = Instant::now() + HANDSHAKE_LIMIT;
+        Ok(Self { stream: DataStream::open(stream, side, tls, until).map_err(describe)?, until })
     }
 
     fn read<const N: usize>(&mut self) -> Result<[u8; N], Problem> {
         let (mut bytes, mut filled) = ([0; N], 0);
         while filled < N {
-            self.stream.set_read_timeout(Some(self.left()?)).map_err(describe)?;
-            match self.stream.read(&mut bytes[filled..]) {
-                Ok(0) => return Err(describe(ErrorKind::UnexpectedEof.into())),
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(describe(error)),
+            match self.stream.receive(&mut bytes[filled..]).map_err(describe)? {
+                Some(0) => return Err(describe(ErrorKind::UnexpectedEof.into())),
+                Some(count) => filled += count,
+                None => self.stream.wait_readable(Some(self.left()?)),
             }
         }
         Ok(bytes)
     }
 
-    /// The few bytes of a handshake fit into the send buffer of a fresh connection: one write takes them.
+    /// The few bytes of a handshake fit into the send buffer of a fresh connection: it takes them at once.
     fn write(&mut self, bytes: &[u8]) -> Result<(), Problem> {
-        self.stream.set_write_timeout(Some(self.left()?)).map_err(describe)?;
-        self.stream.write_all(bytes).map_err(describe)
-    }
-
-    /// Takes the time limits off again.
-    fn end(self) -> Result<(), Problem> {
-        self.stream.set_read_timeout(None).map_err(describe)?;
-        self.stream.set_write_timeout(None).map_err(describe)
+        let taken = self.stream.send(&[IoSlice::new(bytes), IoSlice::new(&[])], false).map_err(describe)?;
+        match taken == Some(bytes.len()) && self.stream.flush(false).map_err(describe)? {
+            true => Ok(()),
+            false => Err(describe(ErrorKind::TimedOut.into())),
+        }
     }
 
     fn left(&self) -> Result<Duration, Problem> {
@@ -339,6 +334,10 @@ impl<'a> Timed<'a> {
 }
 
 fn describe(error: io::Error) -> Problem {
+    let error = match error.downcast::<Problem>() {
+        Ok(problem) => return problem,
+        Err(error) => error,
+    };
     match error.kind() {
         ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
             Problem::failed("the other side closed the connection during the handshake")
@@ -388,6 +387,7 @@ impl Drop for SetOnDrop {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
     use std::thread;
 
     fn listeners(count: usize) -> (Vec<TcpListener>, Vec<Member>) {
@@ -412,7 +412,14 @@ mod tests {
     ) -> Vec<Result<Mesh, MeshError>> {
         let connect = |rank: u32| {
             let place = Place { generation, rank, members: members.to_vec() };
-            Mesh::connect(&listeners[rank as usize], &token(rank), place, limit, &AtomicBool::new(false))
+            Mesh::connect(
+                &listeners[rank as usize],
+                &token(rank),
+                None,
+                place,
+                limit,
+                &AtomicBool::new(false),
+            )
         };
         let connect = &connect;
         thread::scope(|scope| {
@@ -427,9 +434,9 @@ mod tests {
             for b in 0..meshes.len() {
                 if a != b {
                     let sent = [a as u8, b as u8];
-                    meshes[a].streams[b].as_mut().unwrap().write_all(&sent).unwrap();
+                    meshes[a].streams[b].as_ref().unwrap().tcp().write_all(&sent).unwrap();
                     let mut got = [0; 2];
-                    meshes[b].streams[a].as_mut().unwrap().read_exact(&mut got).unwrap();
+                    meshes[b].streams[a].as_ref().unwrap().tcp().read_exact(&mut got).unwrap();
                     assert_eq!(got, sent, "the stream between {a} and {b}");
                 }
             }
@@ -468,7 +475,7 @@ mod tests {
             members[1].address = own.local_addr().unwrap().to_string();
             thread::spawn(move || {
                 let place = Place { generation: 6, rank: 1, members };
-                Mesh::connect(&own, &token, place, FORM_LIMIT, &abort)
+                Mesh::connect(&own, &token, None, place, FORM_LIMIT, &abort)
             })
         };
         thread::sleep(Duration::from_millis(50));
@@ -516,19 +523,20 @@ mod tests {
         let place = Place { generation: 1, rank: 1, members: members.clone() };
         let never = AtomicBool::new(false);
         let limit = Duration::from_millis(100);
-        let error = Mesh::connect(&listeners[0], &Token::new(""), place.clone(), limit, &never).unwrap_err();
+        let error =
+            Mesh::connect(&listeners[0], &Token::new(""), None, place.clone(), limit, &never).unwrap_err();
         assert!(
             error.to_string().starts_with("cannot connect to worker w0 (rank 0) at 127.0.0.1:"),
             "{error}"
         );
 
         thread::scope(|scope| {
-            let upper =
-                scope.spawn(|| Mesh::connect(&listeners[0], &Token::new(""), place, FORM_LIMIT, &never));
+            let upper = scope
+                .spawn(|| Mesh::connect(&listeners[0], &Token::new(""), None, place, FORM_LIMIT, &never));
             thread::sleep(Duration::from_millis(150));
             let late = TcpListener::bind(&members[0].address).unwrap();
             let place = Place { generation: 1, rank: 0, members };
-            let lower = Mesh::connect(&late, &Token::new(""), place, FORM_LIMIT, &never).unwrap();
+            let lower = Mesh::connect(&late, &Token::new(""), None, place, FORM_LIMIT, &never).unwrap();
             assert_connected(&mut [lower, upper.join().unwrap().unwrap()]);
         });
     }

@@ -6,17 +6,16 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use rustix::net::SendFlags;
+use transport::DataStream;
 
 use super::lock;
 use super::wire::{Outgoing, Payload};
 
 /// The frames that one peer is still to get, in the order in which they were sent.
 pub(super) struct Outbox {
-    pub(super) stream: TcpStream,
+    pub(super) stream: DataStream,
     queue: Mutex<Queue>,
     /// Notified when the writing thread has something to do.
     changed: Condvar,
@@ -31,7 +30,7 @@ struct Queue {
 }
 
 impl Outbox {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: DataStream) -> Self {
         Self { stream, queue: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -45,7 +44,7 @@ impl Outbox {
     ) -> io::Result<Option<usize>> {
         let mut queue = lock(&self.queue);
         let is_first = queue.frames.is_empty() && !queue.is_writing;
-        if is_first && frame.send(payload, &self.stream, SendFlags::DONTWAIT)? {
+        if is_first && frame.send(payload, &self.stream, false)? {
             return Ok(Some(frame.sent()));
         }
         queue.frames.push_back((frame, keep()));
@@ -67,7 +66,7 @@ impl Outbox {
             if let Some((mut frame, payload)) = queue.frames.pop_front() {
                 queue.is_writing = true;
                 drop(queue);
-                frame.send(payload.as_bytes(), &self.stream, SendFlags::empty())?;
+                frame.send(payload.as_bytes(), &self.stream, true)?;
                 done(frame.sent(), payload);
                 queue = lock(&self.queue);
                 queue.is_writing = false;

@@ -43,7 +43,7 @@ fn counted_fleet(
         let connect = |(rank, listener)| {
             let place = Place { generation: 3, rank, members: members.clone() };
             scope.spawn(move || {
-                Mesh::connect(listener, &Token::new("t"), place, FORM_LIMIT, &AtomicBool::new(false))
+                Mesh::connect(listener, &Token::new("t"), None, place, FORM_LIMIT, &AtomicBool::new(false))
             })
         };
         let threads: Vec<_> = (0..).zip(&listeners).map(connect).collect();

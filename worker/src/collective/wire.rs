@@ -14,16 +14,12 @@
 //! The place is the leftmost leaf of the node (`Reduce`) or the sender's rank (`Gather`).
 
 use std::io::{self, IoSlice};
-use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 use protocol::frame::{BULK_CHUNK_BYTES, BulkHeader, BulkKind, Expected};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+use transport::DataStream;
 
 use super::reduce::block_range;
 
@@ -132,7 +128,7 @@ impl Payload {
 #[derive(Debug, Clone)]
 pub(super) struct Outgoing {
     overhead: [u8; OVERHEAD_BYTES],
-    /// Bytes of both that the socket has taken.
+    /// Bytes of both that the stream has taken.
     sent: usize,
 }
 
@@ -146,26 +142,23 @@ impl Outgoing {
         Self { overhead, sent: 0 }
     }
 
-    /// Writes until all of it is sent or, with `SendFlags::DONTWAIT`, the socket takes no more for the moment. Gives
-    /// whether all of it is sent. The payload must be the one for which the frame was made.
-    pub(super) fn send(&mut self, payload: &[u8], stream: &TcpStream, flags: SendFlags) -> io::Result<bool> {
+    /// Writes until all of it is sent or, if it must not wait, the stream takes no more for the moment. Gives whether all
+    /// of it is sent. The payload must be the one for which the frame was made.
+    pub(super) fn send(&mut self, payload: &[u8], stream: &DataStream, may_wait: bool) -> io::Result<bool> {
         while self.sent < OVERHEAD_BYTES + payload.len() {
             let parts = [
                 IoSlice::new(&self.overhead[self.sent.min(OVERHEAD_BYTES)..]),
                 IoSlice::new(&payload[self.sent.saturating_sub(OVERHEAD_BYTES)..]),
             ];
-            let mut nothing_else = SendAncillaryBuffer::default();
-            match sendmsg(stream, &parts, &mut nothing_else, flags | SendFlags::NOSIGNAL) {
-                Ok(count) => self.sent += count,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(error) => return Err(error.into()),
+            match stream.send(&parts, may_wait)? {
+                Some(count) => self.sent += count,
+                None => return Ok(false),
             }
         }
-        Ok(true)
+        stream.flush(may_wait)
     }
 
-    /// Bytes that the socket has taken.
+    /// Bytes that the stream has taken.
     pub(super) fn sent(&self) -> usize {
         self.sent
     }
@@ -237,7 +230,7 @@ impl FrameReader {
     /// until a frame that began with it is whole.
     pub(super) fn read(
         &mut self,
-        stream: &TcpStream,
+        stream: &DataStream,
         bytes: &DataPlaneBytes,
         landing: Option<&mut Landing<'_>>,
         spare: impl FnOnce() -> Vec<f32>,
@@ -296,58 +289,63 @@ fn begin(
 }
 
 /// Receives into `buffer[*filled..]` what is there; gives whether the buffer is full.
-fn fill(stream: &TcpStream, buffer: &mut [u8], filled: &mut usize) -> io::Result<bool> {
+fn fill(stream: &DataStream, buffer: &mut [u8], filled: &mut usize) -> io::Result<bool> {
     while *filled < buffer.len() {
-        match recv(stream, &mut buffer[*filled..], RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok((count, _)) => *filled += count,
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(false),
-            Err(error) => return Err(error.into()),
+        match stream.receive(&mut buffer[*filled..])? {
+            Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(count) => *filled += count,
+            None => return Ok(false),
         }
     }
     Ok(true)
-}
-
-/// Waits until there is something to read (an end of stream is), or for so long; `None` is for ever. It may return
-/// early: whoever finds nothing to read comes again.
-pub(super) fn wait_readable(stream: &TcpStream, limit: Option<Duration>) {
-    let limit = limit.map(|limit| Timespec::try_from(limit).expect("a limit of less than an age"));
-    let _ = poll(&mut [PollFd::new(stream, PollFlags::IN)], limit.as_ref());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
 
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let opener = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (opener, listener.accept().unwrap().0)
+    use transport::{Side, Tls};
+
+    fn pair() -> (DataStream, DataStream) {
+        pair_of(None)
     }
 
-    fn read(stream: &TcpStream, bytes: &DataPlaneBytes) -> io::Result<Incoming> {
+    fn pair_of(tls: Option<&Tls>) -> (DataStream, DataStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let opener = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let answerer = listener.accept().unwrap().0;
+        let until = Instant::now() + Duration::from_secs(60);
+        let open = |tcp, side| DataStream::open(tcp, side, tls, until).unwrap();
+        std::thread::scope(|scope| {
+            let opener = scope.spawn(move || open(opener, Side::Opener));
+            let answerer = open(answerer, Side::Answerer);
+            (opener.join().unwrap(), answerer)
+        })
+    }
+
+    fn read(stream: &DataStream, bytes: &DataPlaneBytes) -> io::Result<Incoming> {
         let mut reader = FrameReader::new();
         loop {
-            wait_readable(stream, None);
             if let Some(frame) = reader.read(stream, bytes, None, || vec![f32::NAN; 9])? {
                 return Ok(frame);
             }
+            stream.wait_readable(None);
         }
     }
 
     #[test]
     fn a_frame_has_these_bytes() {
-        let (opener, mut answerer) = pair();
+        let (opener, answerer) = pair();
         let address = Address { kind: BulkKind::Reduce, ticket: 5, place: 7, block: 9 };
         let payload = 1f32.to_le_bytes();
         let mut frame = Outgoing::new(3, address, false, &payload);
-        assert!(frame.send(&payload, &opener, SendFlags::empty()).unwrap());
+        assert!(frame.send(&payload, &opener, true).unwrap());
         assert_eq!(frame.sent(), 45);
         let mut got = [0; 45];
-        answerer.read_exact(&mut got).unwrap();
+        answerer.tcp().read_exact(&mut got).unwrap();
         let golden = [
             &[0, 0, 0, 41, 3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0][..],
             &[7, 0, 0, 0, 5, 0, 0, 0, 4, 0, 0, 0],
@@ -370,7 +368,7 @@ mod tests {
         ] {
             let is_bytes = matches!(payload, Payload::Bytes(_));
             let mut frame = Outgoing::new(1, address, is_bytes, payload.as_bytes());
-            assert!(frame.send(payload.as_bytes(), &opener, SendFlags::empty()).unwrap());
+            assert!(frame.send(payload.as_bytes(), &opener, true).unwrap());
             sent += frame.sent() as u64;
             let got = read(&answerer, &bytes).unwrap();
             assert_eq!((got.generation, got.address), (1, address));
@@ -388,7 +386,18 @@ mod tests {
 
     #[test]
     fn a_frame_that_the_socket_takes_in_parts_arrives_whole() {
-        let (opener, answerer) = pair();
+        arrive_whole(&pair());
+    }
+
+    #[test]
+    fn so_does_one_of_tls() {
+        let Ok(text) = transport::new_certificate() else {
+            return println!("skipped: frames over TLS: this build has none");
+        };
+        arrive_whole(&pair_of(Some(&Tls::from_pem(&text, "the text").unwrap())));
+    }
+
+    fn arrive_whole((opener, answerer): &(DataStream, DataStream)) {
         let values: Vec<f32> = (0..BULK_CHUNK_BYTES / 4).map(|i| i as f32).collect();
         let new = |ticket| {
             let address = Address { kind: BulkKind::Gather, ticket, place: 0, block: 0 };
@@ -397,19 +406,19 @@ mod tests {
         // Nobody reads: at some point the socket is full, in the middle of a frame or between two.
         let mut frames: Vec<Outgoing> = (0..64).map(new).collect();
         let send =
-            |frame: &mut Outgoing, flags| frame.send(bytemuck::cast_slice(&values), &opener, flags).unwrap();
-        let is_full = |frame: &mut Outgoing| !send(frame, SendFlags::DONTWAIT);
+            |frame: &mut Outgoing, flags| frame.send(bytemuck::cast_slice(&values), opener, flags).unwrap();
+        let is_full = |frame: &mut Outgoing| !send(frame, false);
         let taken = frames.iter_mut().position(is_full).expect("no socket takes 64 MiB");
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for ticket in 0..64 {
-                    let got = read(&answerer, &DataPlaneBytes::default()).unwrap();
+                    let got = read(answerer, &DataPlaneBytes::default()).unwrap();
                     assert_eq!(got.address.ticket, ticket);
                     assert!(matches!(got.payload, Received::Floats(got) if got == values));
                 }
             });
             for frame in &mut frames[taken..] {
-                assert!(send(frame, SendFlags::empty()));
+                assert!(send(frame, true));
             }
         });
     }
@@ -425,12 +434,10 @@ mod tests {
         };
         let mut landed = |(address, floats): (Address, Vec<f32>)| {
             let bytes = bytemuck::cast_slice(&floats);
-            assert!(
-                Outgoing::new(1, address, false, bytes).send(bytes, &opener, SendFlags::empty()).unwrap()
-            );
+            assert!(Outgoing::new(1, address, false, bytes).send(bytes, &opener, true).unwrap());
             let mut reader = FrameReader::new();
             loop {
-                wait_readable(&answerer, None);
+                answerer.wait_readable(None);
                 let all = &DataPlaneBytes::default();
                 if let Some(frame) = reader.read(&answerer, all, Some(&mut landing), Vec::new).unwrap() {
                     return matches!(frame.payload, Received::Landed(range) if range == (4..10));
@@ -450,8 +457,8 @@ mod tests {
     #[test]
     fn damage_and_strange_lengths_are_refused() {
         let refusal = |sent: &[u8]| {
-            let (mut opener, answerer) = pair();
-            opener.write_all(sent).unwrap();
+            let (opener, answerer) = pair();
+            opener.tcp().write_all(sent).unwrap();
             drop(opener);
             read(&answerer, &DataPlaneBytes::default()).unwrap_err().to_string()
         };

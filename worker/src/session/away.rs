@@ -11,7 +11,7 @@ use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::Receiver;
 use tokio::time::timeout;
 
-use super::{End, Greeted, Session, Stage, ended, finished, greet};
+use super::{Config, End, Greeted, Session, Stage, ended, finished, greet};
 use crate::connection::{Broken, Connection};
 
 /// A coordinator that is back answers a hello within this time.
@@ -33,10 +33,10 @@ impl<D: model::device::Device + 'static> Session<D> {
         self.outbox.forget_states();
         let limit = self.config.park_timeout.unwrap_or(self.welcome_park_timeout());
         let deadline = tokio::time::Instant::now() + limit;
-        let (address, token) = (self.config.coordinator.clone(), self.config.token.clone());
+        let Config { coordinator, token, tls, .. } = self.config.clone();
         let mut cause = cause.to_owned();
         loop {
-            let mut finding = std::pin::pin!(Connection::find(&address, &token));
+            let mut finding = std::pin::pin!(Connection::find(&coordinator, &token, tls.as_ref()));
             let connection = loop {
                 tokio::select! {
                     connection = &mut finding => break connection,
