@@ -164,8 +164,8 @@ pub enum Event {
         /// Why, if nobody asked for it.
         broken: Option<String>,
     },
-    /// A worker that is no member has left the generation in which it worked when it came back, and rests.
-    Rests(WorkerId, Stage),
+    /// A worker that is no member has left the generation in which it worked when it came back, and rests with this state.
+    Rests(WorkerId, Option<Stage>),
     /// All members have stopped for good, or the run is being given up.
     Ending,
     /// Time has passed.
@@ -320,12 +320,7 @@ pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
             next.states.extend(state.map(|stage| (id, stage)));
             stopped(next, now, id, broken)
         }
-        Event::Rests(id, stage) => {
-            if next.workers.contains_key(&id) && !next.members.contains(&id) {
-                next.states.insert(id, stage);
-            }
-            (next, vec![], format!("worker {id} rests, and holds the state after {} steps", stage.step))
-        }
+        Event::Rests(id, state) => rests(next, now, id, state),
         Event::Ending => {
             next.enter(Phase::Ending, now);
             (next, vec![], "the run is ending".into())
@@ -369,7 +364,24 @@ fn joined(mut next: Membership, now: Duration, id: WorkerId, candidate: Candidat
         }
         return gathered(next, now, actions);
     }
+    if let (Phase::Stopping { at_work, .. }, Holds::Place(_)) = (&mut next.phase, holds) {
+        // It was a member until its connection broke, and may have gone further than the others.
+        at_work.push(id);
+    }
     (next, vec![Action::Welcome(id), Action::StandBy(id)], format!("worker {name} stands by"))
+}
+
+fn rests(mut next: Membership, now: Duration, id: WorkerId, state: Option<Stage>) -> Decision {
+    if next.members.contains(&id) || !next.workers.contains_key(&id) {
+        return (next, vec![], format!("worker {id} rested too late to matter"));
+    }
+    next.states.extend(state.map(|stage| (id, stage)));
+    if let Phase::Stopping { at_work, .. } = &mut next.phase {
+        at_work.retain(|&other| other != id);
+        return rest(next, now, vec![]);
+    }
+    let reason = format!("worker {} rests while others train", next.name(id));
+    (next, vec![], reason)
 }
 
 /// Refuses a worker that would change the result. When that befell as many as the run waits for, and nobody else
@@ -414,9 +426,11 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
             }
             rest(next, now, actions)
         }
-        Phase::Formed { .. } | Phase::Stopping { .. } => {
-            (next, vec![], format!("worker {name} left the standby: {cause}"))
+        Phase::Stopping { at_work, .. } => {
+            at_work.retain(|&other| other != id);
+            rest(next, now, vec![])
         }
+        Phase::Formed { .. } => (next, vec![], format!("worker {name} left the standby: {cause}")),
     }
 }
 

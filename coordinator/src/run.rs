@@ -414,9 +414,11 @@ impl Run {
                     }
                 }
             }
-            // It came back when the others had gone on without it.
-            ToCoordinator::Stopped { state: Some(state), .. } if self.can_rejoin(id) => {
-                self.decide(Event::Rests(id, Stage { step: state.step, whole: !state.owes_evaluation }))?;
+            // It came back when the others had gone on without it, or were about to.
+            ToCoordinator::Stopped { state, .. } if !self.members().contains(&id) => {
+                let state = state.filter(|held| held.step <= self.step && self.can_rejoin(id));
+                let state = state.map(|held| Stage { step: held.step, whole: !held.owes_evaluation });
+                self.decide(Event::Rests(id, state))?;
             }
             ToCoordinator::Failed { sentence, hint, is_final } => {
                 let sentence = format!("worker {}: {sentence}", self.name(id));

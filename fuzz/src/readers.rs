@@ -5,7 +5,7 @@
 //! of the corpus.
 
 use std::io::Write;
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -244,7 +244,7 @@ pub fn data_plane(bytes: &[u8]) {
     let members = vec![member(1, 0..1), member(2, 1..SHARDS)];
     let mesh = Mesh {
         place: Place { generation: 1, rank: 0, members: members.clone() },
-        streams: vec![None, Some(OwnedFd::from(ours).into())],
+        streams: vec![None, Some(TcpStream::from(OwnedFd::from(ours)).into())],
     };
     // The end of the stream comes long before.
     let collective = TcpCollective::new(mesh, Duration::from_secs(60), Default::default());

@@ -19,6 +19,17 @@ pub struct DataStream {
     session: Option<Box<crate::tls::Session>>,
 }
 
+/// A connection as it is, without TLS.
+impl From<TcpStream> for DataStream {
+    fn from(tcp: TcpStream) -> Self {
+        Self {
+            tcp,
+            #[cfg(feature = "tls")]
+            session: None,
+        }
+    }
+}
+
 impl DataStream {
     /// Makes the stream of a connection; with `tls` by its handshake, which may last until then.
     ///

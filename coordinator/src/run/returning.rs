@@ -39,8 +39,8 @@ impl Run {
 
     /// Whether the run could go on with the state of a worker that is no member and had a place when it came back.
     pub(super) fn can_rejoin(&self, id: WorkerId) -> bool {
-        let hello = self.workers.get(&id).map(|(_, hello)| hello).filter(|_| !self.members().contains(&id));
-        hello.is_some_and(|hello| hello.held.as_ref().is_some_and(|held| self.is_usable(held, &hello.bits)))
+        let Some((_, hello)) = self.workers.get(&id) else { return false };
+        hello.held.as_ref().is_some_and(|held| self.is_usable(held, &hello.bits))
     }
 
     /// Whether what was done in a generation is part of the run as it is now.

@@ -129,7 +129,7 @@ impl Watch<'_> {
             self.from_disk = form.generation;
         }
         match most {
-            Some(most) if most != form.step => {
+            Some(most) if most > form.step => {
                 Err(format!("a member holds the state after step {most}, and all go on from {}", form.step))
             }
             _ => Ok(()),
