@@ -158,7 +158,9 @@ mod tests {
                 // A device may take denormals for zeros, and rounds otherwise on the way to them.
                 if want.abs() >= 1e-37 || got.abs() >= 1e-37 {
                     let error = ((got - want) / want).abs();
-                    assert!(error < 5e-7, "{name}({x:e}) = {got:e}, the CPU {want:e}");
+                    // Mesa's lavapipe has no fma of its own: it multiplies with both parts of ln 2 at once, and rounds.
+                    let bound = 5e-7 + 6e-8 * x.abs();
+                    assert!(error < bound, "{name}({x:e}) = {got:e}, the CPU {want:e}");
                     worst = worst.max(error);
                 }
             }
