@@ -306,7 +306,8 @@ fn small_device() -> CpuDevice {
 pub fn nccl_offer(bytes: &[u8]) {
     let Some(said) = offer::decode(bytes) else { return };
     if said.is_ok() {
-        assert_eq!(offer::encode(&said), bytes);
+        // Not always the same bytes: a number that no NCCL has may be written in two ways.
+        assert_eq!(offer::decode(&offer::encode(&said)).as_ref(), Some(&said));
     }
     let _ = offer::agree(&["one", "other"], &[said.clone(), said]);
 }
