@@ -4,7 +4,12 @@ use protocol::problem::Problem;
 
 /// What would let a process into the streams of a run. Nobody has one.
 #[derive(Debug, Clone)]
-pub enum Tls {}
+pub struct Tls(pub(crate) Nobody);
+
+/// Of this there is nothing; for those outside it is private, lest the compiler takes what they do with a [`Tls`] for a
+/// mistake.
+#[derive(Debug, Clone)]
+pub(crate) enum Nobody {}
 
 impl Tls {
     /// Always refused.

@@ -34,7 +34,10 @@ impl ControlStream {
             #[cfg(feature = "tls")]
             Some(tls) => Ok(Self(Inner::Tls(Box::new(tls.control(tcp, side).await?)))),
             #[cfg(not(feature = "tls"))]
-            Some(nobody) => match (side, *nobody) {},
+            Some(nobody) => {
+                let _ = side;
+                match nobody.0 {}
+            }
         }
     }
 

@@ -46,7 +46,10 @@ impl DataStream {
         #[cfg(not(feature = "tls"))]
         match tls {
             None => Ok(Self { tcp }),
-            Some(nobody) => match (side, until, *nobody) {},
+            Some(nobody) => {
+                let _ = (side, until);
+                match nobody.0 {}
+            }
         }
     }
 
