@@ -88,8 +88,10 @@ fn forgets_the_evaluation(now: Duration, state: Membership, event: Event) -> Dec
 }
 
 fn waits_for_the_lost(now: Duration, state: Membership, event: Event) -> Decision {
+    let is_waited_for =
+        |id: &WorkerId| matches!(&state.phase, Phase::Stopping { at_work, .. } if at_work.contains(id));
     let lost = match &event {
-        Event::Left(id, _) if state.members.contains(id) => Some(*id),
+        Event::Left(id, _) if state.members.contains(id) || is_waited_for(id) => Some(*id),
         _ => None,
     };
     let (mut next, actions, reason) = membership(now, state, event);
