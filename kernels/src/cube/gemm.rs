@@ -91,15 +91,18 @@ fn product_kernel(
     let mut right = SharedMemory::<f32>::new(TILE * DEPTH);
     let mut sums = Array::<f32>::new(MICRO * MICRO);
     #[unroll]
-    for i in 0..MICRO {
+    for j in 0..MICRO {
+        let s = first_column + column + j;
         #[unroll]
-        for j in 0..MICRO {
-            let (r, s) = (first_row + row + i, first_column + column + j);
-            let is_inside = r < m && s < n;
-            if comptime!(starts_with_row) {
-                sums[i * MICRO + j] = select(is_inside, start[select(is_inside, start_at + s, 0)], 0.0);
-            } else {
-                sums[i * MICRO + j] = 0.0;
+        for i in 0..MICRO {
+            sums[i * MICRO + j] = 0.0;
+        }
+        if comptime!(starts_with_row) {
+            // Rows beyond the last start with it too, and are not written.
+            let value = select(s < n, start[select(s < n, start_at + s, 0)], 0.0);
+            #[unroll]
+            for i in 0..MICRO {
+                sums[i * MICRO + j] = value;
             }
         }
     }
