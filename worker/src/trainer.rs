@@ -113,6 +113,8 @@ impl<D: Device + 'static> Trainer<D> {
                 outbox.tracer().enter(Phase::Transfer, form.step);
                 reach(Point::StateTransfer, form.step);
                 if let Err(error) = own.become_that_of(source, device, &mut *collective) {
+                    // Until it has ended, something may arrive.
+                    drop(collective);
                     self.replica = Some(own).filter(|_| stays_whole);
                     return stopped_by(error.into());
                 }

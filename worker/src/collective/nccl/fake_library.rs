@@ -28,7 +28,7 @@ pub(super) enum Fault {
     Fails(u32, usize),
     /// A communicator is never made.
     NeverForms,
-    /// An abort takes so long.
+    /// An abort takes so long, and until it is done what is under way reads and writes.
     SlowAbort(u32, Duration),
     /// It never ends in peace.
     NeverEnds(u32),
@@ -291,6 +291,7 @@ impl Communicator for FakeCommunicator {
                 && !lock(&self.inner).is_gone
             {
                 thread::sleep(*pause);
+                self.progress(&mut lock(&self.inner));
             }
         }
         self.leave(Event::Aborted(self.rank));

@@ -1,6 +1,7 @@
 //! The collective over a library that moves numbers between threads, beside TCP meshes on real sockets.
 
 use std::ops::Range;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -186,8 +187,11 @@ fn parts_are_gathered_beside_reductions_and_messages() {
     });
 }
 
+/// An operation, and the buffer into which its numbers come.
+type Begun = (Result<Ticket, CollectiveError>, FakeBuffer);
+
 /// Begins a reduction on a worker, of one shard for each.
-fn begin(worker: &mut Worker<Nccl>, shards: u32) -> (Result<Ticket, CollectiveError>, FakeBuffer) {
+fn begin(worker: &mut Worker<Nccl>, shards: u32) -> Begun {
     let Worker { rank, gpu, collective } = worker;
     let nodes = nodes(gpu, shards, *rank..*rank + 1, 500);
     let mut sum = on_gpu(gpu, &[0.0; 500]);
@@ -309,6 +313,59 @@ fn a_communicator_that_does_not_end_in_peace_is_aborted() {
     let Fleet { library, workers } = Fleet::new(2, 2, &[Fault::NeverEnds(1)]);
     let started = Instant::now();
     on_every(workers, &|mut worker| begin_and_wait(&mut worker, 2).unwrap());
+    assert!(started.elapsed() < SOON, "it took {:?}", started.elapsed());
+    let events = library.events();
+    assert!(events.contains(&Event::Aborted(0)) && events.contains(&Event::Aborted(1)), "{events:?}");
+}
+
+/// Begins a gather of one number of each of two workers.
+fn begin_gather(Worker { gpu, collective, .. }: &mut Worker<Nccl>) -> Begun {
+    let buffer = on_gpu(gpu, &[0.0; 2]);
+    (collective.begin_gather(gpu, &buffer, vec![0..1, 1..2]), buffer)
+}
+
+#[test]
+fn what_is_under_way_at_the_end_is_aborted_before_its_buffers_go() {
+    type Begin = fn(&mut Worker<Nccl>) -> Vec<Begun>;
+    let ways: [(&str, Begin); 4] = [
+        ("a reduction", |worker| vec![begin(worker, 2)]),
+        ("a reduction that is added, and another", |worker| vec![begin(worker, 2), begin(worker, 2)]),
+        ("a gather that is put off", |worker| vec![begin_gather(worker)]),
+        ("a gather and a reduction", |worker| vec![begin_gather(worker), begin(worker, 2)]),
+    ];
+    let slow = Duration::from_millis(200);
+    for (way, begin) in ways {
+        let Fleet { library, workers } = Fleet::new(2, 2, &[0, 1].map(|rank| Fault::SlowAbort(rank, slow)));
+        let all_have_begun = Barrier::new(2);
+        on_every(workers, &|mut worker| {
+            let begun = begin(&mut worker);
+            all_have_begun.wait();
+            assert!(begun.iter().all(|(ticket, _)| ticket.is_ok()), "{way}");
+            let started = Instant::now();
+            drop(worker.collective);
+            let took = started.elapsed();
+            assert!(slow <= took && took < SOON, "{way}: it took {took:?}");
+        });
+        // An abort that finds a buffer gone panics, and is none.
+        let events = library.events();
+        let aborted =
+            |rank| events.contains(&Event::Aborted(rank)) && !events.contains(&Event::Destroyed(rank));
+        assert!(aborted(0) && aborted(1), "{way}: {events:?}");
+    }
+}
+
+#[test]
+fn whoever_waits_for_a_worker_that_ends_with_operations_under_way_is_told() {
+    let Fleet { library, workers } = Fleet::new(2, 2, &[]);
+    let started = Instant::now();
+    on_every(workers, &|mut worker| {
+        if worker.rank == 0 {
+            begin(&mut worker, 2).0.unwrap();
+        } else {
+            let message = begin_and_wait(&mut worker, 2).unwrap_err().to_string();
+            assert!(message.starts_with("lost the connection to worker w0 (rank 0)"), "{message}");
+        }
+    });
     assert!(started.elapsed() < SOON, "it took {:?}", started.elapsed());
     let events = library.events();
     assert!(events.contains(&Event::Aborted(0)) && events.contains(&Event::Aborted(1)), "{events:?}");
