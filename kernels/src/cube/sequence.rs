@@ -52,6 +52,12 @@ const OTHER_REGISTERS: usize = 64;
 /// Those of each run of its cube.
 const RUN_REGISTERS: usize = 8;
 
+/// What a thread of the LSTM of 150 units needs besides its weights, at the least that the compiler can do with.
+const FEWEST_OTHER_REGISTERS: usize = 32;
+
+/// Weights for which the compiler would rather spill than let one cube run where two could.
+const WORTH_SPILLING: usize = 16;
+
 /// Units of a cube where a launch does one step.
 const STEP_UNITS: usize = 64;
 
@@ -132,6 +138,10 @@ impl Plan {
         let other = OTHER_REGISTERS + RUN_REGISTERS * rows;
         let registers = limits.registers_of_a_thread(threads).saturating_sub(other);
         let registers = registers.min(MOST_HELD).min(depth) / 8 * 8;
+        let of_two_cubes =
+            limits.registers_of_a_thread(2 * threads).saturating_sub(FEWEST_OTHER_REGISTERS) / 8 * 8;
+        let is_little_more = (of_two_cubes + 1..of_two_cubes + WORTH_SPILLING).contains(&registers);
+        let registers = if is_little_more { of_two_cubes } else { registers };
         let shared = ((limits.shared - rows * tile) / threads).min(depth - registers);
         Self { rows, units: hidden, whole: true, registers, shared }
     }
