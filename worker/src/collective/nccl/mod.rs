@@ -3,7 +3,7 @@
 //! | step of a reduction | by | where |
 //! |---|---|---|
 //! | each rank's nodes, one slice to each rank, its own included | grouped send and receive | `begin_reduce` |
-//! | the nodes of a slice added in tree order | [`Device::tree_sum`](model::device::Device::tree_sum) | the next `begin_reduce`, or `wait` |
+//! | the nodes of a slice added in tree order | [`Device::tree_sum`] | the next `begin_reduce`, or `wait` |
 //! | the finished slices to all | all-gather | there too |
 //!
 //! NCCL only moves numbers: the sums, hence the bits, are those of TCP. What does not divide into equal slices, fewer than
