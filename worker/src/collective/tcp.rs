@@ -81,6 +81,11 @@ impl TcpCollective {
         &self.links.place.members
     }
 
+    /// Ends the operations of all workers, as an [`AbortHandle`] does: peers that wait for this worker are told at once.
+    pub(super) fn abort(&self) {
+        self.links.abort();
+    }
+
     /// Whether all connections stand and nobody has aborted.
     pub(super) fn check(&self) -> Result<()> {
         self.links.check()

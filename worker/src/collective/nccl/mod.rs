@@ -373,6 +373,8 @@ impl<C: Communicator, B> Drop for NcclCollective<C, B> {
             self.communicator.get().destroy();
         } else {
             self.communicator.abort();
+            // Peers are in the middle of an operation, which NCCL does not tell them: a farewell in peace would let them wait.
+            self.tcp.abort();
         }
         // The buffers must outlive what reads and writes them.
         self.communicator.wait();

@@ -354,6 +354,23 @@ fn what_is_under_way_at_the_end_is_aborted_before_its_buffers_go() {
     }
 }
 
+#[test]
+fn whoever_waits_for_a_worker_that_ends_with_operations_under_way_is_told() {
+    let Fleet { library, workers } = Fleet::new(2, 2, &[]);
+    let started = Instant::now();
+    on_every(workers, &|mut worker| {
+        if worker.rank == 0 {
+            begin(&mut worker, 2).0.unwrap();
+        } else {
+            let message = begin_and_wait(&mut worker, 2).unwrap_err().to_string();
+            assert!(message.starts_with("lost the connection to worker w0 (rank 0)"), "{message}");
+        }
+    });
+    assert!(started.elapsed() < SOON, "it took {:?}", started.elapsed());
+    let events = library.events();
+    assert!(events.contains(&Event::Aborted(0)) && events.contains(&Event::Aborted(1)), "{events:?}");
+}
+
 /// What the workers of a fleet make of what they bring, by rank: an id, or why there is none.
 fn negotiated(library: &FakeNccl, brought: Vec<Result<(Version, GpuId), String>>) -> Vec<Result<(), String>> {
     let world_size = brought.len() as u32;
