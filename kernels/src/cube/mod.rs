@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`buffer`] | memory of a device |
 //! | [`math`] | exp, sigmoid, tanh |
-//! | [`gemm`], [`rows`], [`softmax`] | what is around the recurrent kernels on the way to the loss |
+//! | [`gemm`], [`rows`], [`output`], [`softmax`] | what is around the recurrent kernels on the way to the loss |
 //! | [`sequence`], [`rnn`], [`lstm`], [`gru`] | whole sequences in one launch, or one step after the other |
 //! | [`shards`], [`elements`] | what happens to gradients |
 //! | [`roofline`] | what a device can do at most |
@@ -29,6 +29,7 @@ pub mod gru;
 pub mod guard;
 pub mod lstm;
 pub mod math;
+pub mod output;
 pub mod rnn;
 pub mod roofline;
 pub mod rows;

@@ -9,7 +9,8 @@ use super::buffer::Buffer;
 use super::elements;
 use super::gemm::{Matrix, Right, Shape, Start, product};
 use super::guard::abort_on_device_panic;
-use super::rows::{self, Extent, OutputPart, RunTables};
+use super::output::{self, OutputPart, RunTables};
+use super::rows::Extent;
 use super::shards::{self, Partials, ShardTable, TokenOrder};
 use super::softmax::{NO_TARGET, RESULT, cross_entropy};
 use crate::Simd;
@@ -272,7 +273,7 @@ fn masks_are_the_cpus_bit_for_bit_in_both_directions_and_both_ways() {
     let (layers, layer) = (3, 1);
     let tables = [lengths, slots, first_steps].map(|words| Buffer::from_words(&client, &words));
     let runs = RunTables { lengths: &tables[0], slots: &tables[1], first_steps: &tables[2] };
-    let dropout = rows::Dropout {
+    let dropout = output::Dropout {
         key: key(seed, Purpose::Dropout),
         step,
         threshold: keep_threshold(keep),
@@ -285,14 +286,14 @@ fn masks_are_the_cpus_bit_for_bit_in_both_directions_and_both_ways() {
     for direction in 0..2 {
         let part = OutputPart { direction, size, width: 2 * size };
         let h = Buffer::from_floats(&client, &h[direction]);
-        rows::output(&client, extent, part, runs, Some(&dropout), &h, &out);
+        output::output(&client, extent, part, runs, Some(&dropout), &h, &out);
     }
     let got = read(&client, &out);
     let ones = Buffer::from_floats(&client, &vec![1.0; extent.places() * 2 * size]);
     for direction in 0..2 {
         let part = OutputPart { direction, size, width: 2 * size };
         let d_h = unwritten(&client, extent.places() * size);
-        rows::output_gradient(&client, extent, part, runs, Some(&dropout), &ones, &d_h);
+        output::output_gradient(&client, extent, part, runs, Some(&dropout), &ones, &d_h);
         let d_h = read(&client, &d_h);
         for run in 0..3 {
             let length = lengths[run] as usize;

@@ -20,7 +20,7 @@ use std::ops::Range;
 use cubecl::prelude::*;
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep};
 use kernels::cube::buffer::{Buffer, DeviceFailure};
-use kernels::cube::rows::Dropout;
+use kernels::cube::output::Dropout;
 use kernels::cube::shards::Partials;
 use kernels::cube::{elements, softmax};
 use protocol::batch::{Batch, DataShape};

@@ -3,7 +3,8 @@
 use cubecl::prelude::*;
 use kernels::cube::buffer::Buffer;
 use kernels::cube::elements;
-use kernels::cube::rows::{Dropout, Extent};
+use kernels::cube::output::Dropout;
+use kernels::cube::rows::Extent;
 use protocol::layout::StateLayout;
 
 use super::tables::Tables;

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use cubecl::prelude::*;
 use kernels::cube::buffer::{ALIGNMENT, Buffer};
-use kernels::cube::rows::{Extent, RunTables};
+use kernels::cube::output::RunTables;
+use kernels::cube::rows::Extent;
 use kernels::cube::shards::ShardTable;
 use kernels::cube::softmax::{NO_TARGET, RESULT};
 use protocol::batch::{Batch, Inputs};

@@ -6,9 +6,9 @@
 use cubecl::prelude::*;
 use kernels::cube::buffer::Buffer;
 use kernels::cube::gemm::{Matrix, Right, Shape, Start, product};
+use kernels::cube::output::{Dropout, OutputPart, output, output_gradient};
 use kernels::cube::rows::{
-    Dropout, Extent, OutputPart, StatePart, TokenTable, end_gradients, ends, output, output_gradient,
-    scaled_bytes, starts, token_rows, turn,
+    Extent, StatePart, TokenTable, end_gradients, ends, scaled_bytes, starts, token_rows, turn,
 };
 use kernels::cube::softmax::{RESULT, cross_entropy};
 use protocol::layout::{Head, Input, LayerShape, StateLayout};
