@@ -11,7 +11,13 @@ use protocol::cell::{RecurrentActivation, Reset};
 use super::buffer::Buffer;
 use super::math::tanh;
 use super::rows::Extent;
-use super::sequence::{Column, Plan, fetch, gate, gate_slope, hold, is_hard, multiply};
+use super::sequence::{
+    Item, Plan, backward_column, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
+    multiply, multiply_from_zero, own, share,
+};
+
+/// Threads for each unit.
+const GATES: usize = 3;
 
 /// What forward and backward share.
 #[derive(Debug, Clone, Copy)]
@@ -76,15 +82,9 @@ fn forward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let thread = UNIT_POS as usize;
-    let first_unit = CUBE_POS_Y as usize * plan.units;
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let own_gate = thread / plan.units;
-    let own_unit = first_unit + thread % plan.units;
-    let is_unit = own_unit < hidden;
-    let own_column = select(is_unit, own_gate * hidden + own_unit, 0);
-    let column = Column { at: own_column, stride: comptime!(3 * hidden) };
-    let is_candidate = own_gate == 2;
+    let own = own(hidden, plan);
+    let column = forward_column(own, GATES, hidden);
+    let is_candidate = own.gate == 2;
 
     let mut state = SharedMemory::<f32>::new(comptime!(plan.rows * hidden));
     // What is multiplied in place of h where the reset comes first.
@@ -105,33 +105,26 @@ fn forward_kernel(
         if comptime!(options.first_half) {
             #[unroll]
             for r in 0..plan.rows {
-                let run = first_run + r;
-                let is_there = is_unit && run < runs;
-                let x = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + own_column, 0)];
+                let run = own.first_run + r;
+                let is_there = own.is_unit && run < runs;
+                let x = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + column.at, 0)];
                 if comptime!(options.after) {
                     // The reset acts on the product and its bias: x comes later.
-                    let bias = bias_hn[select(is_unit && is_candidate, own_unit, 0)];
+                    let bias = bias_hn[select(own.is_unit && is_candidate, own.unit, 0)];
                     sums[r] = select(is_candidate, bias, x);
                 } else {
                     sums[r] = x;
                 }
             }
             multiply(&state, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
-            #[unroll]
-            for r in 0..plan.rows {
-                exchange[comptime!(r * 3 * plan.units) + thread] = sums[r];
-            }
-            sync_cube();
+            share(&sums, &mut exchange, GATES, plan);
         }
         if comptime!(!options.after && options.first_half) {
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(3)) {
-                let at = thread + comptime!(part * 3 * plan.units);
-                let r = at / plan.units;
-                let unit = first_unit + at % plan.units;
-                let run = first_run + r;
-                if r < plan.rows && run < runs && unit < hidden {
-                    let sum = r * comptime!(3 * plan.units) + at % plan.units;
+            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+                let item = item(part, runs, GATES, hidden, plan);
+                if item.is_there {
+                    let Item { r, run, unit, sum, .. } = item;
                     let reset_gate = gate(exchange[sum], options.hard);
                     let z = gate(exchange[sum + plan.units], options.hard);
                     let in_its_place = reset_gate * state[r * hidden + unit];
@@ -147,27 +140,20 @@ fn forward_kernel(
         if comptime!(!options.after && options.second_half) {
             #[unroll]
             for r in 0..plan.rows {
-                let run = first_run + r;
-                let is_there = is_unit && run < runs;
-                sums[r] = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + own_column, 0)];
+                let run = own.first_run + r;
+                let is_there = own.is_unit && run < runs;
+                sums[r] = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + column.at, 0)];
             }
             // Only the candidate's sums are read; all threads come along, for the barriers.
             multiply(&reset, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
-            #[unroll]
-            for r in 0..plan.rows {
-                exchange[comptime!(r * 3 * plan.units) + thread] = sums[r];
-            }
-            sync_cube();
+            share(&sums, &mut exchange, GATES, plan);
         }
         if comptime!(options.second_half) {
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(3)) {
-                let at = thread + comptime!(part * 3 * plan.units);
-                let r = at / plan.units;
-                let unit = first_unit + at % plan.units;
-                let run = first_run + r;
-                if r < plan.rows && run < runs && unit < hidden {
-                    let sum = r * comptime!(3 * plan.units) + at % plan.units;
+            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+                let item = item(part, runs, GATES, hidden, plan);
+                if item.is_there {
+                    let Item { r, run, unit, sum, .. } = item;
                     let place = t * runs + run;
                     let gates_at = place * comptime!(4 * hidden) + unit;
                     let h_previous = state[r * hidden + unit];
@@ -226,7 +212,7 @@ pub fn gru_forward<R: Runtime>(
                 forward_kernel::launch_unchecked::<R>(
                     client,
                     plan.cubes(extent.runs, hidden),
-                    plan.threads(3),
+                    plan.threads(GATES),
                     pre.arg(),
                     weight_hh_t.arg(),
                     bias_hn.unwrap_or(weight_hh_t).arg(),
@@ -262,15 +248,8 @@ fn backward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let thread = UNIT_POS as usize;
-    let first_unit = CUBE_POS_Y as usize * plan.units;
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let own_gate = thread / plan.units;
-    let own_unit = first_unit + thread % plan.units;
-    let is_unit = own_unit < hidden;
-    // A thread sums over the rows of its gate: that of n at (gate·H + n)·H + unit.
-    let own_column = select(is_unit, own_gate * comptime!(hidden * hidden) + own_unit, 0);
-    let column = Column { at: own_column, stride: hidden };
+    let own = own(hidden, plan);
+    let column = backward_column(own, hidden);
 
     // Gradients of what is multiplied with the weights: of the step after those of r and z, and of n where the reset acts
     // after the product; where it acts before, that of this step's n.
@@ -280,14 +259,7 @@ fn backward_kernel(
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
     let mut sums = Array::<f32>::new(plan.rows);
     hold(weight, column, &mut held, &mut cached, plan);
-    #[unroll]
-    for r in 0..plan.rows {
-        let n = RuntimeCell::<usize>::new(thread);
-        while n.read() < comptime!(3 * hidden) {
-            tile[comptime!(r * 3 * hidden) + n.read()] = 0.0;
-            n.store(n.read() + CUBE_DIM as usize);
-        }
-    }
+    clear(&mut tile, comptime!(3 * hidden), plan);
     sync_cube();
     if comptime!(options.first_half) {
         // Beyond the last step there is nothing: zeros.
@@ -299,8 +271,8 @@ fn backward_kernel(
             // Behind r and z stands n, but what is multiplied is the one after it.
             #[unroll]
             for r in 0..plan.rows {
-                let run = first_run + r;
-                let n = RuntimeCell::<usize>::new(thread);
+                let run = own.first_run + r;
+                let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
                 while n.read() < hidden {
                     let is_there = has_after && run < runs;
                     let from = at + run * comptime!(4 * hidden) + comptime!(3 * hidden) + n.read();
@@ -314,8 +286,8 @@ fn backward_kernel(
         // This step's n, which the first half has left.
         #[unroll]
         for r in 0..plan.rows {
-            let run = first_run + r;
-            let n = RuntimeCell::<usize>::new(thread);
+            let run = own.first_run + r;
+            let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
             while n.read() < hidden {
                 let is_there = run < runs;
                 let at = (first_step * runs + run) * comptime!(4 * hidden) + comptime!(2 * hidden) + n.read();
@@ -333,12 +305,8 @@ fn backward_kernel(
     for round in 0..rounds {
         let is_start = first_step + round == last_step;
         if comptime!(options.first_half) {
-            #[unroll]
-            for r in 0..plan.rows {
-                sums[r] = 0.0;
-            }
-            let at = own_gate * hidden;
-            multiply(
+            let at = own.gate * hidden;
+            multiply_from_zero(
                 &tile,
                 at,
                 comptime!(3 * hidden),
@@ -350,19 +318,12 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
+            share(&sums, &mut exchange, GATES, plan);
             #[unroll]
-            for r in 0..plan.rows {
-                exchange[comptime!(r * 3 * plan.units) + thread] = sums[r];
-            }
-            sync_cube();
-            #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(3)) {
-                let at = thread + comptime!(part * 3 * plan.units);
-                let r = at / plan.units;
-                let unit = first_unit + at % plan.units;
-                let run = first_run + r;
-                if r < plan.rows && run < runs && unit < hidden {
-                    let sum = r * comptime!(3 * plan.units) + at % plan.units;
+            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+                let item = item(part, runs, GATES, hidden, plan);
+                if item.is_there {
+                    let Item { r, run, unit, sum, .. } = item;
                     let from_gates = RuntimeCell::<f32>::new(exchange[sum] + exchange[sum + plan.units]);
                     if comptime!(options.after) {
                         from_gates.store(from_gates.read() + exchange[sum + comptime!(2 * plan.units)]);
@@ -410,13 +371,9 @@ fn backward_kernel(
             sync_cube();
         }
         if comptime!(!options.after && options.second_half) {
-            #[unroll]
-            for r in 0..plan.rows {
-                sums[r] = 0.0;
-            }
             // Only the candidate's sums are read; all threads come along, for the barriers.
             let at = comptime!(2 * hidden);
-            multiply(
+            multiply_from_zero(
                 &tile,
                 at,
                 comptime!(3 * hidden),
@@ -428,19 +385,12 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
+            share(&sums, &mut exchange, GATES, plan);
             #[unroll]
-            for r in 0..plan.rows {
-                exchange[comptime!(r * 3 * plan.units) + thread] = sums[r];
-            }
-            sync_cube();
-            #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(3)) {
-                let at = thread + comptime!(part * 3 * plan.units);
-                let r = at / plan.units;
-                let unit = first_unit + at % plan.units;
-                let run = first_run + r;
-                if r < plan.rows && run < runs && unit < hidden && !is_start {
-                    let sum = r * comptime!(3 * plan.units) + at % plan.units;
+            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+                let item = item(part, runs, GATES, hidden, plan);
+                if item.is_there && !is_start {
+                    let Item { r, run, unit, sum, .. } = item;
                     let d_reset = exchange[sum + comptime!(2 * plan.units)];
                     let t = last_step - 1 - round;
                     let place = t * runs + run;
@@ -491,7 +441,7 @@ pub fn gru_backward<R: Runtime>(
                 backward_kernel::launch_unchecked::<R>(
                     client,
                     plan.cubes(extent.runs, hidden),
-                    plan.threads(3),
+                    plan.threads(GATES),
                     d_out.arg(),
                     weight_hh.arg(),
                     lengths.arg(),

@@ -10,7 +10,10 @@ use super::buffer::Buffer;
 use super::gemm::{Matrix, Right, Shape, Start, product};
 use super::math::tanh;
 use super::rows::Extent;
-use super::sequence::{Column, Plan, fetch, gate, gate_slope, hold, is_hard, multiply};
+use super::sequence::{
+    Item, Plan, backward_column, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
+    multiply, multiply_from_zero, own, share,
+};
 
 /// The options that a kernel is made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,6 +35,9 @@ impl Options {
         }
     }
 }
+
+/// Threads for each unit.
+const GATES: usize = 4;
 
 /// What forward and backward share.
 #[derive(Debug, Clone, Copy)]
@@ -85,14 +91,8 @@ fn forward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let thread = UNIT_POS as usize;
-    let first_unit = CUBE_POS_Y as usize * plan.units;
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let own_gate = thread / plan.units;
-    let own_unit = first_unit + thread % plan.units;
-    let is_unit = own_unit < hidden;
-    let own_column = select(is_unit, own_gate * hidden + own_unit, 0);
-    let column = Column { at: own_column, stride: comptime!(4 * hidden) };
+    let own = own(hidden, plan);
+    let column = forward_column(own, GATES, hidden);
 
     let mut state = SharedMemory::<f32>::new(comptime!(plan.rows * output));
     let mut exchange = SharedMemory::<f32>::new(comptime!(plan.rows * 4 * plan.units));
@@ -106,26 +106,18 @@ fn forward_kernel(
     for t in first_step..last_step {
         #[unroll]
         for r in 0..plan.rows {
-            let run = first_run + r;
-            let is_there = is_unit && run < runs;
-            let from = select(is_there, (t * runs + run) * comptime!(4 * hidden) + own_column, 0);
+            let run = own.first_run + r;
+            let is_there = own.is_unit && run < runs;
+            let from = select(is_there, (t * runs + run) * comptime!(4 * hidden) + column.at, 0);
             sums[r] = pre[from];
         }
         multiply(&state, 0, output, weight, column, &held, &cached, &mut sums, output, plan);
+        share(&sums, &mut exchange, GATES, plan);
         #[unroll]
-        for r in 0..plan.rows {
-            exchange[comptime!(r * 4 * plan.units) + thread] = sums[r];
-        }
-        sync_cube();
-        #[unroll]
-        for part in 0..comptime!(plan.rows.div_ceil(4)) {
-            // Each thread completes a unit of a run, or one for each four runs.
-            let at = thread + comptime!(part * 4 * plan.units);
-            let r = at / plan.units;
-            let unit = first_unit + at % plan.units;
-            let run = first_run + r;
-            if r < plan.rows && run < runs && unit < hidden {
-                let sum = r * comptime!(4 * plan.units) + at % plan.units;
+        for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            let item = item(part, runs, GATES, hidden, plan);
+            if item.is_there {
+                let Item { r, run, unit, sum, .. } = item;
                 let place = t * runs + run;
                 let before = place * hidden + unit;
                 let after = (place + runs) * hidden + unit;
@@ -201,7 +193,7 @@ pub fn lstm_forward<R: Runtime>(
             forward_kernel::launch_unchecked::<R>(
                 client,
                 plan.cubes(extent.runs, hidden),
-                plan.threads(4),
+                plan.threads(GATES),
                 pre.arg(),
                 weight_hh_t.arg(),
                 lengths.arg(),
@@ -294,15 +286,8 @@ fn backward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let thread = UNIT_POS as usize;
-    let first_unit = CUBE_POS_Y as usize * plan.units;
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let own_gate = thread / plan.units;
-    let own_unit = first_unit + thread % plan.units;
-    let is_unit = own_unit < hidden;
-    // A thread sums over the rows of its gate: that of n at (gate·H + n)·H + unit.
-    let own_column = select(is_unit, own_gate * comptime!(hidden * hidden) + own_unit, 0);
-    let column = Column { at: own_column, stride: hidden };
+    let own = own(hidden, plan);
+    let column = backward_column(own, hidden);
 
     // Of the step after: the gradients of all gates.
     let mut tile = SharedMemory::<f32>::new(comptime!(plan.rows * 4 * hidden));
@@ -314,14 +299,7 @@ fn backward_kernel(
         hold(weight, column, &mut held, &mut cached, plan);
         // Beyond the last step there is nothing: zeros, from wherever they are read.
         let width = select(last_step < steps, comptime!(4 * hidden), 0);
-        #[unroll]
-        for r in 0..comptime!(plan.rows) {
-            let n = RuntimeCell::<usize>::new(thread);
-            while n.read() < comptime!(4 * hidden) {
-                tile[comptime!(r * 4 * hidden) + n.read()] = 0.0;
-                n.store(n.read() + CUBE_DIM as usize);
-            }
-        }
+        clear(&mut tile, comptime!(4 * hidden), plan);
         fetch(
             gates,
             last_step * runs * comptime!(4 * hidden),
@@ -340,12 +318,8 @@ fn backward_kernel(
     let rounds = last_step - first_step + select(to_start, 1, 0);
     for round in 0..rounds {
         if comptime!(!options.projects) {
-            #[unroll]
-            for r in 0..plan.rows {
-                sums[r] = 0.0;
-            }
-            let at = own_gate * hidden;
-            multiply(
+            let at = own.gate * hidden;
+            multiply_from_zero(
                 &tile,
                 at,
                 comptime!(4 * hidden),
@@ -357,22 +331,15 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
-            #[unroll]
-            for r in 0..plan.rows {
-                exchange[comptime!(r * 4 * plan.units) + thread] = sums[r];
-            }
-            sync_cube();
+            share(&sums, &mut exchange, GATES, plan);
         }
         #[unroll]
-        for part in 0..comptime!(plan.rows.div_ceil(4)) {
-            let at = thread + comptime!(part * 4 * plan.units);
-            let r = at / plan.units;
-            let unit = first_unit + at % plan.units;
-            let run = first_run + r;
-            if r < plan.rows && run < runs && unit < hidden {
+        for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            let item = item(part, runs, GATES, hidden, plan);
+            if item.is_there {
+                let Item { r, run, unit, sum, .. } = item;
                 let carried = RuntimeCell::<f32>::new(0.0);
                 if comptime!(!options.projects) {
-                    let sum = r * comptime!(4 * plan.units) + at % plan.units;
                     let (s0, s1) = (exchange[sum], exchange[sum + plan.units]);
                     let s2 = exchange[sum + comptime!(2 * plan.units)];
                     let s3 = exchange[sum + comptime!(3 * plan.units)];
@@ -473,7 +440,7 @@ pub fn lstm_backward<R: Runtime>(
             backward_kernel::launch_unchecked::<R>(
                 client,
                 plan.cubes(extent.runs, hidden),
-                plan.threads(4),
+                plan.threads(GATES),
                 d_out.arg(),
                 weight_hh.arg(),
                 lengths.arg(),

@@ -6,7 +6,12 @@ use protocol::cell::Activation;
 use super::buffer::Buffer;
 use super::math::{relu, tanh};
 use super::rows::Extent;
-use super::sequence::{Column, Plan, fetch, hold, multiply};
+use super::sequence::{
+    Own, Plan, backward_column, clear, fetch, forward_column, hold, multiply, multiply_from_zero, own,
+};
+
+/// Threads for each unit.
+const GATES: usize = 1;
 
 /// What forward and backward share.
 #[derive(Debug, Clone, Copy)]
@@ -39,11 +44,9 @@ fn forward_kernel(
     #[comptime] is_relu: bool,
     #[comptime] plan: Plan,
 ) {
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let unit = CUBE_POS_Y as usize * plan.units + UNIT_POS as usize;
-    let is_unit = unit < hidden;
-    let own_column = select(is_unit, unit, 0);
-    let column = Column { at: own_column, stride: hidden };
+    let own = own(hidden, plan);
+    let column = forward_column(own, GATES, hidden);
+    let Own { unit, is_unit, first_run, .. } = own;
     let mut state = SharedMemory::<f32>::new(comptime!(plan.rows * hidden));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
@@ -92,7 +95,7 @@ pub fn rnn_forward<R: Runtime>(
             forward_kernel::launch_unchecked::<R>(
                 client,
                 plan.cubes(extent.runs, hidden),
-                plan.threads(1),
+                plan.threads(GATES),
                 pre.arg(),
                 weight_hh_t.arg(),
                 lengths.arg(),
@@ -125,25 +128,16 @@ fn backward_kernel(
     #[comptime] is_relu: bool,
     #[comptime] plan: Plan,
 ) {
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    let unit = CUBE_POS_Y as usize * plan.units + UNIT_POS as usize;
-    let is_unit = unit < hidden;
-    let own_column = select(is_unit, unit, 0);
-    let column = Column { at: own_column, stride: hidden };
+    let own = own(hidden, plan);
+    let column = backward_column(own, hidden);
+    let Own { unit, is_unit, first_run, .. } = own;
     // Of the step after: the gradients of the sums.
     let mut tile = SharedMemory::<f32>::new(comptime!(plan.rows * hidden));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
     let mut sums = Array::<f32>::new(plan.rows);
     hold(weight, column, &mut held, &mut cached, plan);
-    #[unroll]
-    for r in 0..plan.rows {
-        let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
-        while n.read() < hidden {
-            tile[r * hidden + n.read()] = 0.0;
-            n.store(n.read() + CUBE_DIM as usize);
-        }
-    }
+    clear(&mut tile, hidden, plan);
     // Beyond the last step there is nothing: zeros.
     let width = select(last_step < steps, hidden, 0);
     fetch(d_pre, last_step * runs * hidden, hidden, width, runs, &mut tile, hidden, plan);
@@ -152,11 +146,7 @@ fn backward_kernel(
     let to_start = if comptime!(plan.whole) { first_step == 0 } else { last_step == 0 };
     let rounds = last_step - first_step + select(to_start, 1, 0);
     for round in 0..rounds {
-        #[unroll]
-        for r in 0..plan.rows {
-            sums[r] = 0.0;
-        }
-        multiply(&tile, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
+        multiply_from_zero(&tile, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
         sync_cube();
         #[unroll]
         for r in 0..plan.rows {
@@ -199,7 +189,7 @@ pub fn rnn_backward<R: Runtime>(
             backward_kernel::launch_unchecked::<R>(
                 client,
                 plan.cubes(extent.runs, hidden),
-                plan.threads(1),
+                plan.threads(GATES),
                 d_out.arg(),
                 weight_hh.arg(),
                 lengths.arg(),

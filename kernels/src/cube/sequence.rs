@@ -213,6 +213,117 @@ pub(super) fn hold(
     }
 }
 
+/// What a thread is for: the sums of one gate of one unit, for all runs of its cube.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Own {
+    pub(super) gate: usize,
+    pub(super) unit: usize,
+    /// The unit is there: the last cube may have fewer than others.
+    pub(super) is_unit: bool,
+    /// The first run of the cube.
+    pub(super) first_run: usize,
+}
+
+#[cube]
+pub(super) fn own(#[comptime] hidden: usize, #[comptime] plan: Plan) -> Own {
+    let thread = UNIT_POS as usize;
+    let unit = CUBE_POS_Y as usize * plan.units + thread % plan.units;
+    let first_run = CUBE_POS_X as usize * plan.rows;
+    Own { gate: thread / plan.units, unit, is_unit: unit < hidden, first_run }
+}
+
+/// Where a thread's weights are on the way forward, `[k][gate·H + unit]`.
+#[cube]
+pub(super) fn forward_column(own: Own, #[comptime] gates: usize, #[comptime] hidden: usize) -> Column {
+    Column { at: select(own.is_unit, own.gate * hidden + own.unit, 0), stride: comptime!(gates * hidden) }
+}
+
+/// Where they are on the way back: it sums over the rows n of its gate, `[gate·H + n][unit]`.
+#[cube]
+pub(super) fn backward_column(own: Own, #[comptime] hidden: usize) -> Column {
+    Column { at: select(own.is_unit, own.gate * comptime!(hidden * hidden) + own.unit, 0), stride: hidden }
+}
+
+/// A unit of a run that a thread completes when the sums of its gates are there. A cube has as many threads as each of its
+/// units has gates, so each completes one unit of one run in as many.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Item {
+    /// The run, counted in the cube and in all.
+    pub(super) r: usize,
+    pub(super) run: usize,
+    pub(super) unit: usize,
+    /// The run and the unit are there.
+    pub(super) is_there: bool,
+    /// Where the sum of the first gate is; those of the others follow at distances of the cube's units.
+    pub(super) sum: usize,
+}
+
+#[cube]
+pub(super) fn item(
+    part: usize,
+    runs: usize,
+    #[comptime] gates: usize,
+    #[comptime] hidden: usize,
+    #[comptime] plan: Plan,
+) -> Item {
+    let at = UNIT_POS as usize + part * comptime!(gates * plan.units);
+    let r = at / plan.units;
+    let unit = CUBE_POS_Y as usize * plan.units + at % plan.units;
+    let run = CUBE_POS_X as usize * plan.rows + r;
+    let sum = r * comptime!(gates * plan.units) + at % plan.units;
+    Item { r, run, unit, is_there: r < plan.rows && run < runs && unit < hidden, sum }
+}
+
+/// Fills `width` numbers of each run of a tile with zeros.
+#[cube]
+pub(super) fn clear(tile: &mut SharedMemory<f32>, #[comptime] width: usize, #[comptime] plan: Plan) {
+    #[unroll]
+    for r in 0..plan.rows {
+        let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
+        while n.read() < width {
+            tile[r * width + n.read()] = 0.0;
+            n.store(n.read() + CUBE_DIM as usize);
+        }
+    }
+}
+
+/// Shows all threads of the cube what each has summed.
+#[cube]
+pub(super) fn share(
+    sums: &Array<f32>,
+    exchange: &mut SharedMemory<f32>,
+    #[comptime] gates: usize,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for r in 0..plan.rows {
+        exchange[comptime!(r * gates * plan.units) + UNIT_POS as usize] = sums[r];
+    }
+    sync_cube();
+}
+
+/// From zero: `sums[r] = Σ_k tile[r·stride + at + k] · weight(k)`, as [`multiply`].
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub(super) fn multiply_from_zero(
+    tile: &SharedMemory<f32>,
+    at: usize,
+    #[comptime] stride: usize,
+    weight: &Array<f32>,
+    column: Column,
+    held: &Array<f32>,
+    cached: &SharedMemory<f32>,
+    sums: &mut Array<f32>,
+    #[comptime] depth: usize,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for r in 0..plan.rows {
+        sums[r] = 0.0;
+    }
+    multiply(tile, at, stride, weight, column, held, cached, sums, depth, plan);
+}
+
 /// `sums[r] += Σ_k tile[r·stride + at + k] · weight(k)` for the cube's runs, k upwards from 0 to `depth`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
