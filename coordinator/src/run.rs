@@ -4,6 +4,7 @@
 mod checkpoints;
 mod divergence;
 mod ending;
+mod forming;
 mod reports;
 mod returning;
 #[cfg(test)]
@@ -17,12 +18,9 @@ use std::time::Duration;
 
 use failpoints::{Point, reach};
 use protocol::control::ControlState;
-use protocol::frame::encode_message;
 use protocol::job::JobFile;
 use protocol::layout::StateLayout;
-use protocol::message::{
-    Form, Goodbye, Hello, Member, StateSource, StepReport, Stop, ToCoordinator, ToWorker, Welcome, WorkerId,
-};
+use protocol::message::{Goodbye, Hello, StepReport, Stop, ToCoordinator, ToWorker, Welcome, WorkerId};
 use protocol::problem::{Exit, Problem};
 use protocol::schedule::Schedule;
 use protocol::sums::StepSums;
@@ -39,15 +37,13 @@ use crate::feeder::Feeder;
 use crate::hang_dump::HangDump;
 use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
-use crate::membership::{Action, Candidate, Decide, Event, Membership, Source};
+use crate::membership::{Action, Candidate, Decide, Event, Membership};
 use crate::metrics::Metrics;
 use crate::records::Records;
 use crate::screen::Screen;
 use crate::server::{Arrival, Link};
 use crate::stage::Stage;
-use crate::state_stream::{Arriving, send_image};
-use crate::store::files::write_atomic;
-use crate::store::journal::{MemberLine, Record};
+use crate::state_stream::Arriving;
 use crate::stragglers::Stragglers;
 use checkpoints::write_in_order;
 use ending::Ending;
@@ -479,103 +475,6 @@ impl Run {
         let members = self.membership.members().len();
         self.parts.metrics.set_workers(members, self.membership.connected().saturating_sub(members));
         Ok(())
-    }
-
-    /// Forms a generation. What its members compute again, because the state they go on from is behind the records, has
-    /// the same bits as before: records know each step once, and need not go back.
-    fn form(
-        &mut self,
-        generation: u64,
-        members: &[Member],
-        source: Source,
-        reason: &str,
-    ) -> Result<(), Problem> {
-        if std::mem::take(&mut self.may_come_back) && source == Source::Disk {
-            self.go_back()?;
-        }
-        (self.generation, self.places) = (generation, members.iter().map(|m| m.shards.clone()).collect());
-        self.stopped.clear();
-        self.furthest = None;
-        (self.arriving, self.held) = (Arriving::default(), None);
-        self.parts.records.journal(&Record::Generation {
-            generation,
-            members: members.iter().map(MemberLine::from).collect(),
-            reason: reason.to_owned(),
-            bits: self.membership.bits().map(str::to_owned),
-        })?;
-        self.parts.metrics.generation();
-        let from_disk = match source {
-            Source::Disk => self.newest_state()?,
-            Source::Kept(_) | Source::Member(..) => None,
-        };
-        let (stage, state) = match (source, &from_disk) {
-            (Source::Disk, None) => (Stage { step: 0, whole: true }, StateSource::Initial),
-            (Source::Disk, Some((stage, _))) => (*stage, StateSource::Coordinator),
-            (Source::Kept(stage), _) => (stage, StateSource::Kept),
-            (Source::Member(rank, stage), _) => (stage, StateSource::Member(rank)),
-        };
-        self.digests.begin(stage.step);
-        self.deadlines.begin();
-        let shares = members.iter().map(|member| (member.worker_id, member.shards.len()));
-        self.stragglers.begin(self.started.elapsed(), shares);
-        self.hangs.begin(generation);
-        reach(Point::Recovery, stage.step);
-        // It names all members: all links share its bytes.
-        let form = encode_message(&ToWorker::Form(Form {
-            generation,
-            members: members.to_vec(),
-            step: stage.step,
-            owes_evaluation: !stage.whole,
-            state,
-        }));
-        for member in members {
-            let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };
-            link.send_frame(form.clone());
-            if let Some((stage, image)) = &from_disk {
-                reach(Point::StateTransfer, stage.step);
-                send_image(link, generation, stage.step, image);
-            }
-            let (data, shards) = (self.parts.data.handle(), member.shards.clone());
-            let first = self.schedule.after(stage.step, !stage.whole).next();
-            let feeder = Feeder::start(data, self.schedule, first, generation, shards, link.clone());
-            self.feeders.insert(member.worker_id, feeder);
-        }
-        self.show_generation(members.iter().map(|member| member.worker_id));
-        self.parts.screen.notice(reason);
-        if source == Source::Disk {
-            self.epoch = EpochClock::new();
-        }
-        self.announce_checkpoint();
-        Ok(())
-    }
-
-    /// The newest state on the disk: the one that the run went on from, if none was written since.
-    fn newest_state(&self) -> Result<Option<(Stage, Vec<u8>)>, Problem> {
-        let resumed = self.parts.resumed.as_ref();
-        let stage = resumed.map(|start| Stage { step: start.step, whole: !start.owes_evaluation });
-        if self.parts.records.checkpoint <= stage {
-            return Ok(stage.zip(resumed.map(|start| start.image.clone())));
-        }
-        let newest = self.parts.records.newest_state()?;
-        Ok(newest.map(|image| (Stage::of(&image), image.bytes().to_vec())))
-    }
-
-    /// Says on the status page and in the ready file who trains.
-    fn show_generation(&mut self, members: impl Iterator<Item = WorkerId>) {
-        let generation = self.generation;
-        self.with_status(|status| {
-            (status.phase, status.generation) = ("training", generation);
-            for (id, shards) in members.zip(&self.places) {
-                if let Some(worker) = status.workers.get_mut(&id) {
-                    worker.shards = Some((shards.start, shards.end));
-                }
-            }
-        });
-        let Some((path, text)) = &self.parts.ready else { return };
-        let text = format!("{text}generation={generation}\nstep={}\n", self.step);
-        if let Err(problem) = write_atomic(path, text.as_bytes()) {
-            self.parts.screen.notice(&problem.to_string());
-        }
     }
 
     /// Members of the generation that are connected, by rank.
