@@ -52,6 +52,7 @@ fn a_generation_that_is_over_before_it_began_is_not_waited_for() {
         step: 0,
         owes_evaluation: false,
         state: StateSource::Initial,
+        profile: 0..0,
     };
     // Nobody answers there.
     let nobody = member(2, "127.0.0.1:1".to_owned(), shards / 2..shards);

@@ -176,7 +176,7 @@ impl Worker {
         let mut replica = Replica::initial(&device, layout.clone(), job)?;
         let (rank, members) = (place.rank, place.members.clone());
         let (step, owes_evaluation, state) = (0, false, StateSource::Initial);
-        let form = Form { generation: GENERATION, members, step, owes_evaluation, state };
+        let form = Form { generation: GENERATION, members, step, owes_evaluation, state, profile: 0..0 };
         let mesh =
             Mesh::connect(&listener, &Token::new(""), None, place, FORM_LIMIT, &AtomicBool::new(false))?;
         let collective = Box::new(TcpCollective::new(mesh, SILENCE_LIMIT, Arc::default())?);

@@ -5,7 +5,8 @@
 //!
 //! - [`run`](mod@run): one run from its first worker to its end.
 //! - [`membership`]: who trains, as a pure state machine.
-//! - `deadlines`: which worker hangs; `hang_dump`: what all did before.
+//! - `deadlines`: which worker hangs; `hang_dump`: what all did before; `profile`: how their time
+//!   goes.
 //! - [`data`]: data sets and which rows each piece of work has.
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
@@ -32,6 +33,7 @@ mod loss_plot;
 pub mod membership;
 mod metrics;
 mod plot;
+mod profile;
 mod records;
 mod run;
 mod screen;

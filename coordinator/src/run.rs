@@ -39,6 +39,7 @@ use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
 use crate::membership::{Action, Candidate, Decide, Event, Membership};
 use crate::metrics::Metrics;
+use crate::profile::ProfileFile;
 use crate::records::Records;
 use crate::screen::Screen;
 use crate::server::{Arrival, Link};
@@ -67,6 +68,8 @@ pub(crate) struct Parts {
     pub(crate) ready: Option<(PathBuf, String)>,
     /// A run that is asked to stop has this long to write its last state.
     pub(crate) drain_timeout: Duration,
+    /// Steps whose course is written down for people; 0 for none.
+    pub(crate) profile_steps: u64,
 }
 
 /// The state that a run goes on from.
@@ -136,6 +139,7 @@ pub(crate) struct Run {
     deadlines: Deadlines,
     stragglers: Stragglers,
     hangs: HangDump,
+    profile: ProfileFile,
     arriving: Arriving,
     /// A state that is written when all members' digests of it agree.
     held: Option<(u64, Vec<u8>)>,
@@ -217,6 +221,7 @@ impl Run {
             deadlines: Deadlines::default(),
             stragglers: Stragglers::default(),
             hangs: HangDump::new(parts.records.dir.path()),
+            profile: ProfileFile::new(parts.records.dir.profile_path(), parts.profile_steps),
             arriving: Arriving::default(),
             held: None,
             checkpoint_asked: Instant::now(),
@@ -361,6 +366,7 @@ impl Run {
                 }
             }
             ToCoordinator::Trace(trace) => self.hangs.take(id, &self.name(id), trace),
+            ToCoordinator::Profile(profile) => self.profiled(id, profile),
             ToCoordinator::Connected { generation } => self.decide(Event::Connected(id, generation))?,
             ToCoordinator::Credit { generation, batches } if generation == self.generation => {
                 if let Some(feeder) = self.feeders.get(&id) {

@@ -75,6 +75,8 @@ pub struct Config {
     pub linger: Duration,
     /// A run that is asked to stop has this long to finish its step and to write its last state.
     pub drain_timeout: Duration,
+    /// Of so many steps the run directory gets a profile of all workers; 0 for none.
+    pub profile_steps: u64,
     /// Show JSON lines.
     pub json: bool,
     /// What this binary is.
@@ -146,6 +148,7 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         screen,
         ready,
         drain_timeout: config.drain_timeout,
+        profile_steps: config.profile_steps,
     };
     let started = Instant::now();
     let over = parts.resumed.as_ref().and_then(|start| over(start, &config.file.job, &schedule));

@@ -1,5 +1,5 @@
 //! What a worker's training thread is doing, and what it did last: so that one which hangs is told from those that wait for
-//! it.
+//! it. And what it did in the steps of a profile, for people.
 
 use bincode::{Decode, Encode};
 
@@ -115,3 +115,36 @@ pub struct Trace {
 
 /// Events that a worker remembers.
 pub const TRACE_EVENTS: usize = 64;
+
+/// What a worker did in the steps of a profile, or a part of that.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Profile {
+    /// Microseconds since the worker started, when it sent this.
+    pub now_us: u64,
+    /// In order.
+    pub events: Vec<ProfileEvent>,
+    /// It has done all steps of the profile.
+    pub is_complete: bool,
+}
+
+/// The training thread went on to something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct ProfileEvent {
+    /// Microseconds since the worker started.
+    pub at_us: u64,
+    /// Steps done.
+    pub step: u64,
+    /// To what.
+    pub activity: Activity,
+    /// Bytes that had gone to and come from its peers.
+    pub bytes: u64,
+}
+
+/// What a profile tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum Activity {
+    /// It entered a phase.
+    Phase(Phase),
+    /// It handed a bucket of the gradient to the collective, by number, and goes on with its phase.
+    Bucket(u32),
+}

@@ -3,12 +3,12 @@
 //! Version ledger: 1 — first. 2 — rows of different lengths; the options of cells, training and text in the job. 3 —
 //! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
 //! life; traces; a generation's message is the same for all members; a coordinator that is started again: what a worker
-//! holds in its hello, control states in its reports; failures for good; intervals and number of checkpoints.
+//! holds in its hello, control states in its reports; failures for good; intervals and number of checkpoints. 5 — profiles.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
 
-use crate::activity::{Position, Trace};
+use crate::activity::{Position, Profile, Trace};
 use crate::batch::DataShape;
 use crate::control::ControlState;
 use crate::job::{JobSpec, RunSpec};
@@ -17,7 +17,7 @@ use crate::schedule::Work;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;
@@ -95,6 +95,8 @@ pub enum ToCoordinator {
     },
     /// What its training thread did last: sent when a generation breaks, and when the thread has not moved for a while.
     Trace(Trace),
+    /// What it did in the steps that [`Form::profile`] names, when it has done them or is about to rest.
+    Profile(Profile),
 }
 
 /// How far the state is that a worker holds.
@@ -352,6 +354,8 @@ pub struct Form {
     pub owes_evaluation: bool,
     /// Where that state comes from.
     pub state: StateSource,
+    /// Steps of which the members write down how their time goes, each as the number of steps done before it; may be empty.
+    pub profile: Range<u64>,
 }
 
 /// One member of a generation.

@@ -6,7 +6,7 @@
 use std::fmt::Write;
 
 use bytes::Bytes;
-use protocol::activity::{Phase, Position, Trace, TraceEvent};
+use protocol::activity::{Activity, Phase, Position, Profile, ProfileEvent, Trace, TraceEvent};
 use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::cell::{Cell, CellOptions};
 use protocol::control::{ControlState, EpochSums};
@@ -115,6 +115,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         Stop::Diverged,
         Stop::NoImprovement,
     ];
+    let profiled = |activity| ProfileEvent { at_us: 1, step: 2, activity, bytes: 3 };
     let hello = Hello {
         name: "name".to_owned(),
         build: "0.1.0".to_owned(),
@@ -160,6 +161,11 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Credit { generation: 1, batches: 2 },
         ToCoordinator::Alive(position),
         ToCoordinator::Trace(Trace { at_ms: 9, position, events: vec![event] }),
+        ToCoordinator::Profile(Profile {
+            now_us: 9,
+            events: vec![profiled(Activity::Phase(Phase::Compute)), profiled(Activity::Bucket(1))],
+            is_complete: true,
+        }),
         ToCoordinator::Step(report),
         ToCoordinator::Evaluation { generation: 1, step: 2, sums: SUMS, control: CONTROL },
         ToCoordinator::Digest { generation: 1, step: 2, digest: 3 },
@@ -210,6 +216,7 @@ fn to_worker() -> Vec<ToWorker> {
             step: 2,
             owes_evaluation: true,
             state,
+            profile: 5..9,
         })
     };
     let mut messages = vec![
@@ -274,6 +281,7 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::Credit { .. } => "credit",
         ToCoordinator::Alive(_) => "alive",
         ToCoordinator::Trace(_) => "trace",
+        ToCoordinator::Profile(_) => "profile",
         ToCoordinator::Step(_) => "step",
         ToCoordinator::Evaluation { .. } => "evaluation",
         ToCoordinator::Digest { .. } => "digest",

@@ -70,6 +70,9 @@ pub(crate) struct RunArgs {
     /// When asked to stop, finish the step and write the state within this many seconds, or stop without
     #[arg(long, value_name = "SECONDS", default_value_t = 25, value_parser = clap::value_parser!(u64).range(..=86_400))]
     drain_timeout: u64,
+    /// Write how the workers' time goes in this many steps, as a trace for ui.perfetto.dev: profile.json in the run directory
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000), hide_default_value = true)]
+    profile: u64,
 }
 
 impl JobArgs {
@@ -114,6 +117,7 @@ impl JobArgs {
             ready_file: None,
             linger: Duration::ZERO,
             drain_timeout: Duration::ZERO,
+            profile_steps: 0,
             json: false,
             build: BUILD.to_owned(),
         })
@@ -162,6 +166,7 @@ impl RunArgs {
             json: self.json,
             linger,
             drain_timeout,
+            profile_steps: self.profile,
             ..self.job.config_for(self.workers)?
         })
     }
@@ -172,6 +177,7 @@ impl RunArgs {
         words.extend(self.workers.map(|workers| word("--workers", workers.to_string())));
         words.push(word("--linger", self.linger.to_string()));
         words.push(word("--drain-timeout", self.drain_timeout.to_string()));
+        words.push(word("--profile", self.profile.to_string()));
         words.extend(self.json.then(|| "--json".into()));
         words
     }
@@ -291,7 +297,7 @@ mod tests {
     #[test]
     fn options_survive_the_way_to_the_coordinator() {
         let words = "mnist-rnn --data x=y.txt --data-dir=-d --run-dir=-r=s --steps 3 --epochs 4 --seed 5 --shards 6 \
-                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 --drain-timeout 3 \
+                     --workers 7 --set clip=none --set hidden_size=9 --fresh --json --linger 2 --drain-timeout 3 --profile 4 \
                      --init-from=-a --change-learning-rate=-1e-5";
         let TrainArgs { job: args, start, .. } = train(words);
         let words = args.to_words().into_iter().chain(start.to_words());

@@ -94,6 +94,7 @@ fn config(run: &Run, settings: &str, workers: usize) -> coordinator::Config {
         ready_file: Some(run.dir().with_extension("ready")),
         linger: Duration::ZERO,
         drain_timeout: Duration::from_secs(25),
+        profile_steps: 0,
         json: false,
         build: "test".to_owned(),
     }

@@ -3,6 +3,7 @@
 //! The loop never waits for the network: messages go to a queue that the session empties, requests are left in a
 //! place that the loop looks at after each step.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -121,10 +122,10 @@ impl Outbox {
         }
     }
 
-    /// A generation begins in the state after `step` steps. Forgets what was asked of the last one. A drain is asked of the
+    /// A generation begins in the state after `step` steps, with a profile of these. Forgets what was asked of the last one. A drain is asked of the
     /// worker, and stays.
-    pub(crate) fn begin_generation(&self, generation: Generation, step: u64) {
-        self.tracer.begin(generation, step);
+    pub(crate) fn begin_generation(&self, generation: Generation, step: u64, profile: Range<u64>) {
+        self.tracer.begin(generation, step, profile);
         let _ = self.queue.send(Outgoing::Begin(step));
         self.lock().pause = None;
         self.forget_states();

@@ -358,9 +358,17 @@ impl<D: model::device::Device + 'static> Session<D> {
             self.outbox.send(ToCoordinator::Trace(self.outbox.tracer().trace()));
         }
         self.has_told = is_slow;
+        self.tell_profile(false);
         self.connection.send(&ToCoordinator::Alive(position)).await?;
         self.metrics.overhead(Overhead::SignsOfLife, started.elapsed());
         Ok(())
+    }
+
+    /// Sends what a profile has of this worker: when it is complete, or as much as there is.
+    fn tell_profile(&self, is_over: bool) {
+        if let Some(profile) = self.outbox.tracer().take_profile(is_over) {
+            self.outbox.send(ToCoordinator::Profile(profile));
+        }
     }
 
     /// Sends what the training thread has to say.
@@ -496,7 +504,7 @@ impl<D: model::device::Device + 'static> Session<D> {
             self.stage = Stage::Idle(trainer);
             return;
         }
-        self.outbox.begin_generation(form.generation, form.step);
+        self.outbox.begin_generation(form.generation, form.step, form.profile.clone());
         let (batches, received) = sync_channel(2 * BATCHES_AHEAD as usize);
         let abort = Abort::default();
         let generation = form.generation;
@@ -553,6 +561,7 @@ impl<D: model::device::Device + 'static> Session<D> {
                 Stop::Aborted
             }
         };
+        self.tell_profile(true);
         let state = self.held_state(&trainer, why == Stop::Finished);
         self.outbox.send(ToCoordinator::Stopped { generation: trainer.generation, state, why });
         self.stage = Stage::Idle(trainer);

@@ -2,11 +2,12 @@
 //! reads it from beside, also when the thread hangs.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use protocol::activity::{Phase, Position, TRACE_EVENTS, Trace, TraceEvent};
+use protocol::activity::{Activity, Phase, Position, Profile, ProfileEvent, TRACE_EVENTS, Trace, TraceEvent};
 use protocol::message::Generation;
 
 use crate::collective::tcp::DataPlaneBytes;
@@ -29,6 +30,16 @@ struct State {
     /// The longest that each phase has taken.
     longest: [Option<Duration>; Phase::ALL.len()],
     events: VecDeque<TraceEvent>,
+    profile: Recording,
+}
+
+/// The steps of a profile.
+#[derive(Default)]
+struct Recording {
+    steps: Range<u64>,
+    events: Vec<ProfileEvent>,
+    /// The event that ends the last step is among them.
+    is_complete: bool,
 }
 
 impl Tracer {
@@ -41,15 +52,22 @@ impl Tracer {
             since: now,
             longest: [None; Phase::ALL.len()],
             events: VecDeque::with_capacity(TRACE_EVENTS),
+            profile: Recording::default(),
         };
         Self { started: now, data_plane, batches: Arc::default(), state: Arc::new(Mutex::new(state)) }
     }
 
-    /// A generation begins: its operations are counted from 0, and it has no batches yet.
-    pub(crate) fn begin(&self, generation: Generation, step: u64) {
+    /// A generation begins: its operations are counted from 0, and it has no batches yet. These steps belong to the profile.
+    pub(crate) fn begin(&self, generation: Generation, step: u64, profile: Range<u64>) {
         self.data_plane.begin_generation();
         self.batches.store(0, Ordering::Relaxed);
-        self.lock().generation = generation;
+        {
+            let mut state = self.lock();
+            state.generation = generation;
+            if state.profile.steps != profile {
+                state.profile = Recording { steps: profile, ..Recording::default() };
+            }
+        }
         self.enter(Phase::Connect, step);
     }
 
@@ -74,6 +92,41 @@ impl Tracer {
             bytes: self.data_plane.sent() + self.data_plane.received(),
         };
         state.events.push_back(event);
+        self.record(&mut state, now, Activity::Phase(phase));
+    }
+
+    /// The training thread has handed a bucket to the collective.
+    pub(crate) fn bucket_left(&self, bucket: u32) {
+        let mut state = self.lock();
+        self.record(&mut state, Instant::now(), Activity::Bucket(bucket));
+    }
+
+    fn record(&self, state: &mut State, now: Instant, activity: Activity) {
+        let (step, profile) = (state.step, &mut state.profile);
+        // The first event behind the last step says when that was over.
+        let ends = !profile.events.is_empty() && step >= profile.steps.end;
+        if profile.is_complete || !(ends || profile.steps.contains(&step)) {
+            return;
+        }
+        profile.is_complete = ends;
+        profile.events.push(ProfileEvent {
+            at_us: (now - self.started).as_micros() as u64,
+            step,
+            activity,
+            bytes: self.data_plane.sent() + self.data_plane.received(),
+        });
+    }
+
+    /// What a profile has of this worker and nobody has taken yet; unless the thread rests, only when that is all of it.
+    pub(crate) fn take_profile(&self, is_over: bool) -> Option<Profile> {
+        let mut state = self.lock();
+        let profile = &mut state.profile;
+        let is_ready = !profile.events.is_empty() && (profile.is_complete || is_over);
+        is_ready.then(|| Profile {
+            now_us: self.started.elapsed().as_micros() as u64,
+            events: std::mem::take(&mut profile.events),
+            is_complete: profile.is_complete,
+        })
     }
 
     /// A batch has come.
@@ -137,7 +190,7 @@ mod tests {
     #[test]
     fn a_trace_has_the_last_phases_and_how_long_they_took_at_most() {
         let tracer = Tracer::new(Arc::default());
-        tracer.begin(3, 7);
+        tracer.begin(3, 7, 0..0);
         for step in 7..200 {
             tracer.enter(Phase::Data, step);
             tracer.enter(Phase::Compute, step);

@@ -287,7 +287,9 @@ impl<D: Device> Generation<D> {
     fn begin_reduce(&mut self, device: &D, bucket: usize, into: &mut D::Buffer) -> Result<Ticket, StepError> {
         let nodes: Vec<(TreeNode, &D::Buffer)> =
             self.cover.iter().map(|&(node, place)| (node, &self.sums[place])).collect();
-        Ok(self.collective.begin_reduce(device, self.buckets[bucket].clone(), &nodes, into)?)
+        let ticket = self.collective.begin_reduce(device, self.buckets[bucket].clone(), &nodes, into)?;
+        self.outbox.tracer().bucket_left(bucket as u32);
+        Ok(ticket)
     }
 
     /// Evaluates the validation data with the same shards, rules and sums. Only an epoch's end enters the control

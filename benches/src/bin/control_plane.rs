@@ -112,6 +112,7 @@ async fn coordinate(folder: &Path, workers: u32) -> Result<()> {
         ready_file: Some(folder.join("ready")),
         linger: Duration::ZERO,
         drain_timeout: Duration::ZERO,
+        profile_steps: 0,
         json: false,
         build: "control plane".to_owned(),
     };

@@ -283,6 +283,7 @@ impl Run {
             Ok(_) => "stopped on request".to_owned(),
             Err(problem) => format!("failed: {problem}"),
         };
+        self.write_profile();
         self.feeders.clear();
         self.send_all(&ToWorker::Goodbye(goodbye(&result)));
         let all_left = async {

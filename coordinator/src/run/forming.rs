@@ -61,6 +61,7 @@ impl Run {
             step: stage.step,
             owes_evaluation: !stage.whole,
             state,
+            profile: self.profile.steps(stage.step),
         }));
         for member in members {
             let Some((link, _)) = self.workers.get(&member.worker_id) else { continue };

@@ -1,9 +1,10 @@
 //! What members report: steps, evaluations and texts, each taken in once, into records, metrics and the screen; and how
-//! long each member took.
+//! long each member took, and for what.
 
 use std::time::Duration;
 
 use failpoints::{Point, reach};
+use protocol::activity::Profile;
 use protocol::control::ControlState;
 use protocol::message::{StepReport, WorkerId};
 use protocol::problem::Problem;
@@ -20,6 +21,22 @@ use crate::store::metrics_log::EpochLine;
 const SKIP_NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Run {
+    /// Takes in what a worker has told for the profile, which is written when all members have.
+    pub(super) fn profiled(&mut self, id: WorkerId, profile: Profile) {
+        self.profile.take(id, self.name(id), profile, self.started.elapsed());
+        if self.profile.is_ready(self.membership.members()) {
+            self.write_profile();
+        }
+    }
+
+    /// Writes what there is of the profile, if it is not written yet.
+    pub(super) fn write_profile(&mut self) {
+        let written = self.profile.write();
+        if let Some(sentence) = written.unwrap_or_else(|problem| Some(problem.to_string())) {
+            self.parts.screen.notice(&sentence);
+        }
+    }
+
     /// Takes in a step the first time it is reported; the reports of the other members say the same.
     pub(super) fn step_done(&mut self, report: StepReport) -> Result<(), Problem> {
         if !self.counts(report.generation) || report.step != self.step + 1 {

@@ -5,6 +5,7 @@
 //! data.toml      digest of the data               metrics.jsonl  numbers of steps and epochs
 //! checkpoints/   states and their manifest        lock           held while a coordinator runs
 //! latest, best   links to states                  loss.svg       picture of the losses
+//! hangs/         what workers did last            profile.json   what they did in the steps of a profile
 //! ```
 //! A directory belongs to one `[job]` over one data set. `[run]` may change when it is resumed, `[fleet]` always.
 
@@ -32,11 +33,12 @@ const DATA: &str = "data.toml";
 const JOURNAL: &str = "journal";
 const METRICS: &str = "metrics.jsonl";
 const LOSS_PLOT: &str = "loss.svg";
+const PROFILE: &str = "profile.json";
 const LOCK: &str = "lock";
 
 /// What `--fresh` deletes besides checkpoints, in this order: while `job.toml` is there, a deletion that a crash
 /// interrupted is still seen as a run directory of the old job.
-const DELETED_BY_FRESH: [&str; 7] = [LATEST, BEST, LOSS_PLOT, METRICS, JOURNAL, DATA, JOB];
+const DELETED_BY_FRESH: [&str; 8] = [LATEST, BEST, LOSS_PLOT, PROFILE, METRICS, JOURNAL, DATA, JOB];
 
 const MISSING: &str = "it has no job.toml and lock";
 
@@ -147,6 +149,11 @@ impl RunDir {
     /// Where the picture of the losses is.
     pub fn loss_plot_path(&self) -> PathBuf {
         self.path.join(LOSS_PLOT)
+    }
+
+    /// Where the profile is.
+    pub fn profile_path(&self) -> PathBuf {
+        self.path.join(PROFILE)
     }
 }
 
@@ -368,6 +375,7 @@ mod tests {
         journal.append(&Record::Event { text: "x".to_owned() }).unwrap();
         fs::write(run.metrics_path(), "{}\n").unwrap();
         fs::write(run.loss_plot_path(), "<svg/>\n").unwrap();
+        fs::write(run.profile_path(), "{}\n").unwrap();
     }
 
     #[test]

@@ -87,6 +87,7 @@ impl Host {
             screen: Screen::dark(job.file.job.task, &job.schedule),
             ready: None,
             drain_timeout: Duration::from_secs(25),
+            profile_steps: 0,
         };
         let writer = parts.records.checkpoint_writer();
         let (sender, images) = std::sync::mpsc::channel();
