@@ -178,7 +178,7 @@ fn a_coordinator_that_dies_again_and_again_is_given_up() {
         });
         kill(last);
     }
-    let sentence = "error: the coordinator ended 4 times without a step of the run between; what went wrong first: \
+    let sentence = "error: the coordinator ended 4 times soon after its start or without a step of the run between; what went wrong first: \
                     the coordinator ended with signal: 9";
     process.end().expect_failure(1, &[sentence, "hint: start the same command again"]);
     for (pid, line) in workers {

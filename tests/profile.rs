@@ -56,8 +56,8 @@ fn a_profile_shows_the_phases_of_all_workers_and_changes_nothing() {
 fn a_profile_of_more_steps_than_there_are_has_all_that_are() {
     let folder = Folder::new();
     let text = folder.text(12_000);
-    let run =
-        folder.run("run", &format!("char-lstm --data {text} --steps 9 --set hidden_size=16 --set seq_len=10"));
+    let run = folder
+        .run("run", &format!("char-lstm --data {text} --steps 9 --set hidden_size=16 --set seq_len=10"));
     run.start("--workers 1 --profile 100").end().expect_exit(0);
     let trace: Value =
         serde_json::from_slice(&std::fs::read(run.dir().join("profile.json")).unwrap()).unwrap();

@@ -119,7 +119,7 @@ impl Child {
             let (name, count) = (self.role.name(), self.early_deaths);
             let cause = first.words.clone().unwrap_or_default();
             return Err(Problem::failed(format!(
-                "{name} ended {count} times without a step of the run between; what went wrong first: {cause}"
+                "{name} ended {count} times soon after its start or without a step of the run between; what went wrong first: {cause}"
             ))
             .hint("start the same command again to go on from the newest checkpoint"));
         }
@@ -197,7 +197,7 @@ mod tests {
         let problem = death(&mut child, 0, &mut first).await.unwrap_err();
         assert_eq!(
             problem.sentence,
-            "worker 2 ended 4 times without a step of the run between; what went wrong first: worker 1 ended with \
+            "worker 2 ended 4 times soon after its start or without a step of the run between; what went wrong first: worker 1 ended with \
              exit status: 1"
         );
         // After a step that is old news.
