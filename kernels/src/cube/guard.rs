@@ -8,7 +8,8 @@ use std::sync::{Once, OnceLock};
 /// Threads of cubecl's devices are named so.
 const DEVICE_THREAD: &str = "DSD-";
 
-/// From now on a panic on a device's thread ends the process. Every test that launches kernels calls this first.
+/// From now on a panic on a device's thread ends the process. Whoever trains on a device calls this first, and every test
+/// that launches kernels.
 pub fn abort_on_device_panic() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {

@@ -64,6 +64,9 @@ const STEP_UNITS: usize = 64;
 /// Weights that a thread fetches from shared memory at a time.
 const BLOCK: usize = 8;
 
+/// Floats of shared memory for what a kernel keeps there in other variants: weights, and what a GRU resets.
+const UNUSED: usize = 2;
+
 /// Most runs of a cube.
 const MOST_ROWS: usize = 4;
 
@@ -97,8 +100,8 @@ pub struct Needs {
     pub gates: usize,
     /// Units, `H`.
     pub hidden: usize,
-    /// Floats of shared memory for each run, in a cube of all units.
-    pub tile: usize,
+    /// Floats of shared memory for each run, whatever units a cube has.
+    pub kept: usize,
     /// Longest sum over k.
     pub depth: usize,
     /// Whether a cube may have all units.
@@ -109,29 +112,45 @@ impl Needs {
     /// Those of a cell, for both ways.
     pub fn of(cell: Cell, reset: Reset, hidden: usize, output: usize) -> Self {
         let gates = cell.gates();
-        // The state before a step or the gradients of its gates, what the threads exchange, and for a GRU that resets
-        // before the product what is multiplied in its place.
+        // The state before a step or the gradients of its gates, and for a GRU that resets before the product what is
+        // multiplied in its place.
         let extra = if cell == Cell::Gru && reset == Reset::Before { hidden } else { 0 };
         Self {
             gates,
             hidden,
-            tile: output.max(gates * hidden) + gates * hidden + extra,
+            kept: output.max(gates * hidden) + extra,
             depth: output.max(hidden),
             can_be_whole: output == hidden,
         }
+    }
+
+    /// Floats of shared memory for each run in a cube of so many units, with what its threads exchange.
+    pub(super) fn tile(&self, units: usize) -> usize {
+        self.kept + self.gates * units
+    }
+
+    /// Floats of shared memory that a cube cannot do without.
+    pub fn least_shared(&self, limits: Limits) -> usize {
+        self.tile(self.step_units(limits)) + UNUSED
+    }
+
+    /// Units of a cube where a launch does one step.
+    fn step_units(&self, limits: Limits) -> usize {
+        STEP_UNITS.min(self.hidden).min(limits.threads / self.gates)
     }
 }
 
 impl Plan {
     /// The plan for so many runs on a device with these limits.
     pub fn choose(needs: Needs, runs: usize, limits: Limits) -> Self {
-        let Needs { gates, hidden, tile, depth, can_be_whole } = needs;
+        let Needs { gates, hidden, depth, can_be_whole, .. } = needs;
+        let tile = needs.tile(hidden);
         let threads = gates * hidden;
         let rows = runs.div_ceil(limits.cubes).clamp(1, MOST_ROWS);
         let fits = |rows: usize| threads <= limits.threads && rows * tile <= limits.shared;
         if !can_be_whole || !fits(1) {
-            let units = STEP_UNITS.min(hidden).min(limits.threads / gates);
-            let rows = (1..=MOST_ROWS).rev().find(|&rows| rows * tile <= limits.shared).unwrap_or(1);
+            let units = needs.step_units(limits);
+            let rows = (limits.shared.saturating_sub(UNUSED) / needs.tile(units)).clamp(1, MOST_ROWS);
             return Self { rows, units, whole: false, registers: 0, shared: 0 };
         }
         let rows = (1..=rows).rev().find(|&rows| fits(rows)).unwrap_or(1);
@@ -458,6 +477,17 @@ mod tests {
             self::plan(Cell::Lstm, 512, 5, LAVAPIPE).launches(3).collect::<Vec<_>>(),
             [0..1, 1..2, 2..3]
         );
+    }
+
+    #[test]
+    fn a_layer_that_no_cube_holds_is_known_before() {
+        let fits = |hidden, limits: Limits| {
+            Needs::of(Cell::Lstm, Reset::After, hidden, hidden).least_shared(limits) <= limits.shared
+        };
+        assert!(fits(1_900, LAVAPIPE) && !fits(2_000, LAVAPIPE));
+        assert!(fits(14_000, H100) && !fits(16_384, H100));
+        let plan = self::plan(Cell::Lstm, 1_900, 5, LAVAPIPE);
+        assert_eq!((plan.whole, plan.rows, plan.units), (false, 1, 64));
     }
 
     #[test]

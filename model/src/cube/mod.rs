@@ -20,12 +20,14 @@ use std::ops::Range;
 use cubecl::prelude::*;
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep};
 use kernels::cube::buffer::{Buffer, DeviceFailure};
+use kernels::cube::guard::abort_on_device_panic;
 use kernels::cube::output::Dropout;
+use kernels::cube::sequence::{Limits, Needs};
 use kernels::cube::shards::Partials;
 use kernels::cube::{elements, softmax};
 use protocol::batch::{Batch, DataShape};
 use protocol::job::JobSpec;
-use protocol::layout::{Head, StateLayout};
+use protocol::layout::{Head, LayerShape, ModelShape, StateLayout};
 use protocol::random::{Purpose, keep_threshold, key};
 use protocol::sums::StepSums;
 use protocol::tree::TreeNode;
@@ -71,7 +73,10 @@ pub struct CubeBackend<R: Runtime> {
 impl<R: Runtime> CubeBackend<R> {
     /// A backend for this device. `name` is everything besides this program that its bits depend on: its model, its
     /// driver, its compiler.
+    ///
+    /// From now on a kernel that cannot be made ends the process, instead of being left out.
     pub fn new(device: R::Device, name: String) -> Self {
+        abort_on_device_panic();
         Self { device, name, cuda: None }
     }
 }
@@ -87,7 +92,7 @@ impl CubeBackend<cubecl::cuda::CudaRuntime> {
             place.map(|place| place.resource().ptr).map_err(|error| DeviceError(format!("{error:?}")))
         };
         let device = cubecl::cuda::CudaDevice { index: ordinal };
-        Self { device, name, cuda: Some(CudaAccess { ordinal, address }) }
+        Self { cuda: Some(CudaAccess { ordinal, address }), ..Self::new(device, name) }
     }
 }
 
@@ -117,9 +122,27 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     }
 
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, _: bool) -> Result<CubeDevice<R>> {
-        let device = CubeDevice::new(R::client(&self.device), layout.clone(), job);
+        let client = R::client(&self.device);
+        check_shared_memory(&layout.shape, Limits::of(&client))?;
+        let device = CubeDevice::new(client, layout.clone(), job);
         Ok(CubeDevice { cuda: self.cuda.clone(), ..device })
     }
+}
+
+/// Whether a cube can hold what a step of one run needs, in every layer.
+fn check_shared_memory(shape: &ModelShape, limits: Limits) -> Result<()> {
+    for LayerShape { hidden_size, output_size, .. } in shape.layers() {
+        let needs = Needs::of(shape.cell, shape.options.reset, hidden_size, output_size);
+        let (needed, given) = (needs.least_shared(limits), limits.shared);
+        if needed > given {
+            return Err(DeviceError(format!(
+                "a layer of {hidden_size} units needs {} bytes of shared memory, the device gives a cube {}",
+                needed * size_of::<f32>(),
+                given * size_of::<f32>()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A device with its queue.

@@ -136,7 +136,7 @@ impl Case {
         let threads = self.cell.gates() * units;
         (needs.can_be_whole || !whole)
             && threads <= limits.threads
-            && rows * needs.tile + shared * threads <= limits.shared
+            && rows * needs.tile(units) + shared * threads <= limits.shared
     }
 
     /// Multiplications, roughly.
