@@ -22,8 +22,24 @@ impl Digests {
         digest: u64,
         members: &[WorkerId],
     ) -> Vec<WorkerId> {
+        self.keep(id, step, digest);
+        self.compare(step, members)
+    }
+
+    /// Takes in one digest while it is not known yet who the members are.
+    pub(crate) fn keep(&mut self, id: WorkerId, step: u64, digest: u64) {
+        self.by_step.entry(step).or_default().insert(id, digest);
+    }
+
+    /// Compares what was kept, now that the members are known. Gives the first step after which they differ, and who parted.
+    pub(crate) fn compare_kept(&mut self, members: &[WorkerId]) -> Option<(u64, Vec<WorkerId>)> {
+        let steps: Vec<u64> = self.by_step.keys().copied().collect();
+        let mut compared = steps.into_iter().map(|step| (step, self.compare(step, members)));
+        compared.find(|(_, parted)| !parted.is_empty())
+    }
+
+    fn compare(&mut self, step: u64, members: &[WorkerId]) -> Vec<WorkerId> {
         let of_step = self.by_step.entry(step).or_default();
-        of_step.insert(id, digest);
         if of_step.len() < members.len() || members.iter().any(|member| !of_step.contains_key(member)) {
             return Vec::new();
         }
@@ -85,5 +101,18 @@ mod tests {
         assert_eq!(digests.take(2, 50, 8, &[1, 2]), [1, 2]);
         assert!(digests.by_step.is_empty());
         assert_eq!(digests.agreed(), 100);
+    }
+
+    #[test]
+    fn what_comes_before_all_are_back_is_compared_when_they_are() {
+        let mut digests = Digests::default();
+        for (id, step, digest) in [(1, 10, 7), (1, 20, 8), (2, 10, 7), (2, 20, 9), (2, 30, 1)] {
+            digests.keep(id, step, digest);
+        }
+        assert_eq!(digests.agreed(), 0, "one of two that are to come agrees with nobody");
+        assert_eq!(digests.compare_kept(&[1, 2]), Some((20, vec![1, 2])));
+        assert_eq!(digests.agreed(), 10);
+        assert_eq!(digests.take(1, 30, 1, &[1, 2]), [0; 0]);
+        assert_eq!(digests.agreed(), 30);
     }
 }

@@ -13,6 +13,9 @@ use tokio::task::JoinHandle;
 use crate::data::Dataset;
 use crate::server::Link;
 
+/// Batches that a member may ask for at a time; workers ask for eight.
+const MOST_BATCHES_AHEAD: usize = 64;
+
 /// Feeds one member of a generation until it is dropped or the schedule ends.
 pub(crate) struct Feeder {
     window: Arc<Semaphore>,
@@ -45,9 +48,10 @@ impl Feeder {
         Self { window, task }
     }
 
-    /// The member has room for this many more batches.
+    /// The member has room for this many more batches; how many that are at most, is not its to say.
     pub(crate) fn grant(&self, batches: u32) {
-        self.window.add_permits(batches as usize);
+        let room = MOST_BATCHES_AHEAD.saturating_sub(self.window.available_permits());
+        self.window.add_permits(room.min(batches as usize));
     }
 }
 

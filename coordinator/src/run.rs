@@ -384,6 +384,11 @@ impl Run {
                 self.sampled(step, &tokens)?;
             }
             ToCoordinator::Digest { generation, step, digest } if generation == self.generation => {
+                if self.may_come_back {
+                    // Who is back so far is not all.
+                    self.digests.keep(id, step, digest);
+                    return Ok(());
+                }
                 let parted = self.digests.take(id, step, digest, self.membership.members());
                 if !parted.is_empty() {
                     self.replicas_differ(step, &parted);

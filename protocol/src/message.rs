@@ -207,6 +207,7 @@ impl Hello {
             ("bits", Some(&self.bits)),
             ("advertise", self.advertise.as_ref()),
             ("metrics", self.metrics.as_ref()),
+            ("run", self.held.as_ref().map(|held| &held.run_id)),
         ];
         for (what, text) in texts.into_iter().filter_map(|(what, text)| Some((what, text?))) {
             if text.len() > HELLO_TEXT_BYTES {
@@ -269,7 +270,8 @@ pub enum ToWorker {
     Welcome(Box<Welcome>),
     /// The worker belongs to a new generation.
     Form(Form),
-    /// The worker is not needed now: there are more workers than shards, or the others train. What it holds is of no use.
+    /// The worker is not needed now: there are more workers than shards, or the others train. It may still be
+    /// asked to go on from what it holds.
     StandBy,
     /// Stop after a step, all together.
     Drain,
@@ -283,7 +285,7 @@ pub enum ToWorker {
         /// The generation.
         generation: Generation,
     },
-    /// Stream the state after the first finished step that is at least this one.
+    /// Stream the state after the first finished step that is at least this one and has a digest, if the job has any.
     SendState {
         /// Steps done.
         at_step: u64,

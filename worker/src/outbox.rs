@@ -136,7 +136,8 @@ impl Outbox {
         self.lock().states.clear();
     }
 
-    /// Asks the loop for the state after the first step that is at least this one.
+    /// Asks the loop for the state after the first step that is at least this one and has a digest, if any has: a state that
+    /// was not compared with the others' is written nowhere.
     pub fn request_state(&self, at_step: u64) {
         self.lock().states.push(at_step);
     }
@@ -152,9 +153,13 @@ impl Outbox {
         generation: Generation,
     ) -> Result<()> {
         let step = replica.progress.step;
-        if self.schedule.digests_after(step, self.digest_steps) {
+        let is_compared = self.schedule.digests_after(step, self.digest_steps);
+        if is_compared {
             self.tracer.enter(Phase::Snapshot, step);
             self.send_digest(device, replica, generation)?;
+        }
+        if !is_compared && self.digest_steps > 0 {
+            return Ok(());
         }
         let due = {
             let mut requests = self.lock();

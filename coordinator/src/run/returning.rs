@@ -77,7 +77,9 @@ impl Run {
         debug_assert_eq!(generation, self.generation);
         self.may_come_back = false;
         self.stopped.clear();
-        self.digests.begin(self.step);
+        if let Some((step, parted)) = self.digests.compare_kept(members) {
+            self.replicas_differ(step, &parted);
+        }
         let shares = members.iter().copied().zip(self.places.iter().map(ExactSizeIterator::len));
         self.stragglers.begin(self.started.elapsed(), shares);
         self.parts.records.journal(&Record::Event { text: reason.to_owned() })?;

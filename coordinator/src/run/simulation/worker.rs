@@ -332,8 +332,13 @@ impl Worker {
     fn after_step(&mut self) {
         let Some(replica) = &self.replica else { return };
         let (step, digest, generation) = (replica.step, replica.digest(), self.generation);
-        if self.job.schedule.digests_after(step, self.job.file.run.digest_steps) {
+        let digest_steps = self.job.file.run.digest_steps;
+        let is_compared = self.job.schedule.digests_after(step, digest_steps);
+        if is_compared {
             self.tell(ToCoordinator::Digest { generation, step, digest });
+        }
+        if !is_compared && digest_steps > 0 {
+            return;
         }
         let before = self.states.len();
         self.states.retain(|&at_step| at_step > step);
