@@ -16,6 +16,9 @@ use crate::store::files::write_atomic;
 /// Steps before the first of a profile: those that touch memory for the first time are not like others.
 const WARM_UP_STEPS: u64 = 5;
 
+/// Events of all workers together, above which no more are taken in: what they say must not fill the memory.
+const MOST_EVENTS: usize = 1 << 23;
+
 /// The profile of a run, until it is written.
 #[derive(Debug)]
 pub(crate) struct ProfileFile {
@@ -50,12 +53,19 @@ impl ProfileFile {
 
     /// Takes in what a worker has told, at this time of this process.
     pub(crate) fn take(&mut self, id: WorkerId, name: String, profile: Profile, now: Duration) {
+        let steps = self.steps.clone().unwrap_or_default();
+        if self.is_written || self.workers.values().map(|part| part.events.len()).sum::<usize>() > MOST_EVENTS
+        {
+            return;
+        }
         // The clocks of a run start when their processes do. That a message took some time puts its worker that much too
         // late.
         let (now, theirs) = (now.as_micros() as u64, profile.now_us);
         let part = self.workers.entry(id).or_insert(Part { name, events: Vec::new(), is_complete: false });
         part.is_complete |= profile.is_complete;
-        part.events.extend(profile.events.into_iter().map(|event| ProfileEvent {
+        let events =
+            profile.events.into_iter().filter(|event| steps.contains(&event.step) || event.step == steps.end);
+        part.events.extend(events.map(|event| ProfileEvent {
             at_us: now.saturating_add(event.at_us).saturating_sub(theirs),
             ..event
         }));
@@ -64,7 +74,7 @@ impl ProfileFile {
     /// Whether it can be written now: these workers have told all.
     pub(crate) fn is_ready(&self, members: &[WorkerId]) -> bool {
         let is_complete = |id| self.workers.get(id).is_some_and(|part| part.is_complete);
-        !self.is_written && members.iter().all(is_complete)
+        !self.is_written && !members.is_empty() && members.iter().all(is_complete)
     }
 
     /// Writes what there is, once. Gives the sentence that says so.

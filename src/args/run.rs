@@ -182,10 +182,10 @@ impl RunArgs {
         words
     }
 
-    /// The same for a run that has begun.
+    /// The same for a run that has begun; its profile is over.
     pub(crate) fn to_words_again(&self) -> Vec<OsString> {
         let job = JobArgs { fresh: false, ..self.job.clone() };
-        Self { job, ..self.clone() }.to_words()
+        Self { job, profile: 0, ..self.clone() }.to_words()
     }
 }
 

@@ -37,10 +37,15 @@ struct State {
 #[derive(Default)]
 struct Recording {
     steps: Range<u64>,
+    /// Those that nobody has taken yet.
     events: Vec<ProfileEvent>,
-    /// The event that ends the last step is among them.
+    has_begun: bool,
+    /// The event that ends the last step is among them, or was.
     is_complete: bool,
 }
+
+/// Events that are sent together, far below a frame's limit.
+const PROFILE_PART: usize = 1 << 16;
 
 impl Tracer {
     pub(crate) fn new(data_plane: Arc<DataPlaneBytes>) -> Self {
@@ -104,11 +109,11 @@ impl Tracer {
     fn record(&self, state: &mut State, now: Instant, activity: Activity) {
         let (step, profile) = (state.step, &mut state.profile);
         // The first event behind the last step says when that was over.
-        let ends = !profile.events.is_empty() && step >= profile.steps.end;
+        let ends = profile.has_begun && step >= profile.steps.end;
         if profile.is_complete || !(ends || profile.steps.contains(&step)) {
             return;
         }
-        profile.is_complete = ends;
+        (profile.has_begun, profile.is_complete) = (true, ends);
         profile.events.push(ProfileEvent {
             at_us: (now - self.started).as_micros() as u64,
             step,
@@ -117,11 +122,13 @@ impl Tracer {
         });
     }
 
-    /// What a profile has of this worker and nobody has taken yet; unless the thread rests, only when that is all of it.
+    /// What a profile has of this worker and nobody has taken yet; unless the thread rests, only when that is the end of it, or
+    /// much.
     pub(crate) fn take_profile(&self, is_over: bool) -> Option<Profile> {
         let mut state = self.lock();
         let profile = &mut state.profile;
-        let is_ready = !profile.events.is_empty() && (profile.is_complete || is_over);
+        let is_much = profile.events.len() >= PROFILE_PART;
+        let is_ready = !profile.events.is_empty() && (profile.is_complete || is_much || is_over);
         is_ready.then(|| Profile {
             now_us: self.started.elapsed().as_micros() as u64,
             events: std::mem::take(&mut profile.events),
@@ -218,6 +225,23 @@ mod tests {
         assert!(tracer.position().waits);
         for (place, phase) in Phase::ALL.into_iter().enumerate() {
             assert_eq!(phase as usize, place);
+        }
+    }
+
+    #[test]
+    fn a_profile_has_its_steps_and_the_end_of_the_last_one() {
+        let tracer = Tracer::new(Arc::default());
+        tracer.begin(3, 7, 9..11);
+        for step in 7..15 {
+            if step == 10 {
+                // Another generation goes on with it.
+                tracer.begin(4, step, 9..11);
+                let profile = tracer.take_profile(true).unwrap();
+                assert_eq!((profile.events.len(), profile.is_complete), (3, false));
+            }
+            assert_eq!(tracer.take_profile(false).is_some(), step == 12);
+            tracer.enter(Phase::Compute, step);
+            tracer.bucket_left(0);
         }
     }
 }
