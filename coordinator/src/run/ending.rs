@@ -285,11 +285,14 @@ impl Run {
         };
         self.write_profile();
         self.feeders.clear();
-        self.send_all(&ToWorker::Goodbye(goodbye(&result)));
+        let goodbye = ToWorker::Goodbye(goodbye(&result));
+        self.send_all(&goodbye);
         let all_left = async {
             while !self.workers.is_empty() {
                 match arrivals.recv().await {
                     Some(Arrival::Left(id, _)) => drop(self.workers.remove(&id)),
+                    // It has only just found this coordinator.
+                    Some(Arrival::Joined(_, _, link)) => link.send(&goodbye),
                     Some(_) => {}
                     None => break,
                 }

@@ -305,7 +305,7 @@ impl LineFile {
     /// Replaces all lines by `content`, which has whole lines.
     ///
     /// # Errors
-    /// The file cannot be written; all is then as it was.
+    /// The file cannot be written, and all is then as it was; or it cannot be opened again.
     pub(super) fn replace(&mut self, content: &[u8]) -> Result<(), Problem> {
         write_atomic(&self.disk.path, content)?;
         *self.disk.end() = FileEnd::of(open_lines(&self.disk.path)?, content.len() as u64);

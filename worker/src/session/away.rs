@@ -17,6 +17,9 @@ use crate::connection::{Broken, Connection};
 /// A coordinator that is back answers a hello within this time.
 const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
+/// After one that was found and lost again, this long passes before it is looked for.
+const PAUSE: Duration = Duration::from_millis(250);
+
 impl<D: model::device::Device + 'static> Session<D> {
     /// Holds on until a coordinator of this run is there; `None` if it has taken this worker back.
     pub(super) async fn away(
@@ -34,9 +37,13 @@ impl<D: model::device::Device + 'static> Session<D> {
         let limit = self.config.park_timeout.unwrap_or(self.welcome_park_timeout());
         let deadline = tokio::time::Instant::now() + limit;
         let Config { coordinator, token, tls, .. } = self.config.clone();
-        let mut cause = cause.to_owned();
+        let (mut cause, mut pause) = (cause.to_owned(), Duration::ZERO);
         loop {
-            let mut finding = std::pin::pin!(Connection::find(&coordinator, &token, tls.as_ref()));
+            let paused = tokio::time::sleep(pause);
+            let mut finding = std::pin::pin!(async {
+                paused.await;
+                Connection::find(&coordinator, &token, tls.as_ref()).await
+            });
             let connection = loop {
                 tokio::select! {
                     connection = &mut finding => break connection,
@@ -49,7 +56,7 @@ impl<D: model::device::Device + 'static> Session<D> {
             match self.come_back(connection).await {
                 Ok(end) => return Ok(end),
                 Err(Broken::Senseless(problem)) => return Err(problem),
-                Err(Broken::Lost(again)) => cause = again,
+                Err(Broken::Lost(again)) => (cause, pause) = (again, PAUSE),
             }
         }
     }
