@@ -84,6 +84,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let (mut asked_to_stop, mut first_error) = (false, FirstError::default());
     // Why a child is not started again: what is left stops after a step then.
     let mut given_up = None;
+    let mut steps = 0;
     let end = loop {
         tokio::select! {
             Some(()) = requests.recv() => {
@@ -101,8 +102,10 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
             addresses = Some(known);
         }
         let may_restart = !asked_to_stop && given_up.is_none();
+        // A coordinator that is started again does not know them at once.
+        steps = steps.max(ready.steps());
         if let Some(status) = head.ended()? {
-            let death = if may_restart { head.death(ready.steps(), &mut first_error) } else { Ok(None) };
+            let death = if may_restart { head.death(steps, &mut first_error) } else { Ok(None) };
             match death {
                 Ok(Some(due)) if Instant::now() >= due => {
                     note(&format!("the coordinator was lost ({status}) and is started again"));
@@ -115,7 +118,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
         }
         let Some(Addresses { control, .. }) = addresses.as_ref().filter(|_| may_restart) else { continue };
         for (child, number) in fleet.iter_mut().zip(1..) {
-            match child.death(ready.steps(), &mut first_error) {
+            match child.death(steps, &mut first_error) {
                 Ok(Some(due)) if Instant::now() >= due => child.start_again(&mut worker(number, control))?,
                 Ok(_) => {}
                 Err(problem) => {
