@@ -5,8 +5,8 @@
 //!
 //! - [`run`](mod@run): one run from its first worker to its end.
 //! - [`membership`]: who trains, as a pure state machine.
-//! - `deadlines`: which worker hangs; `hang_dump`: what all did before; `profile`: how their time
-//!   goes.
+//! - `paces`: how fast members compute; `stragglers`: which is slower than the others.
+//! - `deadlines`: which worker hangs; `hang_dump`: what all did before; `profile`: how their time goes.
 //! - [`data`]: data sets and which rows each piece of work has.
 //! - [`feeder`](mod@feeder): batches to one worker.
 //! - [`server`](mod@server): the control port.
@@ -32,6 +32,7 @@ mod http;
 mod loss_plot;
 pub mod membership;
 mod metrics;
+mod paces;
 mod plot;
 mod profile;
 mod records;

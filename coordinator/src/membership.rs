@@ -11,14 +11,19 @@
 //! Workers that have lost the coordinator, not each other, come back with what they hold. If all members of the last
 //! generation do, and still work in it, they go on in it as if nothing had happened; else those that came stop, and the
 //! next generation forms from what they hold.
+//!
+//! Where shards are dealt by speed, a generation also ends when another deal would make its steps clearly shorter.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use protocol::job::Balance;
 use protocol::message::{Generation, Member, WorkerId};
 use protocol::problem::Problem;
 
+use self::balance::{Balancing, paced};
 use self::gathering::{form, gathered};
+use crate::paces::Pace;
 use crate::stage::Stage;
 
 /// Gathering takes this long before it is worth a word to the user.
@@ -52,6 +57,7 @@ pub struct Membership {
     expected: u32,
     /// Shards to spread over them.
     shards: u32,
+    balancing: Balancing,
     /// All that are connected, in the order in which they came.
     workers: BTreeMap<WorkerId, Candidate>,
     /// The states of workers that rest, members or not.
@@ -164,6 +170,8 @@ pub enum Event {
         /// Why, if nobody asked for it.
         broken: Option<String>,
     },
+    /// A window has passed: how fast the members of the generation compute.
+    Paces(BTreeMap<WorkerId, Pace>),
     /// A worker that is no member has left the generation in which it worked when it came back, and rests with this state.
     Rests(WorkerId, Option<Stage>),
     /// All members have stopped for good, or the run is being given up.
@@ -229,6 +237,7 @@ impl Membership {
         Self {
             expected,
             shards,
+            balancing: Balancing::new(Balance::Even),
             workers: BTreeMap::new(),
             states: BTreeMap::new(),
             members: Vec::new(),
@@ -243,6 +252,11 @@ impl Membership {
             recorded_bits,
             refused: 0,
         }
+    }
+
+    /// Shards are dealt in this way.
+    pub fn with_balance(self, balance: Balance) -> Self {
+        Self { balancing: Balancing::new(balance), ..self }
     }
 
     /// Everything that the workers' bits depend on, equal for all of them; `None` while there is none.
@@ -320,6 +334,7 @@ pub fn membership(now: Duration, state: Membership, event: Event) -> Decision {
             next.states.extend(state.map(|stage| (id, stage)));
             stopped(next, now, id, broken)
         }
+        Event::Paces(window) => paced(next, now, &window),
         Event::Rests(id, state) => rests(next, now, id, state),
         Event::Ending => {
             next.enter(Phase::Ending, now);
@@ -401,6 +416,7 @@ fn left(mut next: Membership, now: Duration, id: WorkerId, cause: &str) -> Decis
     let name = next.name(id);
     next.workers.remove(&id);
     next.states.remove(&id);
+    next.balancing.forget(id);
     let was_member = next.members.contains(&id);
     next.members.retain(|&member| member != id);
     let lost = format!("worker {name} was lost: {cause}");
@@ -515,11 +531,7 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
         {
             let names: Vec<String> = next.others().map(|id| next.name(id)).collect();
             let why = format!("worker {} joins", names.join(", "));
-            let actions = vec![Action::Pause(next.generation, next.members.clone())];
-            let at_work = next.members.clone();
-            let phase = Phase::Stopping { at_work, why: why.clone(), is_blameless: false, aborted: None };
-            next.enter(phase, now);
-            (next, actions, why)
+            pause(next, now, why)
         }
         Phase::Gathering(_) => {
             let mut actions = Vec::new();
@@ -534,6 +546,15 @@ fn tick(mut next: Membership, now: Duration) -> Decision {
     }
 }
 
+/// Ends the generation that trains, after a step.
+fn pause(mut next: Membership, now: Duration, why: String) -> Decision {
+    let at_work = next.members.clone();
+    let actions = vec![Action::Pause(next.generation, at_work.clone())];
+    next.enter(Phase::Stopping { at_work, why: why.clone(), is_blameless: false, aborted: None }, now);
+    (next, actions, why)
+}
+
+mod balance;
 #[cfg(test)]
 pub(crate) mod broken;
 mod gathering;

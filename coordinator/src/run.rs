@@ -39,6 +39,7 @@ use crate::http::{Status, WorkerStatus};
 use crate::loss_plot::LossFile;
 use crate::membership::{Action, Candidate, Decide, Event, Membership};
 use crate::metrics::Metrics;
+use crate::paces::{Paces, Windows};
 use crate::profile::ProfileFile;
 use crate::records::Records;
 use crate::screen::Screen;
@@ -70,6 +71,8 @@ pub(crate) struct Parts {
     pub(crate) drain_timeout: Duration,
     /// Steps whose course is written down for people; 0 for none.
     pub(crate) profile_steps: u64,
+    /// In which the workers' speeds are measured.
+    pub(crate) windows: Windows,
 }
 
 /// The state that a run goes on from.
@@ -137,6 +140,7 @@ pub(crate) struct Run {
     sample: Option<EpochSample>,
     digests: Digests,
     deadlines: Deadlines,
+    paces: Paces,
     stragglers: Stragglers,
     hangs: HangDump,
     profile: ProfileFile,
@@ -202,7 +206,8 @@ impl Run {
                 parts.file.job.shards,
                 (last_generation, places.len() as u32),
                 parts.records.bits.clone(),
-            ),
+            )
+            .with_balance(fleet.balance),
             workers: HashMap::new(),
             feeders: HashMap::new(),
             generation: last_generation,
@@ -219,6 +224,7 @@ impl Run {
             sample: EpochSample::new(&parts.file, parts.data.facts()),
             digests: Digests::default(),
             deadlines: Deadlines::default(),
+            paces: Paces::new(parts.windows),
             stragglers: Stragglers::default(),
             hangs: HangDump::new(parts.records.dir.path()),
             profile: ProfileFile::new(parts.records.dir.profile_path(), parts.profile_steps),
@@ -329,6 +335,7 @@ impl Run {
         self.feeders.remove(&id);
         self.stopped.remove(&id);
         self.deadlines.forget(id);
+        self.stragglers.forget(id);
         self.arriving.forget(id);
         if let Some(ending) = &mut self.ending
             && ending.state_from == Some(id)

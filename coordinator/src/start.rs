@@ -26,6 +26,7 @@ use crate::http::{self, Pages, Status};
 use crate::loss_plot::LossFile;
 use crate::membership::membership;
 use crate::metrics::Metrics;
+use crate::paces::Windows;
 use crate::records::{Opening, Records};
 use crate::run::{Outcome, Parts, Run, StartState, goodbye};
 use crate::screen::{Screen, duration, fixed, quality, quoted, short};
@@ -149,6 +150,7 @@ pub async fn run(mut config: Config, mut signals: Receiver<()>) -> Result<Exit, 
         ready,
         drain_timeout: config.drain_timeout,
         profile_steps: config.profile_steps,
+        windows: Windows::OF_A_RUN,
     };
     let started = Instant::now();
     let over = parts.resumed.as_ref().and_then(|start| over(start, &config.file.job, &schedule));

@@ -238,6 +238,16 @@ pub struct RunSpec {
     pub sample_temperature: f64,
 }
 
+/// How shards are dealt to workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Balance {
+    /// As many to each as to any other, within one.
+    Even,
+    /// In proportion to measured speed.
+    Speed,
+}
+
 /// The keys that say who computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -245,6 +255,7 @@ pub struct RunSpec {
 pub struct FleetSpec {
     pub workers: u32,
     pub threads: u32,
+    pub balance: Balance,
     pub park_timeout_seconds: u32,
 }
 

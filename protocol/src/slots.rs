@@ -15,7 +15,7 @@ pub fn slots_of(batch_size: u32, shards: u32, range: Range<u32>) -> Range<u32> {
     bound(range.start)..bound(range.end)
 }
 
-/// The shards of a rank: contiguous, at most one more than any other rank's.
+/// The shards of a rank where all have as many, within one: contiguous.
 pub fn shards_of_rank(shards: u32, world_size: u32, rank: u32) -> Range<u32> {
     split(shards, world_size, rank)
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Each with what is wrong about it.
-pub(crate) const ALL: [(&str, Decide); 8] = [
+pub(crate) const ALL: [(&str, Decide); 9] = [
     ("the next generation has the number of the last", reuses_the_number),
     ("a generation forms while members of the last one have not stopped", waits_for_nobody),
     ("the least advanced state is gone on from", goes_on_from_the_least_advanced),
@@ -11,6 +11,7 @@ pub(crate) const ALL: [(&str, Decide); 8] = [
     ("an evaluation that was cut off is forgotten", forgets_the_evaluation),
     ("a member that is gone is waited for", waits_for_the_lost),
     ("a shard belongs to nobody", leaves_out_a_shard),
+    ("a shard that is dealt by speed belongs to two", deals_a_shard_twice),
     ("who comes back is taken to hold nothing", forgets_who_comes_back),
 ];
 
@@ -110,6 +111,18 @@ fn leaves_out_a_shard(now: Duration, state: Membership, event: Event) -> Decisio
             && members[0].shards.len() > 1
         {
             members[0].shards.end -= 1;
+        }
+    }
+    (next, actions, reason)
+}
+
+fn deals_a_shard_twice(now: Duration, state: Membership, event: Event) -> Decision {
+    let (next, mut actions, reason) = membership(now, state, event);
+    for action in &mut actions {
+        if let Action::Form(_, members, _) = action
+            && reason.contains(" by speed: ")
+        {
+            members[0].shards.end += 1;
         }
     }
     (next, actions, reason)

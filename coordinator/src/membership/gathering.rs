@@ -2,12 +2,16 @@
 //! state.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Duration;
 
 use protocol::message::{Member, WorkerId};
-use protocol::slots::shards_of_rank;
 
+use super::balance::even;
 use super::{Action, Decision, GATHER_LIMIT, Membership, Phase, RETURN_LIMIT, Source, rest};
+
+/// The shares of so many members are told one by one.
+const NAMED: usize = 8;
 
 /// Goes on in the last generation if all its members are back. Else forms one if there are enough workers: as many as
 /// the run was to begin with, and as many as the last generation had while others of it may still come back; after that,
@@ -60,6 +64,7 @@ pub(super) fn adopt(mut next: Membership, now: Duration, mut actions: Vec<Action
     next.states.retain(|id, _| !members.contains(id));
     next.recorded_bits = next.recorded_bits.take().or_else(|| next.bits().map(str::to_owned));
     (next.has_begun, next.formed_from) = (true, None);
+    next.balancing.begin(true);
     next.enter(Phase::Formed { waiting }, now);
     (next, actions, reason)
 }
@@ -72,16 +77,13 @@ pub(super) fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>
     ids.extend(next.others());
     let surplus = ids.split_off(ids.len().min(next.shards as usize));
     let world_size = ids.len() as u32;
-    let member = |(&id, rank): (&WorkerId, u32)| {
+    next.balancing.begin(ids != next.members || world_size != next.world_size);
+    let (ranges, how) = dealt(&next, &ids);
+    let member = |(&id, shards): (&WorkerId, Range<u32>)| {
         let worker = &next.workers[&id];
-        Member {
-            worker_id: id,
-            name: worker.name.clone(),
-            address: worker.address.clone(),
-            shards: shards_of_rank(next.shards, world_size, rank),
-        }
+        Member { worker_id: id, name: worker.name.clone(), address: worker.address.clone(), shards }
     };
-    let members = ids.iter().zip(0..).map(member).collect();
+    let members = ids.iter().zip(ranges).map(member).collect();
     actions.extend(surplus.iter().map(|&id| Action::StandBy(id)));
     if !surplus.is_empty() {
         actions.push(Action::Notice(format!(
@@ -105,12 +107,33 @@ pub(super) fn form(mut next: Membership, now: Duration, mut actions: Vec<Action>
     actions.push(Action::Form(next.generation, members, source));
     let who = if world_size == 1 { "1 worker has".to_owned() } else { format!("{world_size} workers share") };
     let back = if goes_back { ", going back to what is on the disk" } else { "" };
-    let reason = format!("generation {}: {who} {} shards{back}", next.generation, next.shards);
+    let reason = format!("generation {}: {who} {} shards{how}{back}", next.generation, next.shards);
     let members: BTreeSet<WorkerId> = ids.iter().copied().collect();
     next.states.retain(|id, _| !members.contains(id));
     next.members = ids.clone();
     next.enter(Phase::Formed { waiting: ids }, now);
     (next, actions, reason)
+}
+
+/// The shards of these members by rank, and in words how they were dealt, if not evenly.
+fn dealt(state: &Membership, members: &[WorkerId]) -> (Vec<Range<u32>>, String) {
+    let shares = state.balancing.deal(state.shards, members);
+    let how = if shares == even(state.shards, members.len()) {
+        String::new()
+    } else if members.len() > NAMED {
+        let (least, most) = (shares.iter().min().unwrap_or(&0), shares.iter().max().unwrap_or(&0));
+        format!(" by speed: {least} to {most} each")
+    } else {
+        let named = |(&id, share): (&WorkerId, &u32)| format!("{} {share}", state.name(id));
+        let named: Vec<String> = members.iter().zip(&shares).map(named).collect();
+        format!(" by speed: {}", named.join(", "))
+    };
+    let range = |end: &mut u32, share: u32| {
+        let start = *end;
+        *end += share;
+        Some(start..*end)
+    };
+    (shares.into_iter().scan(0, range).collect(), how)
 }
 
 /// Where these members get the most advanced state.

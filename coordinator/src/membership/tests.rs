@@ -3,6 +3,7 @@
 use super::*;
 use proptest::prelude::*;
 
+mod by_speed;
 mod returning;
 
 fn candidate(id: WorkerId) -> Candidate {
@@ -308,6 +309,8 @@ struct Fleet {
     at_work: Vec<WorkerId>,
     /// Those of them whose state is still on the way: if they stop, they hold none.
     receiving: Vec<WorkerId>,
+    /// The shards of each member.
+    shares: BTreeMap<WorkerId, u32>,
     generation: Generation,
     /// The most that any worker has ever done.
     furthest: u64,
@@ -317,7 +320,7 @@ impl Fleet {
     fn event(&mut self, choice: u64) -> Event {
         let pick = |ids: &[WorkerId]| ids.get((choice >> 8) as usize % ids.len().max(1)).copied();
         let alive: Vec<WorkerId> = self.alive.keys().copied().collect();
-        match choice % 8 {
+        match choice % 9 {
             0 | 1 if alive.len() < 6 => {
                 self.next_id += 1;
                 self.alive.insert(self.next_id, None);
@@ -352,6 +355,13 @@ impl Fleet {
                 }
                 None => Event::Tick,
             },
+            7 => {
+                let pace = |(&id, &shards): (&WorkerId, &u32)| {
+                    let ms = (choice >> 8).rotate_left(7 * id) % 100;
+                    (id, Pace { shards, per_shard: (ms > 20).then(|| Duration::from_millis(ms)) })
+                };
+                Event::Paces(self.shares.iter().map(pace).collect())
+            }
             _ => Event::Tick,
         }
     }
@@ -361,11 +371,12 @@ proptest! {
     #[test]
     fn whatever_happens_no_state_that_survives_is_lost(
         expected in 1u32..5,
-        shards in 1u32..6,
+        shards in 1u32..9,
+        balance in prop_oneof![Just(Balance::Even), Just(Balance::Speed)],
         choices in proptest::collection::vec(any::<u64>(), 1..300),
     ) {
         let mut fleet = Fleet::default();
-        let mut state = Membership::new(expected, shards, (0, 0), None);
+        let mut state = Membership::new(expected, shards, (0, 0), None).with_balance(balance);
         for (choice, second) in choices.into_iter().zip(0..) {
             let event = fleet.event(choice);
             let (next, actions, _) = membership(Duration::from_secs(second), state, event);
@@ -408,6 +419,8 @@ proptest! {
                 for member in &members {
                     fleet.alive.insert(member.worker_id, Some(stage.unwrap_or(at(0))));
                 }
+                fleet.shares =
+                    members.iter().map(|member| (member.worker_id, member.shards.len() as u32)).collect();
                 (fleet.generation, fleet.at_work) =
                     (generation, members.iter().map(|member| member.worker_id).collect());
             }

@@ -50,8 +50,8 @@ impl Run {
         };
         self.digests.begin(stage.step);
         self.deadlines.begin();
-        let shares = members.iter().map(|member| (member.worker_id, member.shards.len()));
-        self.stragglers.begin(self.started.elapsed(), shares);
+        let shares = members.iter().map(|member| (member.worker_id, member.shards.len() as u32));
+        self.paces.begin(self.started.elapsed(), shares);
         self.hangs.begin(generation);
         reach(Point::Recovery, stage.step);
         // It names all members: all links share its bytes.

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::Run;
 use crate::epoch_clock::EpochClock;
+use crate::membership::Event;
 use crate::screen::EpochEnd;
 use crate::store::journal::Record;
 use crate::store::metrics_log::EpochLine;
@@ -71,17 +72,21 @@ impl Run {
         Ok(())
     }
 
-    /// Names members that are slower than the others.
+    /// Takes in how long a member computed. At the end of a window, names those that are slower than the others; and the
+    /// membership may deal shards anew.
     pub(super) fn compare_speed(&mut self, id: WorkerId, report: &StepReport) -> Result<(), Problem> {
         if report.generation != self.generation {
             return Ok(());
         }
-        for straggler in self.stragglers.take(self.started.elapsed(), id, report.seconds.compute) {
-            let text = straggler.sentence(&self.name(straggler.id));
+        let Some(window) = self.paces.take(self.started.elapsed(), id, report.seconds.compute) else {
+            return Ok(());
+        };
+        for straggler in self.stragglers.take(&window) {
+            let text = straggler.sentence(&self.name(straggler.id), self.parts.file.fleet.balance);
             self.parts.screen.notice(&text);
             self.parts.records.journal(&Record::Event { text })?;
         }
-        Ok(())
+        self.decide(Event::Paces(window))
     }
 
     /// Says that a step was left out: in the journal each time, on the screen no more often than anybody reads.

@@ -80,8 +80,8 @@ impl Run {
         if let Some((step, parted)) = self.digests.compare_kept(members) {
             self.replicas_differ(step, &parted);
         }
-        let shares = members.iter().copied().zip(self.places.iter().map(ExactSizeIterator::len));
-        self.stragglers.begin(self.started.elapsed(), shares);
+        let shares = members.iter().copied().zip(self.places.iter().map(|shards| shards.len() as u32));
+        self.paces.begin(self.started.elapsed(), shares);
         self.parts.records.journal(&Record::Event { text: reason.to_owned() })?;
         self.show_generation(members.iter().copied());
         self.parts.screen.notice(reason);

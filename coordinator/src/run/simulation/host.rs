@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::frame::{Frame, decode};
+use protocol::job::Balance;
 use protocol::message::{ToCoordinator, WorkerId};
 use protocol::problem::{Exit, Problem};
 use tokio::sync::mpsc::error::TryRecvError;
@@ -22,12 +23,16 @@ use crate::http::Status;
 use crate::loss_plot::LossFile;
 use crate::membership::Decide;
 use crate::metrics::Metrics;
+use crate::paces::Windows;
 use crate::records::{CheckpointWriter, Opening, Records};
 use crate::screen::Screen;
 use crate::server::{Arrival, Link};
 
 /// As in `server`.
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Short, so that a run of a few steps has several.
+const WINDOWS: Windows = Windows { length: Duration::from_millis(100), least_steps: 1 };
 
 pub(super) struct Host {
     pub(super) me: Process,
@@ -51,12 +56,12 @@ impl Host {
     pub(super) fn start(
         me: Process,
         job: &Job,
-        workers: u32,
+        (workers, balance): (u32, Balance),
         dir: &Path,
         decide: Decide,
     ) -> Result<Self, Problem> {
         let mut file = job.file.clone();
-        file.fleet.workers = workers;
+        (file.fleet.workers, file.fleet.balance) = (workers, balance);
         let (records, resumed) = Records::open(Opening {
             path: dir,
             fresh: false,
@@ -88,6 +93,7 @@ impl Host {
             ready: None,
             drain_timeout: Duration::from_secs(25),
             profile_steps: 0,
+            windows: WINDOWS,
         };
         let writer = parts.records.checkpoint_writer();
         let (sender, images) = std::sync::mpsc::channel();

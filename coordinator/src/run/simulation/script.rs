@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use protocol::job::Balance;
+
 use super::dice::Dice;
 use super::network::Node;
 
@@ -47,13 +49,20 @@ pub(super) struct Script {
     pub(super) seed: u64,
     /// Workers at the beginning, numbered from 1.
     pub(super) workers: u32,
+    /// How shards are dealt to them.
+    pub(super) balance: Balance,
     pub(super) faults: Vec<Timed>,
 }
 
 impl Script {
     /// A run that nobody disturbs.
     pub(super) fn calm(seed: u64, workers: u32) -> Self {
-        Self { seed, workers, faults: Vec::new() }
+        Self { seed, workers, balance: Balance::Even, faults: Vec::new() }
+    }
+
+    /// The same with shards dealt by speed. How fast workers say that they are changes from step to step.
+    pub(super) fn by_speed(self) -> Self {
+        Self { balance: Balance::Speed, ..self }
     }
 
     /// What befalls the run of this seed.
@@ -65,7 +74,11 @@ impl Script {
             .map(|_| Timed { at: dice.between(Duration::ZERO..SPAN), fault: draw_fault(&mut dice, workers) })
             .collect();
         faults.sort_by_key(|timed| timed.at);
-        Self { seed, workers, faults }
+        let script = Self { faults, ..Self::calm(seed, workers) };
+        match seed % 2 {
+            0 => script,
+            _ => script.by_speed(),
+        }
     }
 
     /// When the last fault is over.
@@ -169,7 +182,11 @@ impl Fault {
 
 impl fmt::Display for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}, {} workers", self.seed, self.workers)?;
+        let balance = match self.balance {
+            Balance::Even => "",
+            Balance::Speed => ", shards dealt by speed",
+        };
+        writeln!(f, "seed {}, {} workers{balance}", self.seed, self.workers)?;
         for Timed { at, fault } in &self.faults {
             writeln!(f, "{:>10.6} s  {fault}", at.as_secs_f64())?;
         }

@@ -118,6 +118,20 @@ fn a_run_that_nobody_disturbs_is_the_expected_one() {
 }
 
 #[test]
+fn shards_that_are_dealt_by_speed_move_and_change_nothing() {
+    let mut simulator = Simulator::new();
+    let mut generations = 0;
+    for seed in 1..=20 {
+        let script = Script::calm(seed, 2 + seed as u32 % 3).by_speed();
+        let report = simulator.run(&script, membership);
+        assert_eq!(report.violation.as_deref(), None, "{script}");
+        assert_eq!(simulator.run(&script, membership), report, "the same again");
+        generations += report.generation;
+    }
+    assert!(generations >= 30, "shards were dealt anew {} times in 20 runs", generations - 20);
+}
+
+#[test]
 fn whatever_happens_the_run_ends_with_the_undisturbed_state() {
     assert_no_failure(0..seeds(2000), Script::draw);
 }
@@ -125,17 +139,17 @@ fn whatever_happens_the_run_ends_with_the_undisturbed_state() {
 /// Two workers, a third that joins, and whoever is there killed before or after any one message.
 #[test]
 fn a_kill_at_any_point_of_the_protocol_changes_nothing() {
-    let joined = |seed| {
-        let join = Timed { at: Duration::from_millis(300), fault: Fault::Join(3) };
-        Script { faults: vec![join], ..Script::calm(seed, 2) }
-    };
-    let points = Simulator::new().run(&joined(1), membership).points;
-    let every = if seeds(0) > 0 { 1 } else { 3 };
-    assert_no_failure(0..points / every, |number| {
-        let mut script = joined(1);
-        script.faults.push(Timed { at: Duration::ZERO, fault: Fault::KillAt(number * every) });
-        script
-    });
+    let join = Timed { at: Duration::from_millis(300), fault: Fault::Join(3) };
+    let joined = Script { faults: vec![join], ..Script::calm(1, 2) };
+    for script in [joined.clone(), joined.by_speed()] {
+        let points = Simulator::new().run(&script, membership).points;
+        let every = if seeds(0) > 0 { 1 } else { 3 };
+        assert_no_failure(0..points / every, |number| {
+            let mut script = script.clone();
+            script.faults.push(Timed { at: Duration::ZERO, fault: Fault::KillAt(number * every) });
+            script
+        });
+    }
 }
 
 #[test]

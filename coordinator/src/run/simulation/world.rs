@@ -461,7 +461,8 @@ impl<'a> World<'a> {
         match node {
             // It is started for as many workers as there are to be.
             Node::Coordinator => {
-                match Host::start(me, &self.job, self.wanted.len() as u32 - 1, self.dir, self.decide) {
+                let fleet = (self.wanted.len() as u32 - 1, self.script.balance);
+                match Host::start(me, &self.job, fleet, self.dir, self.decide) {
                     Ok(host) => {
                         self.host = Some(host);
                         self.put(self.now + TICK, Happening::Tick(me));

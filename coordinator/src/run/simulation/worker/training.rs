@@ -37,6 +37,10 @@ pub(super) struct Training {
     evaluation: VecDeque<Work>,
     evaluated: Vec<Vec<Part>>,
     wish: Wish,
+    /// How many times as long as it computes it says that it did: another number in each generation.
+    slowness: u32,
+    /// How long it says that it computed for the last batch.
+    computed: Duration,
     at: At,
 }
 
@@ -100,6 +104,8 @@ impl Worker {
             evaluation: VecDeque::new(),
             evaluated: Vec::new(),
             wish: Wish::GoOn,
+            slowness: self.dice.clone().pick(&[1, 1, 4]),
+            computed: Duration::ZERO,
             at: At::Connecting,
         }));
         self.tell(ToCoordinator::Credit { generation, batches: BATCHES_AHEAD });
@@ -254,9 +260,10 @@ impl Worker {
             return self.wrong(format!("batch {got:?} arrived, expected {work:?}"));
         }
         let generation = training.form.generation;
+        let takes = self.dice.between(Duration::from_millis(10)..Duration::from_millis(60));
+        training.computed = takes * training.slowness;
         self.tell(ToCoordinator::Credit { generation, batches: 1 });
         self.turn_to(At::Computing(batch), SILENCE_LIMIT);
-        let takes = self.dice.between(Duration::from_millis(10)..Duration::from_millis(60));
         self.wake(takes, Timer::Computed(self.begun));
     }
 
@@ -318,6 +325,7 @@ impl Worker {
             return self.wrong(format!("{count} shards were summed"));
         }
         let (generation, schedule) = (training.form.generation, self.job.schedule);
+        let compute = training.computed.as_secs_f64();
         let (sums, gradient_norm) = replica.take_step(schedule, parts);
         let (step, control) = (replica.step, replica.control);
         if schedule.evaluates_after(step) {
@@ -331,7 +339,7 @@ impl Worker {
             gradient_norm,
             learning_rate: self.job.file.job.learning_rate,
             control,
-            seconds: PhaseSeconds { data: 0.0, compute: 0.03, reduce: 0.01, update: 0.01 },
+            seconds: PhaseSeconds { data: 0.0, compute, reduce: 0.01, update: 0.01 },
         }));
         if !schedule.evaluates_after(step) {
             self.after_step();
