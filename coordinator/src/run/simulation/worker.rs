@@ -101,6 +101,8 @@ pub(super) struct Worker {
     /// The generation that begins when its state is here and the last one has ended.
     next: Option<Next>,
     replica: Option<Replica>,
+    /// The last generation that it took part in with that: one may be over before its state has come.
+    replica_of: Generation,
     /// The last generation it belonged to.
     generation: Generation,
     mail: BTreeMap<Generation, Mail>,
@@ -137,6 +139,7 @@ impl Worker {
             training: None,
             next: None,
             replica: None,
+            replica_of: 0,
             generation: 0,
             mail: BTreeMap::new(),
             drain: false,
@@ -211,7 +214,7 @@ impl Worker {
     /// Its state, while it rests, if the run can go on with it: those who ask hold a coordinator to that.
     pub(super) fn held(&self) -> Option<(Generation, &Replica)> {
         let rests = self.training.is_none() && self.is_of_use;
-        self.replica.as_ref().filter(|_| rests).map(|replica| (self.generation, replica))
+        self.replica.as_ref().filter(|_| rests).map(|replica| (self.replica_of, replica))
     }
 
     fn taken(&mut self) -> Vec<Output> {

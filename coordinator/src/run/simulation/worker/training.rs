@@ -228,6 +228,7 @@ impl Worker {
             training.evaluation = self.job.schedule.evaluation(step).collect();
         }
         let generation = training.form.generation;
+        self.replica_of = generation;
         self.tell(ToCoordinator::Connected { generation });
         self.next();
     }
