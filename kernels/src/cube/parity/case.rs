@@ -75,7 +75,8 @@ pub(super) struct Data {
 pub(super) type RowResult = BTreeMap<&'static str, Vec<f64>>;
 
 impl Data {
-    pub(super) fn new(case: &Case) -> Self {
+    /// `draw` tells data of one case apart.
+    pub(super) fn new(case: &Case, draw: u64) -> Self {
         let (hidden, output, gates) = (case.hidden, case.output(), case.cell.gates());
         let scale = |len: usize| 1.0 / (len as f32).sqrt();
         let options = case.options;
@@ -94,7 +95,7 @@ impl Data {
         let reach = if hard && case.cell != Cell::Rnn { 3.0 } else { 1.0 };
         let rows = (0..case.rows as u64)
             .map(|row| {
-                let salt = 100 + 10 * row;
+                let salt = 100 + 10 * row + 100_000 * draw;
                 let length = if row == 0 { case.steps } else { 1 + (7 * row as usize + 3) % case.steps };
                 Row {
                     length,
