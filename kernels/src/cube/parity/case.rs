@@ -233,8 +233,12 @@ impl Case {
                     if is_gate(at) { u8::from(y > 0.0) + u8::from(y >= 1.0) } else { 0 }
                 }))
             || clip.is_some_and(|limit| {
-                // A state at the limit does not tell whether it was cut off.
-                let near = |c: f64| (c.abs() - f64::from(limit)).abs() < CORNER;
+                // A state at the limit does not tell whether it was cut off. Exactly there is no corner: a state cut off
+                // before and kept by saturated gates, 1 and 0 to the bit, is there on both sides.
+                let near = |c: f64| {
+                    let distance = (c.abs() - f64::from(limit)).abs();
+                    distance > 0.0 && distance < CORNER
+                };
                 differ("c", &|_, c| u8::from(c.abs() >= f64::from(limit)))
                     || unclipped(want, hidden).into_iter().any(near)
             })
