@@ -10,13 +10,17 @@
 
 use std::ptr;
 
-use super::micro::{self, Tile};
+use super::micro::{self, Ahead, Tile};
 use super::pack::{PANEL_COLUMNS, PANEL_ROWS, PackedLeft, PackedMatrix, assert_extent};
 use super::simd::Simd;
 
 /// Length of the blocks of k. A constant of the results' bits, not a tuning parameter: changing it changes every
 /// trained model. 256 · 32 columns · 4 bytes = 32 KiB, a panel's block fits the first-level cache.
 pub const K_BLOCK: usize = 256;
+
+/// Elements of B from which on it is fetched ahead of its use: 1 MiB, which the second-level cache does not keep beside all
+/// else. Changes no bit.
+const STREAMED: usize = 1 << 18;
 
 /// What a product is added to.
 #[derive(Clone, Copy, Debug)]
@@ -70,10 +74,15 @@ pub fn gemm(
     assert_extent("gemm", "c", c.len(), m, b.n(), ldc);
     start.check(m, b.n());
     let height = even_height(m, micro::tallest_tile(simd));
-    product(simd, m, b, c, ldc, start, |first_row, p| {
+    let left = |first_row, p| {
         let rows = height.rows_from(first_row);
         (rows, Left { a: a[first_row * lda + p..].as_ptr(), a_stride: lda, a_is_panel: false })
-    });
+    };
+    if b.k() * b.n() >= STREAMED {
+        product::<true>(simd, m, b, c, ldc, start, left);
+    } else {
+        product::<false>(simd, m, b, c, ldc, start, left);
+    }
 }
 
 /// `c[m, n] (+)= Σ_k a[k, m] · b[k, n]`: the weight gradient of the k = (step, row) pairs of a shard, in the order
@@ -101,7 +110,7 @@ pub fn gemm_transposed(
     assert_extent("gemm_transposed", "c", c.len(), a.m(), b.n(), ldc);
     let tallest = micro::tallest_tile(simd);
     let start = if accumulate { Start::Kept } else { Start::Zero };
-    product(simd, a.m(), b, c, ldc, start, |first_row, p| {
+    product::<false>(simd, a.m(), b, c, ldc, start, |first_row, p| {
         // A tile stays within its panel of 12 rows; the lower levels take a panel in several tiles.
         let within = first_row % PANEL_ROWS;
         let rows = tallest.min(PANEL_ROWS - within).min(a.m() - first_row);
@@ -147,10 +156,11 @@ struct Left {
     a_is_panel: bool,
 }
 
-/// The loops around the micro-kernel. `left(first_row, p)` tells how many rows the tile at `first_row` has and where
-/// its A starts at k = p; the slices behind its pointers hold those rows for all k.
+/// The loops around the micro-kernel. B is fetched ahead of its use if it `IS_STREAMED`. `left(first_row, p)` tells how
+/// many rows the tile at `first_row` has and where its A starts at k = p; the slices behind its pointers hold those rows
+/// for all k.
 #[inline(always)]
-fn product(
+fn product<const IS_STREAMED: bool>(
     simd: Simd,
     m: usize,
     b: &PackedMatrix,
@@ -188,10 +198,17 @@ fn product(
                     None => c.wrapping_add(row * ldc).cast_const(),
                 };
             }
+            // The tiles of a panel share the fetching of the next one.
+            let tiles = ROW_BLOCK.min(m - first_of_block).div_ceil(micro::tallest_tile(simd));
             let mut first_row = first_of_block;
             for first_column in (0..n).step_by(PANEL_COLUMNS) {
                 let (panel, width) = b.panel(first_column);
                 let block = &panel[p * width..][..depth * width];
+                let mut ahead = Ahead {
+                    // The next panel's part of the same rows; behind the last one, nothing of use.
+                    first: block.as_ptr_range().end.wrapping_add((k - depth) * width),
+                    len: if IS_STREAMED { block.len().div_ceil(tiles) } else { 0 },
+                };
                 first_row = first_of_block;
                 while first_row < m && first_row < first_of_block + ROW_BLOCK {
                     let (rows, Left { a, a_stride, a_is_panel }) = left(first_row, p);
@@ -207,13 +224,15 @@ fn product(
                         first_column,
                         columns: width.min(n - first_column),
                         before: has_before.then(|| before[first_row - first_of_block..].as_ptr()),
+                        ahead,
                     };
                     // SAFETY: `assert_extent` in the callers covers rows first_row..first_row + rows <= m of A and C up
                     // to k and n, p + depth <= k and first_column + columns <= n; `block` has depth · width elements,
                     // each row of `before`, of which the block's rows and a tile more are there, n; C is borrowed
                     // exclusively, so it overlaps neither A nor B, and of the starts only its own rows.
-                    unsafe { micro::compute(simd, rows, &tile) };
+                    unsafe { micro::compute::<IS_STREAMED>(simd, rows, &tile) };
                     first_row += rows;
+                    ahead.first = ahead.first.wrapping_add(ahead.len);
                 }
             }
             first_of_block = first_row;
@@ -319,6 +338,24 @@ mod tests {
         }
         println!("gemm against f64: largest difference / sqrt(k) {largest:.3e}");
         assert!(largest < 2e-6);
+    }
+
+    #[test]
+    fn a_product_that_is_fetched_ahead_equals_the_chain_too() {
+        let (n, k) = (450, 600);
+        assert!(n * k > STREAMED);
+        let b = numbers(k * n, 2);
+        let mut packed = PackedMatrix::new(k, n);
+        packed.pack_rows(&b, n);
+        for m in [1, 13, 130] {
+            let (a, c) = (numbers(m * k, 1), numbers(m * n, 3));
+            let want = chain(m, n, k, &a, &b, Some(&c));
+            for simd in Simd::available() {
+                let mut got = c.clone();
+                gemm(simd, m, &a, k, &packed, &mut got, n, Start::Kept);
+                assert_eq!(bits(&got), bits(&want), "{simd} m {m}");
+            }
+        }
     }
 
     #[test]

@@ -31,6 +31,19 @@ pub(super) struct Tile {
     pub first_column: usize,
     /// What is added: for each row of the tile where the whole row begins. Without it C is overwritten.
     pub before: Option<*const *const f32>,
+    /// What to fetch meanwhile for the tiles behind this one, where they read so much that this is worth it.
+    pub ahead: Ahead,
+}
+
+/// A part of B that is to be in the second-level cache when tiles come to it. The hardware fetches ahead too, but no further
+/// than a page, and where B comes from the third-level cache each page begins with a wait. A hint: changes no bit, and a
+/// level may ignore it.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Where it begins. Nothing is read, so it need not be readable.
+    pub first: *const f32,
+    /// Its length in elements.
+    pub len: usize,
 }
 
 /// Rows of the tallest tile of a level.
@@ -42,19 +55,19 @@ pub(super) fn tallest_tile(simd: Simd) -> usize {
     }
 }
 
-/// Computes `rows` (1 to [`tallest_tile`]) rows of a tile.
+/// Computes `rows` (1 to [`tallest_tile`]) rows of a tile, fetching `tile.ahead` meanwhile if it `IS_STREAMED`.
 ///
 /// # Safety
 /// `tile.a` must be readable at every (row, p) of the tile, `tile.b` for `k · width` elements, `tile.before` at every
 /// (row, column), and `tile.c` writable there; C overlaps neither A nor B.
-pub(super) unsafe fn compute(simd: Simd, rows: usize, tile: &Tile) {
+pub(super) unsafe fn compute<const IS_STREAMED: bool>(simd: Simd, rows: usize, tile: &Tile) {
     debug_assert!(1 <= rows && rows <= tallest_tile(simd));
     debug_assert!(tile.width == 16 || tile.width == 32);
     debug_assert!(1 <= tile.columns && tile.columns <= tile.width);
     match simd.level() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this level is only built where avx512f was detected; the pointers are the caller's promise.
-        SimdLevel::Avx512 => unsafe { x86::avx512(rows, tile) },
+        SimdLevel::Avx512 => unsafe { x86::avx512::<IS_STREAMED>(rows, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this level is only built where avx2 and fma were detected; the pointers are the caller's promise.
         SimdLevel::Avx2 => unsafe { x86::avx2(rows, tile) },
@@ -113,30 +126,37 @@ unsafe fn portable(rows: usize, tile: &Tile) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::pack::PANEL_ROWS;
-    use super::Tile;
+    use super::{Ahead, Tile};
     use std::arch::asm;
     use std::arch::x86_64::*;
 
-    /// Calls `$function::<rows, $vectors, $panel>(tile)` with `rows` turned into a constant.
+    /// Calls `$function::<rows, ..$constants>(tile)` with `rows` turned into a constant.
     macro_rules! by_rows {
-        ($rows:expr, [$($count:literal)*], $function:ident, $vectors:literal, $panel:literal, $tile:expr) => {
+        ($rows:expr, [$($count:literal)*], $function:ident, $constants:tt, $tile:expr) => {
             match $rows {
                 // SAFETY: the caller has the target features and promises the pointers.
-                $($count => unsafe { $function::<$count, $vectors, $panel>($tile) },)*
+                $($count => unsafe { with_rows!($function, $count, $constants)($tile) },)*
                 other => unreachable!("no micro-kernel of {other} rows"),
             }
         };
     }
 
+    /// A macro of its own, because one cannot repeat its constants for each number of rows.
+    macro_rules! with_rows {
+        ($function:ident, $count:literal, [$($constant:tt),*]) => { $function::<$count, $($constant),*> };
+    }
+
     /// # Safety
     /// As for [`super::compute`].
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn avx512(rows: usize, tile: &Tile) {
+    pub(super) unsafe fn avx512<const IS_STREAMED: bool>(rows: usize, tile: &Tile) {
         match (tile.width, tile.a_is_panel) {
-            (32, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, false, tile),
-            (32, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 2, true, tile),
-            (_, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 1, false, tile),
-            (_, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, 1, true, tile),
+            (32, false) => {
+                by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, [2, false, IS_STREAMED], tile)
+            }
+            (32, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, [2, true, false], tile),
+            (_, false) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, [1, false, false], tile),
+            (_, true) => by_rows!(rows, [1 2 3 4 5 6 7 8 9 10 11 12], avx512_tile, [1, true, false], tile),
         }
     }
 
@@ -225,12 +245,29 @@ mod x86 {
     /// # Safety
     /// As for [`super::compute`].
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512_tile<const ROWS: usize, const VECTORS: usize, const PANEL: bool>(tile: &Tile) {
+    unsafe fn avx512_tile<
+        const ROWS: usize,
+        const VECTORS: usize,
+        const PANEL: bool,
+        const IS_STREAMED: bool,
+    >(
+        tile: &Tile,
+    ) {
         // SAFETY: the caller's promise.
         unsafe { prefetch_outputs::<ROWS, VECTORS>(tile) };
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         let (mut left, mut b) = (LeftRows::<PANEL>::of(tile), tile.b);
-        for _ in 0..tile.k / UNROLL {
+        let rounds = tile.k / UNROLL;
+        let Ahead { first: mut next, len } = tile.ahead;
+        let each_round = if IS_STREAMED { len.div_ceil(rounds.max(1)) } else { 0 };
+        for _ in 0..rounds {
+            if IS_STREAMED {
+                // Two lines, which overlap those of the next round where a round has fewer.
+                for line in 0..2 {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(16 * line).cast());
+                }
+                next = next.wrapping_add(each_round);
+            }
             for ahead in 0..UNROLL {
                 // SAFETY: UNROLL steps of k are left, and 16 · VECTORS is the panel's width.
                 unsafe { avx512_step(&left, ahead, b.wrapping_add(ahead * 16 * VECTORS), &mut acc) };
@@ -304,8 +341,8 @@ mod x86 {
                 ..*tile
             };
             match tile.a_is_panel {
-                false => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, false, &half),
-                true => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, 2, true, &half),
+                false => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, [2, false], &half),
+                true => by_rows!(rows, [1 2 3 4 5 6], avx2_tile, [2, true], &half),
             }
         }
     }
