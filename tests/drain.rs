@@ -68,6 +68,25 @@ fn a_failure_that_would_come_again_ends_all_with_93() {
         .expect_failure(93, &["is not finite (loss ", "hint: start over with --fresh"]);
 }
 
+/// A driver, or a compiler of kernels, may take its time.
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_worker_that_still_opens_its_device_ends_at_once_when_it_is_asked_to() {
+    let folder = Folder::new();
+    let (run, events) = (folder.run("run", &job(&folder)), common::Events::new(&folder, "events"));
+    let coordinator = Coordinator::start(&run, "--workers 1 --steps 20", None);
+    let here = folder.empty("worker");
+    let mut slow = events.start_command(&mut coordinator.worker_command(&here, ""), "open@0:hang");
+    events.wait("open@0:hang");
+    let asked = Instant::now();
+    slow.signal(Signal::TERM);
+    slow.end().expect_exit(75);
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    // The run waits for another.
+    coordinator.worker(&here, "").end().expect_exit(0);
+    coordinator.process.end().expect_exit(0);
+}
+
 #[test]
 fn a_drain_that_takes_too_long_is_cut_short() {
     let folder = Folder::new();

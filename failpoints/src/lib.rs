@@ -22,6 +22,8 @@ mod plan;
 /// A place in the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Point {
+    /// A worker is about to open its device.
+    Open,
     /// A worker has the batch of a step and has not begun to compute.
     Compute,
     /// A worker has its gradient and has not yet entered the exchange of sums.
@@ -56,7 +58,8 @@ pub enum Point {
 
 impl Point {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
+        Self::Open,
         Self::Compute,
         Self::Reduce,
         Self::Update,
@@ -76,6 +79,7 @@ impl Point {
     /// Its name in `LOCKSTEP_FAIL`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Open => "open",
             Self::Compute => "compute",
             Self::Reduce => "reduce",
             Self::Update => "update",

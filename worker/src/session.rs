@@ -123,6 +123,7 @@ where
         let mut opened = tokio::task::spawn_blocking({
             let (layout, welcome) = (layout.clone(), welcome.clone());
             move || {
+                reach(Point::Open, 0);
                 let device = backend.open(&layout, &welcome.job, &welcome.data, welcome.run.recompute);
                 (backend, device)
             }
@@ -132,6 +133,8 @@ where
         let (again, device) = loop {
             tokio::select! {
                 device = &mut opened => break device.expect("opening a device does not panic"),
+                // A driver may take its time. There is nothing to lose yet.
+                _ = shutdown.recv() => return Ok(Exit::Requeue),
                 // A coordinator that is gone meanwhile is looked for when the device is open.
                 _ = signs_of_life.tick() => {
                     let _ = connection.send(&ToCoordinator::Alive(opening.position())).await;
