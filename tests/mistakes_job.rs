@@ -37,6 +37,11 @@ fn a_job_that_cannot_be_meant_is_refused() {
         (format!("{good} --set learning_rate=nan"), "learning_rate is NaN, it must be a number above 0", ""),
         (format!("{good} --set cell=lstn"), "job.cell is not usable: unknown variant `lstn`", ""),
         (
+            format!("{good} --set precision=f16"),
+            "job.precision is not usable: unknown variant `f16`, expected `f32` or `bf16`",
+            "",
+        ),
+        (
             format!("{good} --shards 65"),
             "shards is 65 but batch_size is 64: a shard would have no row",
             "--shards 64",

@@ -449,7 +449,7 @@ fn job_rows(
                 grouped(schedule.steps_per_epoch)
             ),
         ),
-        ("precision", "f32, exact reduction".to_owned()),
+        ("precision", format!("{}, exact reduction", job.precision.in_words())),
         ("workers", config.file.fleet.workers.to_string()),
         ("control", control.to_string()),
         ("status", format!("http://{http}/")),

@@ -29,7 +29,7 @@ use protocol::batch::{Batch, DataShape};
 use protocol::cell::{Cell, CellOptions};
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
 use protocol::handshake::{HELLO_BYTES, Handshake, PROOF_BYTES, Plane, Token};
-use protocol::job::{InitialState, JobFile, differences};
+use protocol::job::{InitialState, JobFile, Precision, differences};
 use protocol::layout::{Head, Input, ModelShape, StateLayout};
 use protocol::message::{Member, ToCoordinator, ToWorker};
 use protocol::problem::Problem;
@@ -114,6 +114,7 @@ pub fn batch(bytes: &[u8]) {
         initial_state: InitialState::Zero,
         carries_state: false,
         reset_token: None,
+        precision: Precision::F32,
     };
     let schedule = Schedule { steps_per_epoch: 6, evaluation_batches: 7, total_steps: 8 };
     let labelled = ModelShape { head: Head::Final, classes: 3, ..model.clone() };

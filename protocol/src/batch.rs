@@ -205,7 +205,7 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 mod tests {
     use super::*;
     use crate::cell::{Cell, CellOptions};
-    use crate::job::InitialState;
+    use crate::job::{InitialState, Precision};
     use crate::layout::{Head, Input};
     use proptest::prelude::*;
 
@@ -223,6 +223,7 @@ mod tests {
                 initial_state: InitialState::Zero,
                 carries_state: false,
                 reset_token: None,
+                precision: Precision::F32,
             },
             seq_len: 3,
             schedule: Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 1 },

@@ -251,15 +251,15 @@ mod tests {
 
     /// Both proofs for the token `secret` and these two hellos, and the token of generation 7, computed with Python's
     /// hmac module.
-    const GOLDEN_OPENER: &str = "07f54d1c7e73a3efc1e7fb43c8f3c94577bc771f3c1e1e27f6eaa96ca05f01cc";
-    const GOLDEN_ANSWERER: &str = "bc26bc178a95575afdc14141094401a01696b2bf3cb16a2e407e0eafa344b002";
+    const GOLDEN_OPENER: &str = "9e08e9bd88418a096fcb722dfd35be48185119d3649f5e715039579ee5a0f444";
+    const GOLDEN_ANSWERER: &str = "180883238c7a5d7578632d418c6008f1ffde0324d8094910f3bdfbb6043f4327";
     const GOLDEN_GENERATION: &str = "6f96fe5ad12d7f50eba4cd03b3d0cfdd8eaa3df43eda2e0d96644edee06ac444";
 
     #[test]
     fn the_first_bytes_and_the_proofs_are_those_of_the_version() {
         let (opener, answerer) = pair("secret", "secret");
-        assert_eq!(opener.hello(), *[&b"LOCKSTEP\x05\x00\x01"[..], &[1; 32]].concat());
-        assert_eq!(answerer.hello(), *[&b"LOCKSTEP\x05\x00\x00"[..], &[2; 32]].concat());
+        assert_eq!(opener.hello(), *[&b"LOCKSTEP\x06\x00\x01"[..], &[1; 32]].concat());
+        assert_eq!(answerer.hello(), *[&b"LOCKSTEP\x06\x00\x00"[..], &[2; 32]].concat());
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let proofs = opener.proofs(&answerer.hello()).unwrap();
         assert_eq!([hex(&proofs.ours), hex(&proofs.theirs)], [GOLDEN_OPENER, GOLDEN_ANSWERER]);
@@ -287,7 +287,7 @@ mod tests {
         hello[8] = 9;
         assert_eq!(
             opener.proofs(&hello).unwrap_err().sentence,
-            "the other side speaks protocol 9, this one 5"
+            "the other side speaks protocol 9, this one 6"
         );
         let mut hello = answerer.hello();
         hello[0] = b'H';

@@ -9,6 +9,7 @@ mod merge;
 
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 use crate::cell::{Activation, Cell, CellOptions, RecurrentActivation, Reset};
 
@@ -153,6 +154,36 @@ pub enum HeadInit {
     TruncatedNormal,
 }
 
+/// What the operands of matrix products are rounded to. Sums, parameters and everything else are f32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Encode, Decode, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Nothing.
+    #[default]
+    F32,
+    /// bfloat16: the range of f32, 8 bits of mantissa.
+    Bf16,
+}
+
+impl Precision {
+    /// What is of which precision.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "products of bf16, all else f32",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
 /// Where the rows of the tasks over text come from: `[job.text]`.
 #[derive(Debug, Clone, PartialEq, Encode, Decode, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -208,6 +239,7 @@ pub struct JobSpec {
     pub keep_prob: f64,
     pub keep_probs: Vec<f64>,
     pub variational_dropout: bool,
+    pub precision: Precision,
     pub non_finite: NonFinite,
     pub skip_limit: u64,
     pub divergence_factor: f64,

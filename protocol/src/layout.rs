@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::cell::{Cell, CellOptions};
 use crate::control::ControlState;
-use crate::job::{InitialState, JobSpec, Task, TextMode};
+use crate::job::{InitialState, JobSpec, Precision, Task, TextMode};
 
 /// What a row reads at each time step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -76,6 +76,8 @@ pub struct ModelShape {
     pub carries_state: bool,
     /// The token before which the state becomes the initial state.
     pub reset_token: Option<u16>,
+    /// What the operands of its matrix products are rounded to.
+    pub precision: Precision,
 }
 
 /// One layer of a network.
@@ -136,6 +138,7 @@ impl ModelShape {
             initial_state: job.initial_state,
             carries_state: job.task == Task::Chars && job.text.mode == TextMode::Stream && job.carry_state,
             reset_token: None,
+            precision: job.precision,
         }
     }
 

@@ -4,6 +4,7 @@
 //! fleets that change: pauses, states from a member, signs of life. 4 — what a worker is doing travels with its signs of
 //! life; traces; a generation's message is the same for all members; a coordinator that is started again: what a worker
 //! holds in its hello, control states in its reports; failures for good; intervals and number of checkpoints. 5 — profiles.
+//! 6 — the precision of products.
 
 use bincode::{Decode, Encode};
 use std::ops::Range;
@@ -17,7 +18,7 @@ use crate::schedule::Work;
 use crate::sums::StepSums;
 
 /// Version of everything that travels. Both sides must have the same.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 /// One membership: which workers train together. Journaled, never reused.
 pub type Generation = u64;

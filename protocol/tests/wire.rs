@@ -11,7 +11,7 @@ use protocol::batch::{Batch, DataShape, Inputs, ShardBatch};
 use protocol::cell::{Cell, CellOptions};
 use protocol::control::{ControlState, EpochSums};
 use protocol::frame::{BulkHeader, BulkKind, Frame, decode, encode_bulk, encode_message};
-use protocol::job::{InitialState, JobFile};
+use protocol::job::{InitialState, JobFile, Precision};
 use protocol::layout::{Head, Input, ModelShape};
 use protocol::message::{
     Form, Goodbye, Held, HeldState, Hello, Holding, Member, PROTOCOL_VERSION, PhaseSeconds, SampleRequest,
@@ -74,6 +74,7 @@ clip_norm = 5.0
 keep_prob = 0.5
 keep_probs = [0.25]
 variational_dropout = true
+precision = "bf16"
 non_finite = "skip"
 skip_limit = 6
 divergence_factor = 2.0
@@ -190,6 +191,7 @@ fn shape() -> DataShape {
         initial_state: InitialState::Learnt,
         carries_state: true,
         reset_token: Some(4),
+        precision: Precision::Bf16,
     };
     let schedule = Schedule { steps_per_epoch: 6, evaluation_batches: 7, total_steps: 8 };
     DataShape { model, seq_len: 2, schedule }

@@ -140,6 +140,7 @@ impl fmt::Display for Inspection {
             ("run", self.run_dir.clone()),
             ("checkpoint", self.checkpoint.clone()),
             ("network", network),
+            ("precision", self.job.precision.in_words().to_owned()),
             ("computed with", self.bits.clone().unwrap_or("unknown".to_owned())),
             ("step", self.step.to_string()),
             ("epochs done", self.epoch.to_string()),
@@ -312,6 +313,7 @@ mod tests {
         let table = inspect(dir.path()).unwrap().to_string();
         for line in [
             "network           1 × gru 2, 69 parameters",
+            "precision         f32",
             "computed with     cpu 1",
             "step              10",
             "train loss        1.3333",
