@@ -238,7 +238,7 @@ fn check_address(address: &str) -> Result<(), Problem> {
 /// Which instructions compute.
 #[derive(Debug, Args)]
 pub(crate) struct SimdArg {
-    /// Vector instructions: avx512, avx2 or portable [default: the best there is; the bits are the same]
+    /// Vector instructions: amx, avx512, avx2 or portable [default: the best there is; the bits are the same]
     #[arg(long, value_name = "LEVEL")]
     simd: Option<String>,
 }

@@ -8,7 +8,7 @@ use model::cpu::CpuBackend;
 use model::cube::CubeBackend;
 use model::device::{Backend, Device, DeviceError};
 use protocol::batch::DataShape;
-use protocol::job::JobSpec;
+use protocol::job::{JobSpec, Precision};
 use protocol::problem::Problem;
 use protocol::schedule::Schedule;
 
@@ -84,6 +84,15 @@ impl DeviceArg {
 }
 
 impl Chosen {
+    /// Whether it can compute the job.
+    pub(crate) fn check(self, job: &JobSpec) -> Result<(), Problem> {
+        if self == Self::Cpu || job.precision == Precision::F32 {
+            return Ok(());
+        }
+        Err(Problem::usage(format!("precision is {}, which only CPUs have", job.precision))
+            .hint("give --device cpu, or --set precision=f32"))
+    }
+
     /// Does something on this device. `threads` is how many compute where the CPU does.
     pub(crate) fn run<W: WithBackend>(self, simd: Simd, threads: usize, work: W) -> W::Output {
         match self {
@@ -204,6 +213,7 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, Proble
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::job::JobFile;
 
     #[test]
     fn devices_have_these_names() {
@@ -222,6 +232,19 @@ mod tests {
             assert!(problem.sentence.starts_with(&format!("--device: unknown device '{word}', expected ")));
         }
         assert!(wanted("cuda:99999999999999999999").is_err());
+    }
+
+    #[test]
+    fn a_job_in_bf16_is_for_cpus() {
+        let exact = JobFile::resolve("char-lstm", None, &[]).unwrap().job;
+        let rounded = JobSpec { precision: Precision::Bf16, ..exact.clone() };
+        assert!(Chosen::Cpu.check(&exact).is_ok() && Chosen::Cpu.check(&rounded).is_ok());
+        #[cfg(feature = "wgpu")]
+        {
+            assert!(Chosen::Wgpu(0).check(&exact).is_ok());
+            let problem = Chosen::Wgpu(0).check(&rounded).unwrap_err();
+            assert_eq!(problem.sentence, "precision is bf16, which only CPUs have");
+        }
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let configured = (file.fleet.threads > 0).then_some(file.fleet.threads as usize);
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
     let device = args.device.resolve()?;
+    device.check(&file.job)?;
     // What cannot be used is refused before anything is started.
     args.tls.restrict(args.collective.resolve()?)?;
     args.tls.resolve()?;

@@ -147,17 +147,17 @@ fn a_lost_line_of_the_ledger_is_found() {
 fn a_run_is_not_gone_on_with_by_a_build_that_computes_other_bits() {
     let folder = Folder::new();
     let run = folder.run("run", &text_job(&folder));
-    let old = |count| vec![Meddling { bits: Some("cpu f32 numerics 0"), ..Meddling::HONEST }; count];
+    let old = |count| vec![Meddling { bits: Some("cpu numerics 0"), ..Meddling::HONEST }; count];
     assert_eq!(train_in_process(&run, "--set steps=3", old(2)), Ok(Exit::Done));
-    assert_eq!(run.inspect()["bits"], "cpu f32 numerics 0");
+    assert_eq!(run.inspect()["bits"], "cpu numerics 0");
     let (before, checkpoint) = (run.hashes(), run.checkpoint());
 
     let started = Instant::now();
     run.end("--set steps=6 --workers 2").expect_failure(
         1,
         &[
-            "error: this run was computed with cpu f32 numerics 0, worker worker-",
-            " computes with cpu f32 numerics 2: going on would change the result",
+            "error: this run was computed with cpu numerics 0, worker worker-",
+            " computes with cpu numerics 2: going on would change the result",
             "hint: build the version that wrote the run, or give --fresh to start over",
         ],
     );
@@ -169,5 +169,5 @@ fn a_run_is_not_gone_on_with_by_a_build_that_computes_other_bits() {
     assert_eq!(train_in_process(&run, "--set steps=6", old(1)), Ok(Exit::Done));
     assert_eq!(run.hashes().step, 6);
     run.train("--set steps=6 --workers 2 --fresh");
-    assert_eq!(run.inspect()["bits"], "cpu f32 numerics 2");
+    assert_eq!(run.inspect()["bits"], "cpu numerics 2");
 }

@@ -137,20 +137,38 @@ fn every_way_to_clip_gives_the_same_bits() {
 }
 
 #[test]
-fn the_vector_instructions_of_a_worker_do_not_matter() {
+fn products_of_bf16_give_the_same_bits() {
     let folder = Folder::new();
-    let job = format!("char-lstm --data {} --set keep_prob=0.8 {SMALL_TEXT}", folder.text(12_000));
-    let expected = folder.run("alone", &job).train("--workers 1");
-    for (number, simd) in ["avx2", "portable"].into_iter().enumerate() {
-        let run: Run = folder.run(simd, &job);
+    let text = folder.text(12_000);
+    let job = format!("char-gru --data {text} {SMALL_TEXT} --set keep_prob=0.8 --set batch_size=50");
+    let exact = folder.run("f32", &job).train("--workers 1");
+    let job = format!("{job} --set precision=bf16");
+    assert_same_bits(&folder, &job, &FLEETS);
+    assert_ne!(folder.run("run", &job).hashes(), exact, "the precision did nothing");
+}
+
+/// Two workers, one of which computes with other instructions than the best it has.
+fn assert_instructions_do_not_matter(folder: &Folder, name: &str, job: &str) {
+    let expected = folder.run(&format!("{name}-alone"), job).train("--workers 1");
+    for simd in ["avx2", "portable"] {
+        let name = format!("{name}-{simd}");
+        let run: Run = folder.run(&name, job);
         let coordinator = Coordinator::start(&run, "--workers 2", None);
-        let here = folder.empty(&format!("worker-{number}"));
+        let here = folder.empty(&format!("{name}-workers"));
         let workers = [coordinator.worker(&here, ""), coordinator.worker(&here, &format!("--simd {simd}"))];
         for process in workers.into_iter().chain([coordinator.process]) {
             process.end().expect_exit(0);
         }
-        assert_eq!(run.hashes(), expected, "one of two workers with {simd}");
+        assert_eq!(run.hashes(), expected, "one of two workers with {simd}: {job}");
     }
+}
+
+#[test]
+fn the_vector_instructions_of_a_worker_do_not_matter() {
+    let folder = Folder::new();
+    let job = format!("char-lstm --data {} --set keep_prob=0.8 {SMALL_TEXT}", folder.text(12_000));
+    assert_instructions_do_not_matter(&folder, "f32", &job);
+    assert_instructions_do_not_matter(&folder, "bf16", &format!("{job} --set precision=bf16"));
 }
 
 #[test]

@@ -1,9 +1,9 @@
 """Measures whole training steps of one preset in PyTorch and prints one JSON line.
 
-    torch_step.py PRESET [--threads N] [--steps N] [--seconds S] [--hidden-size H] [--seq-len T]
+    torch_step.py PRESET [--threads N] [--steps N] [--seconds S] [--hidden-size H] [--seq-len T] [--precision bf16]
 
 The protocol is in measure.py. A step is forward, cross-entropy, backward, clipping by the global norm at 5, and Adam, in
-f32. Characters enter one-hot, images row by row.
+f32; with bf16 the forward pass runs under PyTorch's autocast. Characters enter one-hot, images row by row.
 """
 
 from measure import BATCHES, CHARACTERS, CLIP_NORM, LEARNING_RATE, PRESETS, measure, parser
@@ -16,6 +16,7 @@ def arguments():
     known = parser("PyTorch")
     known.add_argument("--hidden-size", type=int, help="instead of the preset's")
     known.add_argument("--seq-len", type=int, help="instead of the preset's, of characters")
+    known.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="of products")
     return known.parse_args()
 
 
@@ -50,8 +51,9 @@ def trainer(args):
     adam = torch.optim.Adam(network.parameters(), LEARNING_RATE)
 
     def step(number):
-        logits = network(inputs[number % BATCHES])
-        loss = functional.cross_entropy(logits, targets[number % BATCHES].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = network(inputs[number % BATCHES])
+        loss = functional.cross_entropy(logits.float(), targets[number % BATCHES].flatten())
         adam.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)

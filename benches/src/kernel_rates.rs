@@ -13,7 +13,7 @@ use kernels::cpu::sequence::InputPart;
 use kernels::cpu::softmax::softmax_cross_entropy;
 use kernels::{PackedLeft, PackedMatrix, SequenceShape, Simd, Start, gemm, gemm_transposed};
 use protocol::cell::{Activation, Cell, RecurrentActivation};
-use protocol::job::EpsilonPlacement;
+use protocol::job::{EpsilonPlacement, Precision};
 use protocol::layout::Head;
 use protocol::problem::Problem;
 use rustix::time::{ClockId, clock_gettime};
@@ -46,6 +46,8 @@ pub struct KernelSizes {
     pub shards: usize,
     /// `P`
     pub parameters: usize,
+    /// What the operands of products are rounded to.
+    pub precision: Precision,
 }
 
 impl KernelSizes {
@@ -61,6 +63,7 @@ impl KernelSizes {
             head: data.model.head,
             shards: job.shards as usize,
             parameters: layout.parameters(),
+            precision: job.precision,
         }
     }
 }
@@ -91,7 +94,8 @@ pub fn measure(simd: Simd, sizes: &KernelSizes) -> Result<Vec<KernelRate>, Probl
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let pool = pool.map_err(|error| Problem::failed(format!("cannot start a thread: {error}")))?;
     Ok(pool.install(|| {
-        let mut meter = Meter { simd, fma: FmaProbe::new(simd, 1), rates: Vec::new() };
+        let fma = FmaProbe::new(simd, Precision::F32, 1);
+        let mut meter = Meter { simd, precision: sizes.precision, fma, rates: Vec::new() };
         meter.cell(sizes);
         meter.products(sizes);
         meter.packing(sizes);
@@ -103,6 +107,7 @@ pub fn measure(simd: Simd, sizes: &KernelSizes) -> Result<Vec<KernelRate>, Probl
 
 struct Meter {
     simd: Simd,
+    precision: Precision,
     fma: FmaProbe,
     rates: Vec<KernelRate>,
 }
@@ -144,6 +149,10 @@ impl Meter {
         });
     }
 
+    fn matrix(&self, k: usize, n: usize) -> PackedMatrix {
+        PackedMatrix::with_precision(self.precision, k, n)
+    }
+
     /// The cell over all time steps of all rows, forward and backward, with its recurrent products.
     fn cell(&mut self, sizes: &KernelSizes) {
         let active = vec![sizes.batch_size; sizes.seq_len];
@@ -161,7 +170,7 @@ impl Meter {
         let (units, multiply_adds) = per_unit(shape, Cell::Rnn);
         let [mut pre, mut d_pre, d_out] = [(); 3].map(|()| every_step(shape, 1));
         let (mut h, mut d_h) = (states(shape), one_step(shape, 1));
-        let packed = PackedMatrix::new(hidden, hidden);
+        let packed = self.matrix(hidden, hidden);
         self.kernel("rnn forward", units, multiply_adds, || {
             let (weight_hh, input, pre, h) = (&packed, InputPart::InPlace, &mut pre, &mut h);
             rnn_forward(simd, RnnForward { shape, activation, weight_hh, input, pre, h });
@@ -180,7 +189,7 @@ impl Meter {
         let (mut gates, d_out) = (every_step(shape, 4), every_step(shape, 1));
         let [mut h, mut c] = [(); 2].map(|()| states(shape));
         let [mut d_h, mut d_c] = [(); 2].map(|()| one_step(shape, 1));
-        let mut packed = PackedMatrix::new(hidden, 4 * hidden);
+        let mut packed = self.matrix(hidden, 4 * hidden);
         self.kernel("lstm forward", units, multiply_adds, || {
             let (weight_hh, projection, input) = (&packed, None, InputPart::InPlace);
             let (gates, h, c) = (&mut gates, &mut h, &mut c);
@@ -211,7 +220,7 @@ impl Meter {
         let (mut gates, mut h) = (every_step(shape, 4), states(shape));
         let (mut h_part, mut d_h_part, mut d_h) =
             (one_step(shape, 3), one_step(shape, 3), one_step(shape, 1));
-        let mut packed = PackedMatrix::new(hidden, 3 * hidden);
+        let mut packed = self.matrix(hidden, 3 * hidden);
         self.kernel("gru forward", units, multiply_adds, || {
             let weight_hh = GruWeights::After(&packed);
             let (bias_hh, h_part, gates, h) = (&bias_hh, &mut h_part, &mut gates, &mut h);
@@ -240,7 +249,7 @@ impl Meter {
         let rows = sizes.batch_size * sizes.seq_len;
         let (mut inputs, mut outputs) = (vec![0.5; rows * hidden], vec![0.25; rows * gates]);
         let units = ("output", rows * gates);
-        let packed = PackedMatrix::new(hidden, gates);
+        let packed = self.matrix(hidden, gates);
         self.kernel("input product", units, rows * gates * hidden, || {
             gemm(
                 simd,
@@ -254,7 +263,7 @@ impl Meter {
             );
         });
         let units = ("output", rows * hidden);
-        let packed = PackedMatrix::new(gates, hidden);
+        let packed = self.matrix(gates, hidden);
         self.kernel("input gradient product", units, rows * gates * hidden, || {
             gemm(
                 simd,
@@ -271,7 +280,8 @@ impl Meter {
         // The (step, row) pairs of one shard.
         let pairs = rows.div_ceil(sizes.shards);
         let mut gradient = vec![0.0; gates * hidden];
-        let (mut left, mut right) = (PackedLeft::new(pairs, gates), PackedMatrix::new(pairs, hidden));
+        let (mut left, mut right) =
+            (PackedLeft::with_precision(self.precision, pairs, gates), self.matrix(pairs, hidden));
         self.kernel("weight gradient product", ("weight", gates * hidden), pairs * gates * hidden, || {
             gemm_transposed(simd, &left, &right, black_box(&mut gradient), hidden, false);
         });
@@ -283,13 +293,17 @@ impl Meter {
 
     /// The recurrent weights as the forward and as the backward pass read them.
     fn packing(&mut self, sizes: &KernelSizes) {
-        let (hidden, gates) = (sizes.hidden_size, sizes.cell.gates() * sizes.hidden_size);
+        let (simd, hidden, gates) = (self.simd, sizes.hidden_size, sizes.cell.gates() * sizes.hidden_size);
         let weights = vec![0.5; gates * hidden];
-        let mut packed = PackedMatrix::new(hidden, gates);
+        let mut packed = self.matrix(hidden, gates);
         let units = ("weight", gates * hidden);
-        self.kernel("weight packing, forward", units, 0, || packed.pack_columns(black_box(&weights), hidden));
+        self.kernel("weight packing, forward", units, 0, || {
+            packed.pack_columns(simd, black_box(&weights), hidden)
+        });
         packed.reshape(gates, hidden);
-        self.kernel("weight packing, backward", units, 0, || packed.pack_rows(black_box(&weights), hidden));
+        self.kernel("weight packing, backward", units, 0, || {
+            packed.pack_rows(simd, black_box(&weights), hidden)
+        });
     }
 
     fn loss(&mut self, sizes: &KernelSizes) {

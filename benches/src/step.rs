@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kernels::Simd;
+use protocol::job::Precision;
 use protocol::message::StepReport;
 use protocol::problem::Problem;
 
@@ -74,7 +75,7 @@ pub fn measure(
     fleet.train(|begun| begun < 1)?;
     let start_to_first_step = started.elapsed().as_secs_f64();
 
-    let probe = FmaProbe::new(simd, workers as usize * threads);
+    let probe = FmaProbe::new(simd, Precision::F32, workers as usize * threads);
     let mut fma_rates = probe.measure_times(FMA_MEASUREMENTS);
     fleet.train(|begun| begun < WARM_UP - 1)?;
     let warm = Instant::now();

@@ -5,7 +5,7 @@
 //!   order that no tile, row count, thread, cache size or SIMD level changes.
 //! - **Sum rule**: sums across rows are taken in the row order given; sums across shards are the caller's tree.
 //!
-//! Neither is a property of one compilation: AVX-512, AVX2 and portable code return the same bits, because every number
+//! Neither is a property of one compilation: AMX, AVX-512, AVX2 and portable code return the same bits, because every number
 //! is made by the same sequence of exactly rounded operations. (What kind of NaN comes out of a NaN is not promised.)
 //!
 //! Shape letters, used in every doc comment: `B` batch rows, `T` time steps, `N` (step, row) pairs of a block, `I` input
@@ -15,7 +15,7 @@
 //!
 //! Reading order of [`cpu`]:
 //! 1. [`cpu::simd`], [`cpu::math`]: the levels and how one text is compiled for each; exp, sigmoid, tanh.
-//! 2. [`cpu::pack`], `micro`, [`cpu::gemm`]: matrix products in one fixed order.
+//! 2. [`cpu::pack`], `micro`, [`cpu::gemm`]: matrix products in one fixed order; `bf16`: those of bf16 operands in another.
 //! 3. [`cpu::sequence`], `activation`, [`cpu::rnn`], [`cpu::lstm`], [`cpu::gru`]: how rows of different lengths are
 //!    packed, and the fused sequence kernels; [`cpu::input`] before them, [`cpu::dropout`] and [`cpu::softmax`] behind.
 //! 4. [`cpu::reduce`], [`cpu::optimizer`]: what happens to gradients.

@@ -4,8 +4,10 @@ mod common;
 
 use std::ops::Range;
 
-use common::{CELLS, Combination, Fleet, OutcomeBits, Setup, Sizes, TASKS, bits, combinations, on};
-use kernels::Simd;
+use common::{
+    CELLS, Combination, Fleet, OutcomeBits, Setup, Sizes, TASKS, bits, combinations, combinations_with, on,
+};
+use kernels::{Simd, SimdLevel};
 use model::device::{Device, Pass};
 use proptest::prelude::*;
 use protocol::cell::Cell;
@@ -80,6 +82,23 @@ fn no_option_changes_a_bit_with_the_fleet() {
     println!("{count} combinations of options, {runs} other fleets with the same bits");
 }
 
+#[test]
+fn products_of_bf16_change_no_bit_with_the_fleet() {
+    let bf16 = [("bf16", &[("precision", "bf16")][..])];
+    for Combination { name, setup } in combinations_with(&bf16) {
+        let want = train(setup.alone());
+        for simd in Simd::available() {
+            for (threads, workers, recompute) in [(2, 1, false), (1, 3, false), (1, 2, true)] {
+                let got = train(setup.fleet_with(simd, threads, &setup.split(workers), recompute));
+                assert!(
+                    got == want,
+                    "{workers} workers, {threads} threads, {simd}, recompute {recompute}: {name}"
+                );
+            }
+        }
+    }
+}
+
 /// Sizes at which sums are cut into blocks and long buffers are shared among threads.
 #[test]
 fn large_networks_and_long_rows_change_no_bit() {
@@ -94,12 +113,15 @@ fn large_networks_and_long_rows_change_no_bit() {
     };
     let wide = Sizes { cell: Cell::Lstm, num_layers: 1, hidden_size: 260, seq_len: 2, ..long };
     for sizes in [long, wide, Sizes { cell: Cell::Gru, ..long }] {
-        let setup = Setup::new(sizes, &[("keep_prob", "0.8"), ("clip_norm", "0.1")]);
-        let want = train(setup.alone());
-        for simd in Simd::available() {
-            for workers in [1, 2] {
-                let got = train(setup.fleet(simd, 3, &setup.split(workers)));
-                assert!(got == want, "{simd}, {workers} workers: bits of {sizes:?}");
+        for precision in ["f32", "bf16"] {
+            let setup =
+                Setup::new(sizes, &[("keep_prob", "0.8"), ("clip_norm", "0.1"), ("precision", precision)]);
+            let want = train(setup.alone());
+            for simd in Simd::available() {
+                for workers in [1, 2] {
+                    let got = train(setup.fleet(simd, 3, &setup.split(workers)));
+                    assert!(got == want, "{simd}, {workers} workers, {precision}: bits of {sizes:?}");
+                }
             }
         }
     }
@@ -133,14 +155,15 @@ proptest! {
         sizes in any_sizes(),
         cuts in proptest::collection::vec(any::<u32>(), 0..5),
         threads in 1usize..4,
-        level in 0usize..3,
+        level in 0..SimdLevel::ALL.len(),
+        precision in prop_oneof![Just("f32"), Just("bf16")],
     ) {
-        let setup = Setup::new(sizes, &[("keep_prob", "0.8"), ("clip_norm", "0.1")]);
+        let setup = Setup::new(sizes, &[("keep_prob", "0.8"), ("clip_norm", "0.1"), ("precision", precision)]);
         let levels = Simd::available();
         let simd = levels[level % levels.len()];
         let split = parts(setup.job.shards, &cuts);
         let (got, want) = (train(setup.fleet(simd, threads, &split)), train(setup.alone()));
-        prop_assert!(got == want, "{} threads, {}, shards {:?}", threads, simd, split);
+        prop_assert!(got == want, "{} threads, {}, {}, shards {:?}", threads, simd, precision, split);
     }
 
     #[test]

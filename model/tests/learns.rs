@@ -27,7 +27,7 @@ fn every_cell_learns_a_repeating_text() {
         .bytes()
         .map(|byte| if byte.is_ascii_lowercase() { u16::from(byte - b'a') } else { u16::from(byte) % 4 + 26 })
         .collect();
-    for cell in CELLS {
+    for (cell, precision) in CELLS.into_iter().flat_map(|cell| [(cell, "f32"), (cell, "bf16")]) {
         let sizes = Sizes {
             cell,
             task: Task::Chars,
@@ -37,7 +37,7 @@ fn every_cell_learns_a_repeating_text() {
             batch_size: 6,
             shards: 3,
         };
-        let setup = Setup::with_data(sizes, 30, 30, &[LEARNING_RATE]);
+        let setup = Setup::with_data(sizes, 30, 30, &[LEARNING_RATE, ("precision", precision)]);
         let (mut state, mut fleet) = (setup.start(false), setup.alone());
         let losses: Vec<f64> = (0..250)
             .map(|step| {
@@ -46,9 +46,12 @@ fn every_cell_learns_a_repeating_text() {
             })
             .collect();
         let (first, last) = (losses[0], losses[losses.len() - 1]);
-        println!("{cell:?}: loss of a repeating text from {first:.3} to {last:.4} in {} steps", losses.len());
-        assert!((first - 30f64.ln()).abs() < 0.3, "{cell:?} starts near ln 30, at {first}");
-        assert!(last < 0.1, "{cell:?} ends at {last}");
+        let steps = losses.len();
+        println!(
+            "{cell:?}, {precision}: loss of a repeating text from {first:.3} to {last:.4} in {steps} steps"
+        );
+        assert!((first - 30f64.ln()).abs() < 0.3, "{cell:?}, {precision} starts near ln 30, at {first}");
+        assert!(last < 0.1, "{cell:?}, {precision} ends at {last}");
     }
 }
 

@@ -4,8 +4,8 @@
 mod common;
 
 use common::{
-    CELLS, Combination, Largest, Outcome, Setup, Sizes, State, TASKS, combinations, distance, expected,
-    network, setup, widen,
+    CELLS, Combination, Largest, Outcome, Setup, Sizes, State, TASKS, combinations, combinations_with,
+    distance, expected, network, setup, widen,
 };
 use kernels::oracle::optimizer::{self as oracle, Adam, Sgd, adam, clip_by_global_norm, sgd};
 use model::device::Pass;
@@ -129,6 +129,30 @@ fn every_option_equals_the_oracle() {
     losses.print("loss against f64");
     states.print("final state against f64");
     gradients.print("gradient tensors against f64");
+}
+
+/// The operands of products are off by up to 2^-9 of themselves, so the results are off by some times as much.
+#[test]
+fn products_of_bf16_stay_near_the_oracle() {
+    let [mut losses, mut states, mut gradients] = [(); 3].map(|()| Largest::default());
+    for Combination { name, setup } in combinations_with(&[("bf16", &[("precision", "bf16")])]) {
+        let pass = Pass::Train { step: 3 };
+        let (mut state, batch) = (setup.start(true), setup.batch(3));
+        spread(&mut state.parameters);
+        let got = setup.alone().pass(pass, &state, &batch);
+        let want = expected(&setup, pass, &widen(&state.parameters), &widen(&state.recurrent), &batch);
+        let loss = StepSums::total(&got.sums).loss;
+        losses.note((loss - want.loss).abs() / want.loss, 0.005, || name.clone());
+        states.note(distance(&got.recurrent, &want.recurrent), 0.02, || name.clone());
+        let difference = distance(&got.gradient, &add_up(&want.by_shard));
+        // At a corner of a function rounding decides which slope it has.
+        if !["relu", "hard", "clip", "everything", "keras"].iter().any(|cell| name.contains(cell)) {
+            gradients.note(difference, 0.03, || name.clone());
+        }
+    }
+    losses.print("loss of bf16 against f64");
+    states.print("final state of bf16 against f64");
+    gradients.print("gradient of bf16 against f64");
 }
 
 /// Gives parameters that start at zero, or small, something to do.

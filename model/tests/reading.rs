@@ -56,29 +56,37 @@ fn read_row(setup: &Setup, simd: Simd, batch: &Batch, row: usize) -> (Vec<f32>, 
 
 #[test]
 fn a_row_read_step_by_step_has_the_bits_of_its_evaluation() {
-    for cell in CELLS {
-        for task in TASKS {
-            for num_layers in [1, 2] {
-                for hidden_size in [1, 7, 33, 150] {
-                    // Each row is a shard, so that its sums are known alone.
-                    let sizes =
-                        Sizes { cell, task, num_layers, hidden_size, seq_len: 9, batch_size: 3, shards: 3 };
-                    // Reading drops nothing, as an evaluation does not.
-                    let setup = Setup::new(sizes, &[("keep_prob", "0.8")]);
-                    let batch = setup.evaluation_batch(3);
-                    let want = setup.alone().pass(Pass::Evaluate, &setup.start(false), &batch).sums;
-                    for (row, want) in want.iter().enumerate() {
-                        let (logits, loss, correct) = read_row(&setup, Simd::detect(), &batch, row);
-                        assert_eq!(loss.to_bits(), want.loss.to_bits(), "{sizes:?} row {row}");
-                        assert_eq!(correct, want.correct, "{sizes:?} row {row}");
-                        for simd in Simd::available() {
-                            let other = read_row(&setup, simd, &batch, row);
-                            assert_eq!(bits(&other.0), bits(&logits), "{simd} {sizes:?} row {row}");
-                            assert_eq!(other.1.to_bits(), loss.to_bits(), "{simd} {sizes:?} row {row}");
-                        }
+    let hidden_sizes = [("f32", [1, 7, 33, 150].as_slice()), ("bf16", &[7, 33])];
+    for (precision, hidden_sizes) in hidden_sizes {
+        for cell in CELLS {
+            for task in TASKS {
+                for num_layers in [1, 2] {
+                    for &hidden_size in hidden_sizes {
+                        // Each row is a shard, so that its sums are known alone.
+                        let (seq_len, batch_size, shards) = (9, 3, 3);
+                        let sizes =
+                            Sizes { cell, task, num_layers, hidden_size, seq_len, batch_size, shards };
+                        // Reading drops nothing, as an evaluation does not.
+                        assert_rows(&Setup::new(sizes, &[("keep_prob", "0.8"), ("precision", precision)]));
                     }
                 }
             }
+        }
+    }
+}
+
+/// Each row of a batch, alone in its shard, has the loss that its reading has, which is the same at every level.
+fn assert_rows(setup: &Setup) {
+    let (batch, job) = (setup.evaluation_batch(3), &setup.job);
+    let want = setup.alone().pass(Pass::Evaluate, &setup.start(false), &batch).sums;
+    for (row, want) in want.iter().enumerate() {
+        let (logits, loss, correct) = read_row(setup, Simd::detect(), &batch, row);
+        assert_eq!(loss.to_bits(), want.loss.to_bits(), "row {row} of {job:?}");
+        assert_eq!(correct, want.correct, "row {row} of {job:?}");
+        for simd in Simd::available() {
+            let other = read_row(setup, simd, &batch, row);
+            assert_eq!(bits(&other.0), bits(&logits), "{simd}, row {row} of {job:?}");
+            assert_eq!(other.1.to_bits(), loss.to_bits(), "{simd}, row {row} of {job:?}");
         }
     }
 }

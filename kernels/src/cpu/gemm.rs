@@ -7,12 +7,17 @@
 //! the number of rows, the tile, the thread or the SIMD level.
 //! That is the row rule. A general-purpose GEMM does not give it: such libraries take k blocks from the cache size and
 //! switch algorithm at one row.
+//!
+//! That is the order in f32. A product with a matrix that is packed in bf16 has the order of [`bf16`], which
+//! gives the row rule as well.
 
 use std::ptr;
 
+use super::bf16;
 use super::micro::{self, Ahead, Tile};
 use super::pack::{PANEL_COLUMNS, PANEL_ROWS, PackedLeft, PackedMatrix, assert_extent};
 use super::simd::Simd;
+use protocol::job::Precision;
 
 /// Length of the blocks of k. A constant of the results' bits, not a tuning parameter: changing it changes every
 /// trained model. 256 · 32 columns · 4 bytes = 32 KiB, a panel's block fits the first-level cache.
@@ -73,6 +78,9 @@ pub fn gemm(
     assert_extent("gemm", "a", a.len(), m, b.k(), lda);
     assert_extent("gemm", "c", c.len(), m, b.n(), ldc);
     start.check(m, b.n());
+    if b.precision() == Precision::Bf16 && b.k() > 0 {
+        return bf16::product::product(simd, m, bf16::product::Left::Rows(a, lda), b, c, ldc, start);
+    }
     let height = even_height(m, micro::tallest_tile(simd));
     let left = |first_row, p| {
         let rows = height.rows_from(first_row);
@@ -108,8 +116,17 @@ pub fn gemm_transposed(
 ) {
     assert!(a.k() == b.k(), "gemm_transposed: a has k = {}, b has k = {}", a.k(), b.k());
     assert_extent("gemm_transposed", "c", c.len(), a.m(), b.n(), ldc);
-    let tallest = micro::tallest_tile(simd);
     let start = if accumulate { Start::Kept } else { Start::Zero };
+    assert!(
+        a.precision() == b.precision(),
+        "gemm_transposed: a is {}, b is {}",
+        a.precision(),
+        b.precision()
+    );
+    if b.precision() == Precision::Bf16 && b.k() > 0 {
+        return bf16::product::product(simd, a.m(), bf16::product::Left::Packed(a), b, c, ldc, start);
+    }
+    let tallest = micro::tallest_tile(simd);
     product::<false>(simd, a.m(), b, c, ldc, start, |first_row, p| {
         // A tile stays within its panel of 12 rows; the lower levels take a panel in several tiles.
         let within = first_row % PANEL_ROWS;
@@ -309,7 +326,7 @@ mod tests {
                 for k in [1, 7, 255, 256, 257, 600] {
                     let (a, b, c) = (numbers(m * k, 1), numbers(k * n, 2), numbers(m * n, 3));
                     let mut packed = PackedMatrix::new(k, n);
-                    packed.pack_rows(&b, n);
+                    packed.pack_rows(Simd::detect(), &b, n);
                     let mut left = PackedLeft::new(k, m);
                     let a_transposed = transpose(m, k, &a);
                     left.pack_row_iter(Simd::detect(), a_transposed.chunks(m));
@@ -346,7 +363,7 @@ mod tests {
         assert!(n * k > STREAMED);
         let b = numbers(k * n, 2);
         let mut packed = PackedMatrix::new(k, n);
-        packed.pack_rows(&b, n);
+        packed.pack_rows(Simd::detect(), &b, n);
         for m in [1, 13, 130] {
             let (a, c) = (numbers(m * k, 1), numbers(m * n, 3));
             let want = chain(m, n, k, &a, &b, Some(&c));
@@ -364,7 +381,7 @@ mod tests {
             let (a, b, table) = (numbers(m * k, 1), numbers(k * n, 2), numbers(4 * n, 3));
             let tokens: Vec<u32> = (0..m as u32).map(|row| row * 7 % 4).collect();
             let mut packed = PackedMatrix::new(k, n);
-            packed.pack_rows(&b, n);
+            packed.pack_rows(Simd::detect(), &b, n);
             for simd in Simd::available() {
                 let gathered = tokens.iter().flat_map(|&token| &table[token as usize * n..][..n]);
                 let mut want: Vec<f32> = gathered.copied().collect();
@@ -392,7 +409,7 @@ mod tests {
         let (m, n, k, lda, ldc) = (5, 20, 9, 12, 23);
         let (a, b) = (numbers(m * lda, 4), numbers(k * n, 5));
         let mut packed = PackedMatrix::new(k, n);
-        packed.pack_rows(&b, n);
+        packed.pack_rows(Simd::detect(), &b, n);
         let dense: Vec<f32> = a.chunks(lda).flat_map(|row| &row[..k]).copied().collect();
         let want = chain(m, n, k, &dense, &b, None);
         for simd in Simd::available() {
@@ -411,7 +428,7 @@ mod tests {
         let mut a = numbers(m * k, 6);
         a[4 * k + 7] = f32::NAN;
         let mut packed = PackedMatrix::new(k, n);
-        packed.pack_rows(&numbers(k * n, 7), n);
+        packed.pack_rows(Simd::detect(), &numbers(k * n, 7), n);
         for simd in Simd::available() {
             let mut c = vec![0.0; m * n];
             gemm(simd, m, &a, k, &packed, &mut c, n, Start::Zero);
@@ -450,7 +467,7 @@ mod tests {
             let m: usize = cuts.iter().sum();
             let (a, b) = (numbers(m * k, 8), numbers(k * n, 9));
             let mut packed = PackedMatrix::new(k, n);
-            packed.pack_rows(&b, n);
+            packed.pack_rows(Simd::detect(), &b, n);
             for simd in Simd::available() {
                 let mut whole = vec![f32::NAN; m * n];
                 gemm(simd, m, &a, k, &packed, &mut whole, n, Start::Zero);

@@ -261,7 +261,7 @@ mod tests {
             let Recurrent { weight_hh, bias_hh, .. } = parameters(hidden);
             let forward = packed(&weight_hh, hidden, |rows, gates| {
                 let mut packed = PackedMatrix::new(hidden, gates * hidden);
-                packed.pack_columns(rows, hidden);
+                packed.pack_columns(Simd::detect(), rows, hidden);
                 packed
             });
             let mut gates = Tensor::unset(block, "gates", Layout::Steps, 4 * hidden);
@@ -283,7 +283,7 @@ mod tests {
             );
             let backward = packed(&weight_hh, hidden, |rows, gates| {
                 let mut packed = PackedMatrix::new(gates * hidden, hidden);
-                packed.pack_rows(rows, hidden);
+                packed.pack_rows(Simd::detect(), rows, hidden);
                 packed
             });
             let mut d_gates = gates.named("d_gates");

@@ -110,7 +110,7 @@ mod tests {
             one_hot[row * vocabulary + *token as usize] = 1.0;
         }
         let mut packed = PackedMatrix::new(vocabulary, gates);
-        packed.pack_columns(&weight, vocabulary);
+        packed.pack_columns(Simd::detect(), &weight, vocabulary);
         let mut product = vec![f32::NAN; gathered.len()];
         let start = Start::Row(&bias);
         gemm(Simd::detect(), tokens.len(), &one_hot, vocabulary, &packed, &mut product, gates, start);

@@ -330,9 +330,9 @@ mod tests {
             let options = self.options(&parameters);
             let (mut weight_hh, mut weight_hr) =
                 (PackedMatrix::new(output, 4 * hidden), PackedMatrix::new(hidden, output));
-            weight_hh.pack_columns(&parameters.weight_hh, output);
+            weight_hh.pack_columns(Simd::detect(), &parameters.weight_hh, output);
             if let Some(values) = &parameters.weight_hr {
-                weight_hr.pack_columns(values, hidden);
+                weight_hr.pack_columns(Simd::detect(), values, hidden);
             }
             let mut gates = x.named("gates");
             let (mut h, mut c) = (Tensor::started(block, "h", h0), Tensor::started(block, "c", c0));
@@ -353,10 +353,10 @@ mod tests {
                 },
             );
             weight_hh.reshape(4 * hidden, output);
-            weight_hh.pack_rows(&parameters.weight_hh, output);
+            weight_hh.pack_rows(Simd::detect(), &parameters.weight_hh, output);
             weight_hr.reshape(output, hidden);
             if let Some(values) = &parameters.weight_hr {
-                weight_hr.pack_rows(values, hidden);
+                weight_hr.pack_rows(Simd::detect(), values, hidden);
             }
             let mut d_gates = gates.named("d_gates");
             let mut d_projected = Tensor::unset(block, "d_projected", Layout::Steps, output);

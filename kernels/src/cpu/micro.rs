@@ -49,7 +49,7 @@ pub(super) struct Ahead {
 /// Rows of the tallest tile of a level.
 pub(super) fn tallest_tile(simd: Simd) -> usize {
     match simd.level() {
-        SimdLevel::Avx512 => 12,
+        SimdLevel::Amx | SimdLevel::Avx512 => 12,
         SimdLevel::Avx2 => 6,
         SimdLevel::Portable => 4,
     }
@@ -66,8 +66,8 @@ pub(super) unsafe fn compute<const IS_STREAMED: bool>(simd: Simd, rows: usize, t
     debug_assert!(1 <= tile.columns && tile.columns <= tile.width);
     match simd.level() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: this level is only built where avx512f was detected; the pointers are the caller's promise.
-        SimdLevel::Avx512 => unsafe { x86::avx512::<IS_STREAMED>(rows, tile) },
+        // SAFETY: these levels are only built where avx512f was detected; the pointers are the caller's promise.
+        SimdLevel::Amx | SimdLevel::Avx512 => unsafe { x86::avx512::<IS_STREAMED>(rows, tile) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this level is only built where avx2 and fma were detected; the pointers are the caller's promise.
         SimdLevel::Avx2 => unsafe { x86::avx2(rows, tile) },

@@ -1,6 +1,9 @@
 //! The CPU kernels: exact in their order of operations, vectorised, free of allocation.
 
 mod activation;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+pub mod bf16;
 #[cfg(test)]
 mod cell_tests;
 pub mod dropout;

@@ -1,8 +1,11 @@
 //! Packed operands of the GEMM: the copies whose layout the micro-kernels stream through.
 //!
-//! Both formats are the same at every SIMD level. Packing moves numbers and computes none.
+//! Both formats are the same at every SIMD level. Packing moves numbers and computes none, but that operands in bf16 are
+//! rounded here; [`bf16`] has their format.
 
+use super::bf16::{self, DEPTH, Tile};
 use super::simd::{Simd, simd_kernel};
+use protocol::job::Precision;
 use std::slice;
 
 /// Columns of a full panel of [`PackedMatrix`].
@@ -19,21 +22,28 @@ const GRANULE: usize = 16;
 #[repr(C, align(64))]
 struct Line([f32; GRANULE]);
 
-/// The right-hand side `B[k, n]` of a product, in panels of 32 columns.
+/// The right-hand side `B[k, n]` of a product.
 ///
-/// Layout `[panel][k][width]`: width is 32, of the last panel 16 if that is enough; missing columns are never
-/// looked at. Repacking a matrix of the same or a smaller size allocates nothing.
+/// Layout in f32, in panels of 32 columns: `[panel][k][width]`; width is 32, of the last panel 16 if that is enough. In bf16,
+/// in panels of 16: [`bf16::Tile`]s `[panel][k / 32]`. Missing columns are never looked at. Repacking a matrix of the same or
+/// a smaller size allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct PackedMatrix {
+    precision: Precision,
     k: usize,
     n: usize,
     lines: Vec<Line>,
 }
 
 impl PackedMatrix {
-    /// Zeros of shape `[k, n]`.
+    /// Zeros of shape `[k, n]`, in f32.
     pub fn new(k: usize, n: usize) -> PackedMatrix {
-        let mut packed = PackedMatrix::default();
+        PackedMatrix::with_precision(Precision::F32, k, n)
+    }
+
+    /// Zeros of shape `[k, n]`.
+    pub fn with_precision(precision: Precision, k: usize, n: usize) -> PackedMatrix {
+        let mut packed = PackedMatrix { precision, ..PackedMatrix::default() };
         packed.reshape(k, n);
         packed
     }
@@ -41,11 +51,7 @@ impl PackedMatrix {
     /// Makes it `[k, n]`, in the memory already held if that is enough. Its elements are not specified until it is packed.
     pub fn reshape(&mut self, k: usize, n: usize) {
         (self.k, self.n) = (k, n);
-        let lines = k * n.div_ceil(GRANULE);
-        if self.lines.len() < lines {
-            self.lines.reserve_exact(lines - self.lines.len());
-            self.lines.resize(lines, Line([0.0; GRANULE]));
-        }
+        grow(&mut self.lines, PackedMatrix::bytes_of(self.precision, k, n));
     }
 
     /// Bytes that it holds.
@@ -54,8 +60,16 @@ impl PackedMatrix {
     }
 
     /// Bytes of a matrix of shape `[k, n]`, with the padding.
-    pub fn bytes_of(k: usize, n: usize) -> usize {
-        k * n.div_ceil(GRANULE) * size_of::<Line>()
+    pub fn bytes_of(precision: Precision, k: usize, n: usize) -> usize {
+        match precision {
+            Precision::F32 => k * n.div_ceil(GRANULE) * size_of::<Line>(),
+            Precision::Bf16 => bf16::pack::tiles_of(k, n) * size_of::<Tile>(),
+        }
+    }
+
+    /// What its elements are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Rows: the length of each dot product.
@@ -69,25 +83,34 @@ impl PackedMatrix {
     }
 
     /// Fills from `b`, row-major `[k, n]` with `ldb` elements from row to row.
-    pub fn pack_rows(&mut self, b: &[f32], ldb: usize) {
+    pub fn pack_rows(&mut self, simd: Simd, b: &[f32], ldb: usize) {
         assert_extent("pack_rows", "b", b.len(), self.k, self.n, ldb);
         let (k, n) = (self.k, self.n);
-        self.pack_row_iter(Simd::PORTABLE, (0..k).map(|p| &b[p * ldb..][..n]));
+        self.pack_row_iter(simd, (0..k).map(|p| &b[p * ldb..][..n]));
     }
 
     /// Fills from `rows`, which yields the k rows of B, each of n elements.
     pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
         let (k, n) = (self.k, self.n);
-        for_bursts(rows, k, n, |first, burst| {
-            pack_burst::<PANEL_COLUMNS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
-        });
+        match self.precision {
+            Precision::F32 => for_bursts::<BURST>(rows, k, n, |first, burst| {
+                pack_burst::<PANEL_COLUMNS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
+            }),
+            Precision::Bf16 => for_bursts::<DEPTH>(rows, k, n, |first, burst| {
+                bf16::pack::pack_right(simd, burst, k, first / DEPTH, as_tiles_mut(&mut self.lines));
+            }),
+        }
     }
 
     /// Fills from the transpose: `b` is row-major `[n, k]` with `ldb` elements from row to row, as PyTorch stores
     /// weights.
-    pub fn pack_columns(&mut self, b: &[f32], ldb: usize) {
+    pub fn pack_columns(&mut self, simd: Simd, b: &[f32], ldb: usize) {
         assert_extent("pack_columns", "b", b.len(), self.n, self.k, ldb);
         let k = self.k;
+        if self.precision == Precision::Bf16 {
+            bf16::pack::pack_columns(simd, self.n, k, b, ldb, as_tiles_mut(&mut self.lines));
+            return;
+        }
         for first_column in (0..self.n).step_by(PANEL_COLUMNS) {
             let columns = PANEL_COLUMNS.min(self.n - first_column);
             let (start, width) = self.panel_place(first_column);
@@ -111,6 +134,11 @@ impl PackedMatrix {
         (&as_floats(&self.lines)[start..start + self.k * width], width)
     }
 
+    /// Its tiles, in bf16.
+    pub(crate) fn tiles(&self) -> &[Tile] {
+        as_tiles(&self.lines)
+    }
+
     fn panel_place(&self, first_column: usize) -> (usize, usize) {
         (first_column * self.k, panel_width(self.n - first_column))
     }
@@ -122,21 +150,28 @@ fn panel_width(columns: usize) -> usize {
     if columns > GRANULE { PANEL_COLUMNS } else { GRANULE }
 }
 
-/// The transposed left-hand side of a weight gradient: `A[k, m]`, used as `Aᵀ`, in panels of 12 of its columns.
+/// The transposed left-hand side of a weight gradient: `A[k, m]`, used as `Aᵀ`.
 ///
-/// Layout `[panel][k][12]`; missing columns of the last panel are never looked at. Repacking a matrix of the same or a smaller
-/// size allocates nothing.
+/// Layout in f32, in panels of 12 of its columns: `[panel][k][12]`. In bf16, in panels of 16: [`bf16::Tile`]s
+/// `[panel][k / 32]`. Missing columns of the last panel are never looked at. Repacking a matrix of the same or a smaller size
+/// allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct PackedLeft {
+    precision: Precision,
     k: usize,
     m: usize,
-    data: Vec<f32>,
+    lines: Vec<Line>,
 }
 
 impl PackedLeft {
-    /// Zeros of shape `[k, m]`.
+    /// Zeros of shape `[k, m]`, in f32.
     pub fn new(k: usize, m: usize) -> PackedLeft {
-        let mut packed = PackedLeft::default();
+        PackedLeft::with_precision(Precision::F32, k, m)
+    }
+
+    /// Zeros of shape `[k, m]`.
+    pub fn with_precision(precision: Precision, k: usize, m: usize) -> PackedLeft {
+        let mut packed = PackedLeft { precision, ..PackedLeft::default() };
         packed.reshape(k, m);
         packed
     }
@@ -144,21 +179,26 @@ impl PackedLeft {
     /// Makes it `[k, m]`, in the memory already held if that is enough. Its elements are not specified until it is packed.
     pub fn reshape(&mut self, k: usize, m: usize) {
         (self.k, self.m) = (k, m);
-        let len = k * m.next_multiple_of(PANEL_ROWS);
-        if self.data.len() < len {
-            self.data.reserve_exact(len - self.data.len());
-            self.data.resize(len, 0.0);
-        }
+        grow(&mut self.lines, PackedLeft::bytes_of(self.precision, k, m));
     }
 
     /// Bytes that it holds.
     pub fn held_bytes(&self) -> usize {
-        self.data.capacity() * size_of::<f32>()
+        self.lines.capacity() * size_of::<Line>()
     }
 
     /// Bytes of a matrix of shape `[k, m]`, with the padding.
-    pub fn bytes_of(k: usize, m: usize) -> usize {
-        k * m.next_multiple_of(PANEL_ROWS) * size_of::<f32>()
+    pub fn bytes_of(precision: Precision, k: usize, m: usize) -> usize {
+        let bytes = match precision {
+            Precision::F32 => k * m.next_multiple_of(PANEL_ROWS) * size_of::<f32>(),
+            Precision::Bf16 => bf16::pack::tiles_of(k, m) * size_of::<Tile>(),
+        };
+        bytes.next_multiple_of(size_of::<Line>())
+    }
+
+    /// What its elements are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The number of rows summed over.
@@ -174,25 +214,35 @@ impl PackedLeft {
     /// Fills from `rows`, which yields k rows of m elements each, in the order of the sum.
     pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
         let (k, m) = (self.k, self.m);
-        for_bursts(rows, k, m, |first, burst| {
-            pack_burst::<PANEL_ROWS>(simd, burst, k, first, &mut self.data);
-        });
+        match self.precision {
+            Precision::F32 => for_bursts::<BURST>(rows, k, m, |first, burst| {
+                pack_burst::<PANEL_ROWS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
+            }),
+            Precision::Bf16 => for_bursts::<DEPTH>(rows, k, m, |first, burst| {
+                bf16::pack::pack_left(simd, burst, k, first / DEPTH, as_tiles_mut(&mut self.lines));
+            }),
+        }
     }
 
     /// The panel that starts at column `first` (a multiple of 12) of A: elements `[k][12]`.
     pub(crate) fn panel(&self, first: usize) -> &[f32] {
-        &self.data[first * self.k..][..self.k * PANEL_ROWS]
+        &as_floats(&self.lines)[first * self.k..][..self.k * PANEL_ROWS]
+    }
+
+    /// Its tiles, in bf16.
+    pub(crate) fn tiles(&self) -> &[Tile] {
+        as_tiles(&self.lines)
     }
 }
 
-/// Rows that are packed together: what they write to a panel is adjacent, so that each panel's cache lines and page are
+/// Rows of f32 that are packed together: what they write to a panel is adjacent, so that each panel's cache lines and page are
 /// visited once for all of them.
 const BURST: usize = 8;
 
-/// Takes `k` rows of `width` elements, at most [`BURST`] at a time: `pack(first, rows)`. The rows of the next burst are
+/// Takes `k` rows of `width` elements, at most `BURST` at a time: `pack(first, rows)`. The rows of the next burst are
 /// asked of the memory meanwhile.
 #[inline(always)]
-fn for_bursts<'a>(
+fn for_bursts<'a, const BURST: usize>(
     mut rows: impl Iterator<Item = &'a [f32]>,
     k: usize,
     width: usize,
@@ -279,6 +329,15 @@ pub(crate) fn assert_extent(
     );
 }
 
+/// Makes room for so many bytes.
+fn grow(lines: &mut Vec<Line>, bytes: usize) {
+    let count = bytes / size_of::<Line>();
+    if lines.len() < count {
+        lines.reserve_exact(count - lines.len());
+        lines.resize(count, Line([0.0; GRANULE]));
+    }
+}
+
 fn as_floats(lines: &[Line]) -> &[f32] {
     // SAFETY: `Line` is repr(C) around [f32; 16], its size 64 equals that of 16 f32 (no padding), and its alignment
     // is larger; the length counts exactly the floats of the slice, whose lifetime is kept.
@@ -288,6 +347,19 @@ fn as_floats(lines: &[Line]) -> &[f32] {
 fn as_floats_mut(lines: &mut [Line]) -> &mut [f32] {
     // SAFETY: as in `as_floats`; the exclusive borrow is passed on.
     unsafe { slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * GRANULE) }
+}
+
+fn as_tiles(lines: &[Line]) -> &[Tile] {
+    let count = lines.len() / (size_of::<Tile>() / size_of::<Line>());
+    // SAFETY: a `Tile` is sixteen rows of 64 bytes without padding, of the same alignment; all bits are words; the whole
+    // tiles lie within the slice, whose lifetime is kept.
+    unsafe { slice::from_raw_parts(lines.as_ptr().cast(), count) }
+}
+
+fn as_tiles_mut(lines: &mut [Line]) -> &mut [Tile] {
+    let count = lines.len() / (size_of::<Tile>() / size_of::<Line>());
+    // SAFETY: as in `as_tiles`, and all bits are floats; the exclusive borrow is passed on.
+    unsafe { slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), count) }
 }
 
 #[cfg(test)]
@@ -304,9 +376,9 @@ mod tests {
             let rows: Vec<f32> = (0..k * n).map(|at| element(at / n, at % n)).collect();
             let columns: Vec<f32> = (0..k * n).map(|at| element(at % k, at / k)).collect();
             let mut by_rows = PackedMatrix::new(k, n);
-            by_rows.pack_rows(&rows, n);
+            by_rows.pack_rows(Simd::PORTABLE, &rows, n);
             let mut by_columns = PackedMatrix::new(k, n);
-            by_columns.pack_columns(&columns, k);
+            by_columns.pack_columns(Simd::PORTABLE, &columns, k);
             let mut by_iterator = PackedMatrix::new(k, n);
             by_iterator.pack_row_iter(Simd::detect(), rows.chunks(n));
             assert_eq!(as_floats(&by_rows.lines), as_floats(&by_columns.lines));
@@ -325,15 +397,15 @@ mod tests {
     fn repacking_the_same_shape_keeps_the_memory() {
         let mut right = PackedMatrix::new(70, 50);
         let mut left = PackedLeft::new(70, 50);
-        let (right_start, left_start) = (right.lines.as_ptr(), left.data.as_ptr());
+        let (right_start, left_start) = (right.lines.as_ptr(), left.lines.as_ptr());
         right.reshape(50, 64);
         left.reshape(60, 58);
-        assert_eq!((right.lines.as_ptr(), left.data.as_ptr()), (right_start, left_start));
+        assert_eq!((right.lines.as_ptr(), left.lines.as_ptr()), (right_start, left_start));
     }
 
     #[test]
     #[should_panic(expected = "pack_rows: b has 5 elements, needs 6 (2 rows of 3, 3 apart)")]
     fn a_short_source_is_named() {
-        PackedMatrix::new(2, 3).pack_rows(&[0.0; 5], 3);
+        PackedMatrix::new(2, 3).pack_rows(Simd::PORTABLE, &[0.0; 5], 3);
     }
 }

@@ -165,13 +165,13 @@ mod tests {
             let (shape, hidden, activation) = (block.shape(), block.hidden, self.0);
             let weight = weight(hidden);
             let mut packed = PackedMatrix::new(hidden, hidden);
-            packed.pack_columns(&weight, hidden);
+            packed.pack_columns(Simd::detect(), &weight, hidden);
             let mut pre = pre.clone();
             let mut h = Tensor::started(block, "h", h0);
             let (pre, states) = (&mut pre.values, &mut h.values);
             let input = InputPart::InPlace;
             rnn_forward(simd, RnnForward { shape, activation, weight_hh: &packed, input, pre, h: states });
-            packed.pack_rows(&weight, hidden);
+            packed.pack_rows(Simd::detect(), &weight, hidden);
             let mut d_pre = Tensor::unset(block, "d_pre", Layout::Steps, hidden);
             let mut d_h = d_h.named("d_h0");
             rnn_backward(

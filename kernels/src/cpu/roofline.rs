@@ -2,7 +2,9 @@
 
 use std::hint::black_box;
 
+use super::bf16::tile;
 use super::simd::{Simd, SimdLevel};
+use protocol::job::Precision;
 
 /// Independent chains of multiply-adds. A chain's next link waits for the last one, four or five cycles on the cores
 /// that are common now, which start two links a cycle: ten chains would do.
@@ -12,14 +14,18 @@ const CHAINS: usize = 12;
 const FACTORS: [f32; 2] = [0.5, 1.0];
 
 /// Does multiply-adds in registers, `rounds` of them in each of 12 independent chains of vectors, and gives the number
-/// of floating-point operations that this was. A multiply-add counts as two.
+/// of floating-point operations that this was. A multiply-add counts as two. Those of bf16 are AMX's, in 6 chains of tiles,
+/// where the level has it, and else no others than those of f32.
 ///
 /// No operand is in memory. (The portable level on x86-64 is the exception, because there each multiply-add is a call.)
-pub fn multiply_add(simd: Simd, rounds: u64) -> u64 {
+pub fn multiply_add(simd: Simd, precision: Precision, rounds: u64) -> u64 {
+    if precision == Precision::Bf16 && simd.level() == SimdLevel::Amx {
+        return tile::multiply_add(simd, rounds);
+    }
     let (lanes, value) = match simd.level() {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Simd::new` checked avx512f before it built this level.
-        SimdLevel::Avx512 => (16, unsafe { x86::avx512(rounds) }),
+        // SAFETY: `Simd::new` checked avx512f before it built these levels.
+        SimdLevel::Amx | SimdLevel::Avx512 => (16, unsafe { x86::avx512(rounds) }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Simd::new` checked avx2 and fma before it built this level.
         SimdLevel::Avx2 => (8, unsafe { x86::avx2(rounds) }),
@@ -88,11 +94,16 @@ mod tests {
     fn each_level_counts_two_operations_for_each_lane_of_each_chain() {
         for simd in Simd::available() {
             let lanes = match simd.level() {
-                SimdLevel::Avx512 => 16,
+                SimdLevel::Amx | SimdLevel::Avx512 => 16,
                 SimdLevel::Avx2 => 8,
                 SimdLevel::Portable => 4,
             };
-            assert_eq!(multiply_add(simd, 1000), 2 * 1000 * 12 * lanes, "{simd}");
+            assert_eq!(multiply_add(simd, Precision::F32, 1000), 2 * 1000 * 12 * lanes, "{simd}");
+            let of_bf16 = match simd.level() {
+                SimdLevel::Amx => 2 * 1000 * 6 * 16 * 16 * 32,
+                _ => 2 * 1000 * 12 * lanes,
+            };
+            assert_eq!(multiply_add(simd, Precision::Bf16, 1000), of_bf16, "{simd}");
         }
     }
 
@@ -105,7 +116,11 @@ mod tests {
         for simd in Simd::available() {
             match simd.level() {
                 // SAFETY: the level is available.
-                SimdLevel::Avx512 => assert_eq!(unsafe { x86::avx512(64) }, 2.0 * (CHAINS * 16) as f32),
+                SimdLevel::Amx | SimdLevel::Avx512 => {
+                    // SAFETY: these levels are available.
+                    let sum = unsafe { x86::avx512(64) };
+                    assert_eq!(sum, 2.0 * (CHAINS * 16) as f32);
+                }
                 // SAFETY: the level is available.
                 SimdLevel::Avx2 => assert_eq!(unsafe { x86::avx2(64) }, 2.0 * CHAINS as f32),
                 SimdLevel::Portable => {}

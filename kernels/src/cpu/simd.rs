@@ -1,7 +1,7 @@
 //! Which vector instructions a kernel runs with, and the macro that compiles one body for each of them.
 //!
 //! A kernel is written once, as plain Rust over slices. `simd_kernel!` compiles that text three times: for
-//! AVX-512, for AVX2 with FMA, and for the build target's baseline. The text uses only `+ - * /`, `sqrt`,
+//! AVX-512 (which AMX implies), for AVX2 with FMA, and for the build target's baseline. The text uses only `+ - * /`, `sqrt`,
 //! `mul_add`, comparisons and bit casts, each of which is exactly rounded at every width, and the compiler never
 //! reassociates floats, so the three compilations return identical bits (the payload of a NaN excepted).
 
@@ -20,6 +20,8 @@ pub struct Simd {
 /// The names of the levels, whether this CPU has them or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SimdLevel {
+    /// AVX-512 as below, and AMX for products of bf16, which Linux lets this process use.
+    Amx,
     /// AVX-512 F, BW, DQ and VL: 16 f32 per instruction, 32 registers.
     Avx512,
     /// AVX2 with FMA: 8 f32 per instruction, 16 registers.
@@ -64,11 +66,15 @@ impl Simd {
 
 impl SimdLevel {
     /// Widest first.
-    pub const ALL: [SimdLevel; 3] = [SimdLevel::Avx512, SimdLevel::Avx2, SimdLevel::Portable];
+    pub const ALL: [SimdLevel; 4] = [SimdLevel::Amx, SimdLevel::Avx512, SimdLevel::Avx2, SimdLevel::Portable];
 
     /// Whether this CPU (and its operating system) can execute the level.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            SimdLevel::Amx => SimdLevel::Avx512.is_available() && super::amx::is_available(),
+            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            SimdLevel::Amx => false,
             #[cfg(target_arch = "x86_64")]
             SimdLevel::Avx512 => {
                 SimdLevel::Avx2.is_available()
@@ -98,6 +104,7 @@ impl FromStr for Simd {
 impl fmt::Display for SimdLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            SimdLevel::Amx => "amx",
             SimdLevel::Avx512 => "avx512",
             SimdLevel::Avx2 => "avx2",
             SimdLevel::Portable => "portable",
@@ -115,7 +122,7 @@ impl fmt::Display for SimdError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SimdError::Unknown(text) => {
-                write!(f, "unknown simd level `{text}`, expected one of avx512, avx2, portable")
+                write!(f, "unknown simd level `{text}`, expected one of amx, avx512, avx2, portable")
             }
             SimdError::Unavailable(level) => {
                 let names: Vec<String> = Simd::available().iter().map(Simd::to_string).collect();
@@ -160,8 +167,10 @@ macro_rules! simd_kernel {
 
             match $simd.level() {
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: `Simd::new` checked avx512f, bw, dq, vl, avx2 and fma before it built this level.
-                $crate::cpu::simd::SimdLevel::Avx512 => unsafe { avx512 $(::<$($constant),+>)? ($($arg),*) },
+                // SAFETY: `Simd::new` checked avx512f, bw, dq, vl, avx2 and fma before it built these levels.
+                $crate::cpu::simd::SimdLevel::Amx | $crate::cpu::simd::SimdLevel::Avx512 => unsafe {
+                    avx512 $(::<$($constant),+>)? ($($arg),*)
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Simd::new` checked avx2 and fma before it built this level.
                 $crate::cpu::simd::SimdLevel::Avx2 => unsafe { avx2 $(::<$($constant),+>)? ($($arg),*) },
@@ -282,7 +291,7 @@ mod tests {
             assert_eq!(simd.to_string().parse(), Ok(simd));
         }
         let error = "sse9".parse::<Simd>().unwrap_err().to_string();
-        assert_eq!(error, "unknown simd level `sse9`, expected one of avx512, avx2, portable");
+        assert_eq!(error, "unknown simd level `sse9`, expected one of amx, avx512, avx2, portable");
         assert!(SimdError::Unavailable(SimdLevel::Avx512).to_string().contains("portable"));
     }
 

@@ -114,7 +114,7 @@ mod tests {
     }
 
     /// One setting more for each kind of buffer.
-    const OPTIONS: [&[(&str, &str)]; 10] = [
+    const OPTIONS: [&[(&str, &str)]; 11] = [
         &[],
         &[("reset_at", "x")],
         &[("keep_prob", "0.8")],
@@ -125,6 +125,7 @@ mod tests {
         &[("task", "classify"), ("bidirectional", "true"), ("embedding_size", "5")],
         &[("task", "rows"), ("bidirectional", "true"), ("keep_prob", "0.8")],
         &[("embedding_size", "30")],
+        &[("precision", "bf16")],
     ];
 
     /// An embedding, a reset, or dropout of the last layer's output, of images.

@@ -11,6 +11,7 @@ use kernels::cpu::input::{embedding_gradient, table_weight};
 use kernels::cpu::reduce::{column_sum, product_column_sum, tree_add};
 use kernels::{PackedLeft, PackedMatrix, Simd, gemm_transposed};
 use protocol::cell::{Cell, Reset};
+use protocol::job::Precision;
 use protocol::layout::{DirectionRanges, Head, Input, LayerShape, ModelShape, Part, StateLayout};
 use protocol::tree::TreeNode;
 
@@ -82,7 +83,6 @@ enum Gate {
 type Product<'p, 'a, S> = (&'p dyn Fn(&S) -> &'a [f32], &'p mut [f32]);
 
 /// Room of one thread, kept from task to task.
-#[derive(Default)]
 pub(super) struct Scratch {
     left: PackedLeft,
     right: PackedMatrix,
@@ -421,6 +421,14 @@ impl<'b> Task<'b> {
 }
 
 impl Scratch {
+    pub(super) fn new(precision: Precision) -> Self {
+        Self {
+            left: PackedLeft::with_precision(precision, 0, 0),
+            right: PackedMatrix::with_precision(precision, 0, 0),
+            sums: Vec::new(),
+        }
+    }
+
     /// The most bytes for tasks over shards of so many pairs at most, whose sums reach so many levels above the leaves.
     pub(super) fn bytes_of(shape: &ModelShape, pairs: usize, levels: u32, threads: usize) -> usize {
         let longest =
@@ -447,7 +455,10 @@ impl Scratch {
             sum = sum.max(longest(&mut cut(0..tokens, threads)) * size);
         }
         let (k, sums) = (pairs.min(K_BLOCK), levels as usize + 1);
-        PackedLeft::bytes_of(k, rows) + PackedMatrix::bytes_of(k, widest) + sums * size_of::<f32>() * sum
+        let packed = |precision| {
+            PackedLeft::bytes_of(precision, k, rows) + PackedMatrix::bytes_of(precision, k, widest)
+        };
+        packed(shape.precision) + sums * size_of::<f32>() * sum
     }
 
     /// Bytes that are held.

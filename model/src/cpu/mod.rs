@@ -24,7 +24,7 @@ use kernels::Simd;
 use kernels::cpu::optimizer::{AdamOptions, AdamStep, SgdStep, adam_update, scale, sgd_update, squared_norm};
 use kernels::cpu::reduce;
 use protocol::batch::{Batch, DataShape};
-use protocol::job::JobSpec;
+use protocol::job::{JobSpec, Precision};
 use protocol::layout::{ModelShape, Part, StateLayout};
 use protocol::sums::{StepSums, row_hash};
 use protocol::tree::TreeNode;
@@ -48,6 +48,9 @@ const CACHED_BLOCK_ROWS: usize = 8;
 
 /// Rows of a block where they do not: many, because each step streams all weights once per block.
 const STREAMED_BLOCK_ROWS: usize = 64;
+
+/// Rows of a block where products are of bf16: what AMX multiplies at a time.
+const BF16_BLOCK_ROWS: usize = 32;
 
 /// Recurrent weights up to this size count as cached.
 const CACHED_WEIGHT_BYTES: usize = 1 << 20;
@@ -77,7 +80,7 @@ impl Backend for CpuBackend {
     }
 
     fn bits(&self) -> String {
-        format!("cpu f32 numerics {NUMERICS_VERSION}")
+        format!("cpu numerics {NUMERICS_VERSION}")
     }
 
     fn threads(&self) -> usize {
@@ -133,6 +136,7 @@ impl CpuDevice {
             .thread_name(|i| format!("compute-{i}"))
             .build()
             .map_err(|error| DeviceError(format!("cannot start {threads} threads: {error}")))?;
+        let precision = layout.shape.precision;
         Ok(Self {
             simd,
             pool,
@@ -148,14 +152,18 @@ impl CpuDevice {
             shards: job.shards,
             pairs: ShardPairs::default(),
             sums: Vec::new(),
-            scratch: (0..threads).map(|_| Default::default()).collect(),
+            scratch: (0..threads).map(|_| Scratch::new(precision).into()).collect(),
         })
     }
 
     /// Rows that a block should have.
     fn block_rows(shape: &ModelShape) -> usize {
         let weights = shape.layers().map(|layer| layer.gate_size() * layer.output_size).max().unwrap_or(0);
-        if 4 * weights <= CACHED_WEIGHT_BYTES { CACHED_BLOCK_ROWS } else { STREAMED_BLOCK_ROWS }
+        match shape.precision {
+            Precision::F32 if 4 * weights <= CACHED_WEIGHT_BYTES => CACHED_BLOCK_ROWS,
+            Precision::F32 => STREAMED_BLOCK_ROWS,
+            Precision::Bf16 => BF16_BLOCK_ROWS,
+        }
     }
 
     /// Makes as many blocks as rows need, of nearly equal size, equally many for each thread.
@@ -267,7 +275,7 @@ impl Device for CpuDevice {
         let first = batch.first_slot as usize * state_size;
         let state_in = &state_in[first..first + batch.rows() * state_size];
         self.pool.install(|| {
-            weights.pack(layout, parameters, backward);
+            weights.pack(simd, layout, parameters, backward);
             let network = Network { simd, shape, weights, dropout };
             blocks.par_iter_mut().for_each(|block| {
                 block.take(&network, &rows, recompute);

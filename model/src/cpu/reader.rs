@@ -20,7 +20,7 @@ impl CpuReader {
     /// A reader with these parameters `[P]` and the network's initial state.
     pub(super) fn new(simd: Simd, layout: &StateLayout, parameters: &[f32]) -> Self {
         let mut weights = Weights::new(layout, false);
-        weights.pack(layout, parameters, false);
+        weights.pack(simd, layout, parameters, false);
         let mut block = RowBlock::default();
         block.begin_reading(&network(simd, &layout.shape, &weights));
         Self { weights, block }

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kernels::{PackedMatrix, Simd, Start, gemm};
+use kernels::{PackedMatrix, Simd, SimdLevel, Start, gemm};
+use protocol::job::Precision;
 use protocol::layout::{ModelShape, StateLayout};
 
 use super::CpuDevice;
@@ -15,6 +16,10 @@ const PROBE: Duration = Duration::from_millis(40);
 /// with AVX-512, 2026-11-22, medians: char-lstm 0.71, char-gru 0.63, char-lstm-512 0.70, mnist-rnn 0.43, mnist-lstm 0.64,
 /// mnist-gru 0.57, where the probe reaches 0.88 of the multiply-adds in registers. Other machines differ.
 const TYPICAL_EFFICIENCY: f64 = 0.6;
+
+/// The same where AMX multiplies bf16, so fast that all else takes most of the time. Two threads, 2026-11-23: char-lstm 0.32,
+/// char-lstm-512 0.47, mnist-lstm 0.2.
+const TYPICAL_AMX_EFFICIENCY: f64 = 0.3;
 
 /// Seconds of a step and of a batch of an evaluation, as far as can be known before.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,7 +34,11 @@ impl Speed {
     /// The speed of a fleet on this machine whose workers have so many threads together. Takes 40 ms.
     pub fn probe(simd: Simd, layout: &StateLayout, seq_len: usize, threads: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let rate = TYPICAL_EFFICIENCY * gemm_rate(simd, &layout.shape, threads.clamp(1, cores));
+        let efficiency = match (layout.shape.precision, simd.level()) {
+            (Precision::Bf16, SimdLevel::Amx) => TYPICAL_AMX_EFFICIENCY,
+            _ => TYPICAL_EFFICIENCY,
+        };
+        let rate = efficiency * gemm_rate(simd, &layout.shape, threads.clamp(1, cores));
         let flop = Flop::of_batch(layout, seq_len);
         Self { step_seconds: flop.step() / rate, evaluation_seconds: flop.forward / rate }
     }
@@ -42,8 +51,8 @@ fn gemm_rate(simd: Simd, shape: &ModelShape, threads: usize) -> f64 {
     let rows = CpuDevice::block_rows(shape);
     let probe = || {
         let state = vec![0.5; rows * hidden];
-        let mut weights = PackedMatrix::new(hidden, gates);
-        weights.pack_rows(&vec![0.25; hidden * gates], gates);
+        let mut weights = PackedMatrix::with_precision(shape.precision, hidden, gates);
+        weights.pack_rows(simd, &vec![0.25; hidden * gates], gates);
         let mut pre = vec![0.0; rows * gates];
         let mut products = 0_u64;
         let started = Instant::now();

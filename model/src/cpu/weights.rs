@@ -1,11 +1,12 @@
 //! Weights in the forms that the kernels read, derived from the flat parameters once per step (once in all for a
 //! reader).
 
-use kernels::PackedMatrix;
 use kernels::cpu::gru::GruWeights;
 use kernels::cpu::input::token_table;
 use kernels::cpu::lstm::{LstmOptions, Peepholes};
+use kernels::{PackedMatrix, Simd};
 use protocol::cell::{Cell, CellOptions, Reset};
+use protocol::job::Precision;
 use protocol::layout::{DirectionRanges, LayerShape, ModelShape, StateLayout};
 use rayon::prelude::*;
 
@@ -78,7 +79,7 @@ impl Weights {
     /// Room for the weights of a network; for the forms that only the backward pass reads, if there will be one.
     pub(super) fn new(layout: &StateLayout, backward: bool) -> Self {
         let shape = &layout.shape;
-        let backward_of = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
+        let (room, backward_of) = rooms(shape.precision, backward);
         let width = shape.output_width();
         let layers = shape.layers().enumerate().map(|(index, layer)| {
             (0..layer.directions).map(|_| DirectionWeights::new(shape, index, &layer, backward)).collect()
@@ -86,7 +87,7 @@ impl Weights {
         Self {
             embedding: vec![0.0; layout.embedding().map_or(0, |table| table.len())],
             layers: layers.collect(),
-            head: PackedMatrix::new(width, shape.classes),
+            head: room(width, shape.classes),
             head_backward: backward_of(shape.classes, width),
             head_bias: vec![0.0; shape.classes],
         }
@@ -100,7 +101,7 @@ impl Weights {
         };
         let layers: usize = shape.layers().enumerate().map(layer).sum();
         let floats = shape.classes + layout.embedding().map_or(0, |table| table.len());
-        layers + both_ways(shape.output_width(), shape.classes) + size_of::<f32>() * floats
+        layers + both_ways(shape.precision, shape.output_width(), shape.classes) + size_of::<f32>() * floats
     }
 
     /// Bytes that these weights hold.
@@ -112,7 +113,7 @@ impl Weights {
     }
 
     /// Packs the parameters; the forms that only the backward pass reads, if it will run (and there is room).
-    pub(super) fn pack(&mut self, layout: &StateLayout, parameters: &[f32], backward: bool) {
+    pub(super) fn pack(&mut self, simd: Simd, layout: &StateLayout, parameters: &[f32], backward: bool) {
         let shape = &layout.shape;
         if let Some(table) = layout.embedding() {
             self.embedding.copy_from_slice(&parameters[table]);
@@ -123,16 +124,16 @@ impl Weights {
         rayon::join(
             || {
                 let weight = &parameters[layout.head().0];
-                head.pack_columns(weight, width);
+                head.pack_columns(simd, weight, width);
                 if backward {
-                    head_backward.pack_rows(weight, width);
+                    head_backward.pack_rows(simd, weight, width);
                 }
             },
             || {
                 layers.par_iter_mut().enumerate().for_each(|(index, directions)| {
                     let ranges = layout.layer(index).par_iter();
                     directions.par_iter_mut().zip(ranges).for_each(|(direction, ranges)| {
-                        direction.pack(shape, index, ranges, parameters, backward);
+                        direction.pack(simd, shape, index, ranges, parameters, backward);
                     });
                 });
             },
@@ -142,12 +143,12 @@ impl Weights {
 
 impl DirectionWeights {
     fn new(shape: &ModelShape, index: usize, layer: &LayerShape, backward: bool) -> Self {
-        let backward_of = |k, n| if backward { PackedMatrix::new(k, n) } else { PackedMatrix::default() };
+        let (room, backward_of) = rooms(shape.precision, backward);
         let (gates, width, hidden) = (layer.gate_size(), layer.output_size, layer.hidden_size);
         let input = match reads_one_hot(shape, index) {
             true => InputWeights::Table(vec![0.0; layer.input_size * gates]),
             false => InputWeights::Dense {
-                forward: PackedMatrix::new(layer.input_size, gates),
+                forward: room(layer.input_size, gates),
                 backward: match input_has_gradient(shape, index) {
                     true => backward_of(gates, layer.input_size),
                     false => PackedMatrix::default(),
@@ -156,19 +157,15 @@ impl DirectionWeights {
         };
         let (hidden_weights, hidden_backward) = match is_split(shape) {
             true => (
-                HiddenWeights::Split {
-                    gates: PackedMatrix::new(hidden, 2 * hidden),
-                    candidate: PackedMatrix::new(hidden, hidden),
-                },
+                HiddenWeights::Split { gates: room(hidden, 2 * hidden), candidate: room(hidden, hidden) },
                 HiddenWeights::Split {
                     gates: backward_of(2 * hidden, hidden),
                     candidate: backward_of(hidden, hidden),
                 },
             ),
-            false => (
-                HiddenWeights::Whole(PackedMatrix::new(width, gates)),
-                HiddenWeights::Whole(backward_of(gates, width)),
-            ),
+            false => {
+                (HiddenWeights::Whole(room(width, gates)), HiddenWeights::Whole(backward_of(gates, width)))
+            }
         };
         let has_peepholes = shape.cell == Cell::Lstm && shape.options.peepholes;
         Self {
@@ -177,10 +174,8 @@ impl DirectionWeights {
             hidden_backward,
             bias: vec![0.0; gates],
             bias_hh: vec![0.0; gates],
-            projection: has_projection(shape).then(|| Projection {
-                forward: PackedMatrix::new(hidden, width),
-                backward: backward_of(width, hidden),
-            }),
+            projection: has_projection(shape)
+                .then(|| Projection { forward: room(hidden, width), backward: backward_of(width, hidden) }),
             peepholes: [(); 3].map(|()| vec![0.0; if has_peepholes { hidden } else { 0 }]),
             initial: [vec![0.0; width], vec![0.0; layer.cell_size]],
         }
@@ -188,16 +183,17 @@ impl DirectionWeights {
 
     fn bytes_of(shape: &ModelShape, index: usize, layer: &LayerShape) -> usize {
         let (gates, width, hidden) = (layer.gate_size(), layer.output_size, layer.hidden_size);
+        let both = |k, n| both_ways(shape.precision, k, n);
         let input = match (reads_one_hot(shape, index), input_has_gradient(shape, index)) {
             (true, _) => size_of::<f32>() * layer.input_size * gates,
-            (false, true) => both_ways(layer.input_size, gates),
-            (false, false) => PackedMatrix::bytes_of(layer.input_size, gates),
+            (false, true) => both(layer.input_size, gates),
+            (false, false) => PackedMatrix::bytes_of(shape.precision, layer.input_size, gates),
         };
         let recurrent = match is_split(shape) {
-            true => both_ways(hidden, 2 * hidden) + both_ways(hidden, hidden),
-            false => both_ways(width, gates),
+            true => both(hidden, 2 * hidden) + both(hidden, hidden),
+            false => both(width, gates),
         };
-        let projection = if has_projection(shape) { both_ways(hidden, width) } else { 0 };
+        let projection = if has_projection(shape) { both(hidden, width) } else { 0 };
         let peepholes = if shape.cell == Cell::Lstm && shape.options.peepholes { 3 * hidden } else { 0 };
         input + recurrent + projection + size_of::<f32>() * (2 * gates + peepholes + layer.state_size())
     }
@@ -224,6 +220,7 @@ impl DirectionWeights {
 
     fn pack(
         &mut self,
+        simd: Simd,
         shape: &ModelShape,
         index: usize,
         ranges: &DirectionRanges,
@@ -246,21 +243,21 @@ impl DirectionWeights {
         match &mut self.input {
             InputWeights::Table(table) => token_table(weight_ih, &self.bias, table),
             InputWeights::Dense { forward, backward: into } => {
-                forward.pack_columns(weight_ih, layer.input_size);
+                forward.pack_columns(simd, weight_ih, layer.input_size);
                 if backward && input_has_gradient(shape, index) {
-                    into.pack_rows(weight_ih, layer.input_size);
+                    into.pack_rows(simd, weight_ih, layer.input_size);
                 }
             }
         }
         let weight_hh = of(&ranges.weight_hh);
-        self.hidden.pack(weight_hh, layer.output_size, PackedMatrix::pack_columns);
+        self.hidden.pack(simd, weight_hh, layer.output_size, PackedMatrix::pack_columns);
         if backward {
-            self.hidden_backward.pack(weight_hh, layer.output_size, PackedMatrix::pack_rows);
+            self.hidden_backward.pack(simd, weight_hh, layer.output_size, PackedMatrix::pack_rows);
         }
         if let (Some(projection), Some(range)) = (&mut self.projection, &ranges.weight_hr) {
-            projection.forward.pack_columns(of(range), layer.hidden_size);
+            projection.forward.pack_columns(simd, of(range), layer.hidden_size);
             if backward {
-                projection.backward.pack_rows(of(range), layer.hidden_size);
+                projection.backward.pack_rows(simd, of(range), layer.hidden_size);
             }
         }
         for (own, range) in self.peepholes.iter_mut().zip(ranges.peepholes.iter().flatten()) {
@@ -286,13 +283,19 @@ impl DirectionWeights {
 
 impl HiddenWeights {
     /// Packs `weight_hh` `[G·H, width]` in one of the two ways.
-    fn pack(&mut self, weight_hh: &[f32], width: usize, pack: impl Fn(&mut PackedMatrix, &[f32], usize)) {
+    fn pack(
+        &mut self,
+        simd: Simd,
+        weight_hh: &[f32],
+        width: usize,
+        pack: impl Fn(&mut PackedMatrix, Simd, &[f32], usize),
+    ) {
         match self {
-            Self::Whole(whole) => pack(whole, weight_hh, width),
+            Self::Whole(whole) => pack(whole, simd, weight_hh, width),
             Self::Split { gates, candidate } => {
                 let (of_gates, of_candidate) = weight_hh.split_at(2 * width * width);
-                pack(gates, of_gates, width);
-                pack(candidate, of_candidate, width);
+                pack(gates, simd, of_gates, width);
+                pack(candidate, simd, of_candidate, width);
             }
         }
     }
@@ -323,11 +326,20 @@ fn has_projection(shape: &ModelShape) -> bool {
 }
 
 /// Bytes of a matrix packed for the forward and for the backward pass.
-fn both_ways(k: usize, n: usize) -> usize {
-    PackedMatrix::bytes_of(k, n) + PackedMatrix::bytes_of(n, k)
+fn both_ways(precision: Precision, k: usize, n: usize) -> usize {
+    PackedMatrix::bytes_of(precision, k, n) + PackedMatrix::bytes_of(precision, n, k)
+}
+
+/// What makes matrices, and what makes those that only the backward pass reads: empty ones, if there will be none.
+fn rooms(
+    precision: Precision,
+    backward: bool,
+) -> (impl Fn(usize, usize) -> PackedMatrix, impl Fn(usize, usize) -> PackedMatrix) {
+    let room = move |k, n| PackedMatrix::with_precision(precision, k, n);
+    (room, move |k, n| if backward { room(k, n) } else { PackedMatrix::default() })
 }
 
 #[cfg(test)]
 fn packed(matrix: &PackedMatrix) -> usize {
-    PackedMatrix::bytes_of(matrix.k(), matrix.n())
+    PackedMatrix::bytes_of(matrix.precision(), matrix.k(), matrix.n())
 }

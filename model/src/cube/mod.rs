@@ -26,7 +26,7 @@ use kernels::cube::sequence::{Limits, Needs};
 use kernels::cube::shards::Partials;
 use kernels::cube::{elements, softmax};
 use protocol::batch::{Batch, DataShape};
-use protocol::job::JobSpec;
+use protocol::job::{JobSpec, Precision};
 use protocol::layout::{Head, LayerShape, ModelShape, StateLayout};
 use protocol::random::{Purpose, keep_threshold, key};
 use protocol::sums::StepSums;
@@ -114,7 +114,7 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     }
 
     fn bits(&self) -> String {
-        format!("{} f32 numerics {NUMERICS_VERSION}", self.name)
+        format!("{} numerics {NUMERICS_VERSION}", self.name)
     }
 
     fn threads(&self) -> usize {
@@ -122,6 +122,12 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     }
 
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, _: bool) -> Result<CubeDevice<R>> {
+        if job.precision != Precision::F32 {
+            return Err(DeviceError(format!(
+                "precision is {}, which only CPUs have: {} multiplies f32",
+                job.precision, self.name
+            )));
+        }
         let client = R::client(&self.device);
         check_shared_memory(&layout.shape, Limits::of(&client))?;
         let device = CubeDevice::new(client, layout.clone(), job);

@@ -16,6 +16,6 @@ mod setup;
 
 pub(crate) use compare::{Largest, bits, distance, widen};
 pub(crate) use fleet::{Fleet, Outcome, OutcomeBits, Worker, on};
-pub(crate) use options::{Combination, combinations, setup};
+pub(crate) use options::{Combination, combinations, combinations_with, setup};
 pub(crate) use reference::{Expected, expected, network};
 pub(crate) use setup::{CELLS, Setup, Sizes, State, TASKS};

@@ -75,6 +75,11 @@ pub(crate) struct Combination {
 
 /// All of them, small: two layers of 6 units, 5 rows of up to 7 steps in 3 shards.
 pub(crate) fn combinations() -> impl Iterator<Item = Combination> {
+    combinations_with(&EXTRAS)
+}
+
+/// Every cell with every way in which rows come, and each of these with it.
+pub(crate) fn combinations_with(extras: &[(&'static str, Settings)]) -> impl Iterator<Item = Combination> {
     let sizes = |cell, task| Sizes {
         cell,
         task,
@@ -86,7 +91,7 @@ pub(crate) fn combinations() -> impl Iterator<Item = Combination> {
     };
     CELL_OPTIONS.into_iter().flat_map(move |(cell_name, cell, of_cell)| {
         ROWS.into_iter().flat_map(move |(rows_name, task, of_rows)| {
-            EXTRAS.into_iter().map(move |(extra_name, of_extra)| Combination {
+            extras.iter().map(move |&(extra_name, of_extra)| Combination {
                 name: format!("{cell_name}; {rows_name}; {extra_name}"),
                 setup: setup(sizes(cell, task), &[of_cell, of_rows, of_extra].concat()),
             })

@@ -4,7 +4,7 @@ use benches::kernel_rates::{KernelRate, KernelSizes, measure};
 use benches::workload::Workload;
 use clap::Args;
 use kernels::Simd;
-use protocol::job::presets;
+use protocol::job::{Precision, presets};
 use protocol::problem::{Exit, Problem};
 use serde_json::json;
 
@@ -31,6 +31,9 @@ pub(crate) struct KernelsArgs {
     /// Time steps of a row, instead of the preset's
     #[arg(long, value_name = "T", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
     steps: Vec<u16>,
+    /// What the operands of products are rounded to: f32 or bf16 (CPUs only)
+    #[arg(long, value_name = "PRECISION", default_value = "f32")]
+    precision: String,
     /// What computes: cpu (one thread), cuda, cuda:N, wgpu or wgpu:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
@@ -45,6 +48,12 @@ pub(super) fn run(args: &KernelsArgs) -> Result<Exit, Problem> {
     let simd = args.simd.resolve()?;
     let wanted = wanted(&args.device)?;
     let all_sizes = all_sizes(args)?;
+    if !matches!(wanted, Wanted::Auto | Wanted::Cpu)
+        && all_sizes.iter().any(|(_, sizes)| sizes.precision != Precision::F32)
+    {
+        let sentence = format!("precision is {}, which only CPUs have", args.precision);
+        return Err(Problem::usage(sentence).hint("give --device cpu, or leave out --precision"));
+    }
     match wanted {
         Wanted::Auto | Wanted::Cpu => on_cpu(args, simd, &all_sizes)?,
         Wanted::Cuda(number) => on_cuda(args, number, &all_sizes)?,
@@ -66,6 +75,7 @@ fn all_sizes(args: &KernelsArgs) -> Result<Vec<PresetSizes>, Problem> {
                 let changed = [("hidden_size", hidden), ("batch_size", batch)];
                 let changed =
                     changed.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?.to_string())));
+                let changed = changed.chain([("precision".to_owned(), args.precision.clone())]);
                 let sizes = KernelSizes::of(&Workload::new(&preset, &changed.collect::<Vec<_>>())?);
                 for steps in choices(&args.steps) {
                     let seq_len = steps.map_or(sizes.seq_len, usize::from);
@@ -83,8 +93,8 @@ fn choices<T: Copy>(given: &[T]) -> Vec<Option<T>> {
 }
 
 fn heading(preset: &str, sizes: &KernelSizes, on: &str) -> String {
-    let KernelSizes { hidden_size, batch_size, seq_len, .. } = sizes;
-    format!("{preset}  H {hidden_size}, batch {batch_size}, T {seq_len}, {on}\n")
+    let KernelSizes { hidden_size, batch_size, seq_len, precision, .. } = sizes;
+    format!("{preset}  H {hidden_size}, batch {batch_size}, T {seq_len}, {precision}, {on}\n")
 }
 
 fn on_cpu(args: &KernelsArgs, simd: Simd, all_sizes: &[PresetSizes]) -> Result<(), Problem> {
@@ -97,7 +107,7 @@ fn on_cpu(args: &KernelsArgs, simd: Simd, all_sizes: &[PresetSizes]) -> Result<(
                 let object = json!({
                     "preset": preset,
                     "device": "cpu",
-                    "precision": "f32",
+                    "precision": sizes.precision,
                     "simd": simd.to_string(),
                     "hidden_size": sizes.hidden_size,
                     "batch_size": sizes.batch_size,

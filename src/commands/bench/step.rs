@@ -74,12 +74,13 @@ fn as_lines(preset: &str, workload: &Workload, options: &StepOptions, times: &St
     let memory = times.peak_memory_mib.map_or("unknown".to_owned(), |mib| format!("{mib:.0} MiB at most"));
     [
         format!(
-            "{preset}  {} of {} units, T {}, batch {}, {}",
+            "{preset}  {} of {} units, T {}, batch {}, {}, {}",
             counted(shape.num_layers(), "layer"),
             job.hidden_size,
             workload.data.seq_len,
             job.batch_size,
             counted(job.shards as usize, "shard"),
+            job.precision,
         ),
         format!(
             "ran on      {} with {} each ({})",
@@ -90,7 +91,7 @@ fn as_lines(preset: &str, workload: &Workload, options: &StepOptions, times: &St
         format!("step        {median_ms:.2} ms, median of {n}; fastest {min_ms:.2}, 9 in 10 below {p90_ms:.2}, slowest {max_ms:.2}"),
         format!("            of that {:.2} ms in the all-reduce", times.reduce.median_ms),
         format!(
-            "rate        {rate:.1} GFLOP/s ({:.3} GFLOP a step), {:.1} % of the {:.1} of multiply-adds in registers",
+            "rate        {rate:.1} GFLOP/s ({:.3} GFLOP a step), {:.1} % of the {:.1} of f32 multiply-adds in registers",
             times.gflop_per_step,
             100.0 * rate / times.fma_rate,
             times.fma_rate,
@@ -106,6 +107,7 @@ fn as_json(preset: &str, workload: &Workload, options: &StepOptions, times: &Ste
     let job = &workload.job;
     let object = json!({
         "preset": preset,
+        "precision": job.precision,
         "workers": options.workers,
         "threads": options.threads,
         "simd": options.simd.to_string(),

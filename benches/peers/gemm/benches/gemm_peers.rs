@@ -20,7 +20,7 @@ fn products(criterion: &mut Criterion) {
             for k in [128, 512] {
                 let (a, b, mut c) = (vec![0.5; m * k], vec![0.25; k * n], vec![0.0; m * n]);
                 let mut packed = PackedMatrix::new(k, n);
-                packed.pack_rows(&b, n);
+                packed.pack_rows(Simd::detect(), &b, n);
                 group.throughput(Throughput::Elements((2 * m * n * k) as u64));
                 group.bench_function(format!("m {m} n {n} k {k}/ours"), |bencher| {
                     bencher.iter(|| {
