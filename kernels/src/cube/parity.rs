@@ -1,6 +1,8 @@
-//! The recurrent kernels against the f64 oracle, on a device that is there everywhere: lavapipe.
+//! The recurrent kernels against those of the CPU and against the f64 oracle, on a device that is there everywhere:
+//! lavapipe.
 
 mod case;
+mod cpu;
 mod pairs;
 
 use super::sequence::Limits;
@@ -13,6 +15,10 @@ type Client = ComputeClient<WgpuRuntime>;
 
 /// Largest allowed `max|a - b| / max|b|` of a tensor.
 const TOLERANCE: f64 = 1e-5;
+/// A row of a case.
+type ComputeRow = fn(&Case, &Data, usize) -> RowResult;
+/// What a device is held against.
+const REFERENCES: [(&str, ComputeRow); 2] = [("CPU", Case::on_cpu), ("oracle", Case::by_oracle)];
 /// What lavapipe gives a cube.
 const LAVAPIPE: Limits = Limits { threads: 1024, shared: 32 * 256, registers: 0, cubes: 1 };
 
@@ -24,42 +30,70 @@ fn client() -> Client {
 /// Draws of a case's data. Of few rows none may be at a corner, and of thousands of cases some have one there.
 const DRAWS: u64 = 4;
 
-/// Runs a case twice and holds it against the oracle. Returns the largest distance of each tensor.
-fn check(client: &Client, case: &Case) -> BTreeMap<&'static str, f64> {
-    let rows: Vec<usize> = (0..case.rows).collect();
-    let mut draws = (0..DRAWS).map(|draw| {
-        let data = Data::new(case, draw);
-        let got = case.run(client, &data, &rows);
-        assert!(have_same_bits(&got, &case.run(client, &data, &rows)), "two runs of {case:?} differ");
-        let want: Vec<RowResult> = rows.iter().map(|row| case.oracle(&data, *row)).collect();
-        let at_corner: Vec<bool> =
-            got.iter().zip(&want).map(|(got, want)| case.is_at_another_side(got, want)).collect();
-        (got, want, at_corner)
-    });
-    let count = |at_corner: &[bool]| at_corner.iter().filter(|is| **is).count();
-    let usable = draws.find(|(_, _, at_corner)| count(at_corner) <= case.rows / 10);
-    let Some((got, want, at_corner)) = usable else { panic!("{case:?}: rows at a corner in {DRAWS} draws") };
-    let dropped = count(&at_corner);
-    let mut distances = BTreeMap::new();
-    for name in want[0].keys().copied() {
+/// A reference's results.
+struct Reference {
+    name: &'static str,
+    rows: Vec<RowResult>,
+    /// Of each row, whether a value fell on other sides of a corner on the device and here.
+    at_corner: Vec<bool>,
+}
+
+impl Reference {
+    fn dropped(&self) -> usize {
+        self.at_corner.iter().filter(|at_corner| **at_corner).count()
+    }
+
+    /// `max|got - want| / max|want|` of a tensor; of gradients without the rows at a corner.
+    fn distance(&self, got: &[RowResult], tensor: &str) -> f64 {
         let (mut difference, mut scale) = (0.0f64, 1e-30f64);
-        for ((got, want), at_corner) in got.iter().zip(&want).zip(&at_corner) {
-            if *at_corner && name.starts_with("d_") {
+        for ((got, want), at_corner) in got.iter().zip(&self.rows).zip(&self.at_corner) {
+            if *at_corner && tensor.starts_with("d_") {
                 continue;
             }
-            assert_eq!(got[name].len(), want[name].len(), "{case:?}: {name}");
-            for (got, want) in got[name].iter().zip(&want[name]) {
+            assert_eq!(got[tensor].len(), want[tensor].len(), "{tensor}");
+            for (got, want) in got[tensor].iter().zip(&want[tensor]) {
                 let error = (got - want).abs();
                 difference = if error.is_nan() { f64::INFINITY } else { difference.max(error) };
                 scale = scale.max(want.abs());
             }
         }
-        let distance = difference / scale;
-        assert!(
-            distance <= TOLERANCE,
-            "{name} is off by {distance:.2e}, {dropped} rows at a corner: {case:?}"
-        );
-        distances.insert(name, distance);
+        difference / scale
+    }
+}
+
+/// The largest distance of each tensor from each reference.
+type Distances = BTreeMap<(&'static str, &'static str), f64>;
+
+/// Runs a case twice and holds it against the references.
+fn check(client: &Client, case: &Case) -> Distances {
+    let rows: Vec<usize> = (0..case.rows).collect();
+    let mut draws = (0..DRAWS).map(|draw| {
+        let data = Data::new(case, draw);
+        let got = case.run(client, &data, &rows);
+        assert!(have_same_bits(&got, &case.run(client, &data, &rows)), "two runs of {case:?} differ");
+        let references = REFERENCES.map(|(name, of)| {
+            let rows: Vec<RowResult> = rows.iter().map(|row| of(case, &data, *row)).collect();
+            let sides = got.iter().zip(&rows);
+            let at_corner = sides.map(|(got, want)| case.is_at_another_side(got, want)).collect();
+            Reference { name, rows, at_corner }
+        });
+        (got, references)
+    });
+    let is_usable = |references: &[Reference]| references.iter().all(|it| it.dropped() <= case.rows / 10);
+    let usable = draws.find(|(_, references)| is_usable(references));
+    let Some((got, references)) = usable else { panic!("{case:?}: rows at a corner in {DRAWS} draws") };
+    let mut distances = Distances::new();
+    for reference in references {
+        let (name, dropped) = (reference.name, reference.dropped());
+        assert!(got[0].keys().eq(reference.rows[0].keys()), "{case:?}: other tensors than the {name}");
+        for tensor in got[0].keys() {
+            let distance = reference.distance(&got, tensor);
+            assert!(
+                distance <= TOLERANCE,
+                "{tensor} is off the {name} by {distance:.2e}, {dropped} rows at a corner: {case:?}"
+            );
+            distances.insert((tensor, name), distance);
+        }
     }
     distances
 }
@@ -74,27 +108,30 @@ fn have_same_bits(a: &[RowResult], b: &[RowResult]) -> bool {
 
 fn check_all(cases: &[Case]) {
     let client = client();
-    let mut worst: BTreeMap<(String, &'static str), f64> = BTreeMap::new();
+    let mut worst: BTreeMap<String, Distances> = BTreeMap::new();
     for case in cases {
-        for (name, distance) in check(&client, case) {
-            let worst = worst.entry((case.cell.to_string(), name)).or_default();
+        let worst = worst.entry(case.cell.to_string()).or_default();
+        for (of, distance) in check(&client, case) {
+            let worst = worst.entry(of).or_default();
             *worst = worst.max(distance);
         }
     }
-    for ((cell, name), distance) in worst {
-        println!("{cell:5} {name:12} {distance:.2e}");
+    for (cell, distances) in worst {
+        for ((tensor, reference), distance) in distances {
+            println!("{cell:5} {tensor:12} {reference:7} {distance:.2e}");
+        }
     }
     println!("parity: {} cases of recurrent kernels, forward and backward", cases.len());
 }
 
 #[test]
-fn every_pair_of_options_shapes_and_layouts_follows_the_oracle() {
+fn every_pair_of_options_shapes_and_layouts_follows_the_cpu_and_the_oracle() {
     check_all(&pairs::pairwise());
 }
 
 #[test]
 #[ignore = "takes long; scripts/parity-full runs it"]
-fn the_full_cube_follows_the_oracle() {
+fn the_full_cube_follows_the_cpu_and_the_oracle() {
     check_all(&pairs::full());
 }
 
