@@ -22,8 +22,6 @@ const POLLS: u32 = 3;
 /// What goes wrong, on one rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// Nothing that it sends arrives.
-    Silent(u32),
     /// After so many operations its communicator fails.
     Fails(u32, usize),
     /// A communicator is never made.
@@ -175,10 +173,9 @@ impl FakeCommunicator {
     fn progress(&self, inner: &mut Inner) -> bool {
         let mut groups = lock(&self.shared.groups);
         let group = groups.get_mut(&self.id).expect("it was joined");
-        let is_silent = self.has(|fault| *fault == Fault::Silent(self.rank));
         while let Some(Operation { transfers, is_sent, received }) = inner.queue.front_mut() {
             for Transfer { direction, address, floats, peer } in transfers.iter().copied() {
-                if direction == Direction::Send && !*is_sent && !is_silent {
+                if direction == Direction::Send && !*is_sent {
                     let values = self.shared.memories.at(address, floats, |values| values.to_vec());
                     let values =
                         values.unwrap_or_else(|| panic!("{floats} floats at {address:#x} are of no buffer"));
