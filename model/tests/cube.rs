@@ -5,10 +5,8 @@ mod common;
 
 use std::ops::Range;
 
-use common::{Combination, Fleet, Largest, Setup, Sizes, Worker, combinations, distance, widen};
-use cubecl::Runtime;
+use common::{Combination, Fleet, Largest, Setup, Sizes, combinations, distance, widen};
 use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
-use kernels::cube::guard::abort_on_device_panic;
 use model::cube::CubeDevice;
 use model::device::{Device, Pass, StepInput};
 use protocol::batch::{Batch, Inputs};
@@ -23,12 +21,7 @@ const LIMIT: f64 = 1e-5;
 
 /// One device for each range of shards.
 fn fleet(setup: &Setup, split: &[Range<u32>]) -> Fleet<CubeDevice<WgpuRuntime>> {
-    abort_on_device_panic();
-    let open = |shards: &Range<u32>| {
-        let client = WgpuRuntime::client(&WgpuDevice::Cpu);
-        Worker { device: CubeDevice::new(client, setup.layout.clone(), &setup.job), shards: shards.clone() }
-    };
-    Fleet { setup: setup.clone(), workers: split.iter().map(open).collect() }
+    setup.fleet_on::<WgpuRuntime>(&WgpuDevice::Cpu, split)
 }
 
 fn is_long() -> bool {

@@ -6,7 +6,7 @@ use cubecl::Runtime;
 use cubecl::future::block_on;
 use kernels::cube::guard::abort_on_device_panic;
 use kernels::cube::roofline;
-use kernels::cube::source::{Architecture, KernelSource, SourceDevice, SourceRuntime, launched};
+use kernels::cube::source::{Architecture, KernelSource, Launches, SourceDevice, SourceRuntime, launched};
 use model::cube::CubeBackend;
 use model::device::{Backend, Device, Pass, Result, StepInput, Update};
 use protocol::job::presets;
@@ -55,7 +55,7 @@ fn main() {
 
 fn launch_all() -> Result<()> {
     for architecture in Architecture::ALL {
-        let device = SourceDevice(architecture);
+        let device = SourceDevice { architecture, launches: Launches::Kept };
         let client = SourceRuntime::client(&device);
         roofline::multiply_add(&client, 1, 1);
         let buffer = client.empty(4 * size_of::<f32>());

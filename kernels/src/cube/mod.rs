@@ -19,11 +19,14 @@
 //! | [`guard`] | a kernel that cannot be made ends the process |
 //! | `vulkan` | with feature `wgpu`: the devices that wgpu finds |
 //! | `source` | with feature `cuda`: the CUDA C++ of every launch, without a GPU |
+//! | `emulated` | with feature `cuda`: the same, run by the host's processor |
 #![allow(missing_docs, unreachable_pub)] // of what #[cube] generates
 #![allow(clippy::manual_div_ceil, clippy::collapsible_if)] // the language of kernels knows neither `div_ceil` nor chains
 
 pub mod buffer;
 pub mod elements;
+#[cfg(feature = "cuda")]
+pub mod emulated;
 pub mod gemm;
 pub mod gru;
 pub mod guard;

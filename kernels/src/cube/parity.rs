@@ -1,5 +1,5 @@
-//! The recurrent kernels against those of the CPU and against the f64 oracle, on a device that is there everywhere:
-//! lavapipe.
+//! The recurrent kernels against those of the CPU and against the f64 oracle, on devices that are there everywhere: lavapipe,
+//! and for what it is given as CUDA C++ the host's processor.
 
 mod case;
 mod cpu;
@@ -11,8 +11,6 @@ use cubecl::prelude::*;
 use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
 use std::collections::BTreeMap;
 
-type Client = ComputeClient<WgpuRuntime>;
-
 /// Largest allowed `max|a - b| / max|b|` of a tensor.
 const TOLERANCE: f64 = 1e-5;
 /// A row of a case.
@@ -22,7 +20,7 @@ const REFERENCES: [(&str, ComputeRow); 2] = [("CPU", Case::on_cpu), ("oracle", C
 /// What lavapipe gives a cube.
 const LAVAPIPE: Limits = Limits { threads: 1024, shared: 32 * 256, registers: 0, cubes: 1 };
 
-fn client() -> Client {
+fn client() -> ComputeClient<WgpuRuntime> {
     super::guard::abort_on_device_panic();
     WgpuRuntime::client(&WgpuDevice::Cpu)
 }
@@ -65,7 +63,7 @@ impl Reference {
 type Distances = BTreeMap<(&'static str, &'static str), f64>;
 
 /// Runs a case twice and holds it against the references.
-fn check(client: &Client, case: &Case) -> Distances {
+fn check<R: Runtime>(client: &ComputeClient<R>, case: &Case) -> Distances {
     let rows: Vec<usize> = (0..case.rows).collect();
     let mut draws = (0..DRAWS).map(|draw| {
         let data = Data::new(case, draw);
@@ -106,12 +104,11 @@ fn have_same_bits(a: &[RowResult], b: &[RowResult]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_row(a, b))
 }
 
-fn check_all(cases: &[Case]) {
-    let client = client();
+fn check_all<R: Runtime>(client: &ComputeClient<R>, cases: &[Case]) {
     let mut worst: BTreeMap<String, Distances> = BTreeMap::new();
     for case in cases {
         let worst = worst.entry(case.cell.to_string()).or_default();
-        for (of, distance) in check(&client, case) {
+        for (of, distance) in check(client, case) {
             let worst = worst.entry(of).or_default();
             *worst = worst.max(distance);
         }
@@ -126,19 +123,18 @@ fn check_all(cases: &[Case]) {
 
 #[test]
 fn every_pair_of_options_shapes_and_layouts_follows_the_cpu_and_the_oracle() {
-    check_all(&pairs::pairwise());
+    check_all(&client(), &pairs::pairwise());
 }
 
 #[test]
 #[ignore = "takes long; scripts/parity-full runs it"]
 fn the_full_cube_follows_the_cpu_and_the_oracle() {
-    check_all(&pairs::full());
+    check_all(&client(), &pairs::full());
 }
 
 /// Rows have the same bits whichever others share the launch, whatever the layout.
-#[test]
-fn neither_company_nor_layout_is_seen_in_the_bits() {
-    let client = client();
+fn check_layouts<R: Runtime>(client: &ComputeClient<R>) {
+    let limits = Limits::of(client);
     let mut compared = 0;
     for kind in pairs::kinds().into_iter().filter(pairs::has_all_or_none) {
         // A projection is not for a cube that runs the whole sequence.
@@ -147,22 +143,61 @@ fn neither_company_nor_layout_is_seen_in_the_bits() {
         let case = |place, tile| Case::new((cell, options), 17, 9, 5, place, tile);
         let data = Data::new(&case(first, (1, 17)), 0);
         let rows: Vec<usize> = (0..9).collect();
-        let want = case(first, (1, 17)).run(&client, &data, &rows);
+        let want = case(first, (1, 17)).run(client, &data, &rows);
         let tiles = [(2, 17), (3, 17), (4, 17), (2, 17), (3, 5)];
         for (place, tile) in Place::ALL.into_iter().zip(tiles) {
             let case = case(place, tile);
-            if case.fits(LAVAPIPE) {
-                assert!(have_same_bits(&case.run(&client, &data, &rows), &want), "{case:?} has other bits");
+            if case.fits(limits) {
+                assert!(have_same_bits(&case.run(client, &data, &rows), &want), "{case:?} has other bits");
                 compared += 1;
             }
         }
         for group in [&[3][..], &[8, 0, 5], &[1, 2, 4, 6, 7, 0]] {
             let case = case(first, (1, 17));
             let expected: Vec<RowResult> = group.iter().map(|row| want[*row].clone()).collect();
-            let got = case.run(&client, &data, group);
+            let got = case.run(client, &data, group);
             assert!(have_same_bits(&got, &expected), "{case:?} has other bits in the company of {group:?}");
             compared += 1;
         }
     }
     println!("parity: {compared} cases of layouts and company, all of the same bits");
+}
+
+#[test]
+fn neither_company_nor_layout_is_seen_in_the_bits() {
+    check_layouts(&client());
+}
+
+/// The CUDA C++ of the same kernels, run by the host's processor.
+#[cfg(feature = "cuda")]
+mod emulated {
+    use super::*;
+    use crate::cube::emulated::skips;
+    use crate::cube::source::{Architecture, Launches, SourceDevice, SourceRuntime};
+
+    fn client() -> ComputeClient<SourceRuntime> {
+        crate::cube::guard::abort_on_device_panic();
+        let launches = Launches::Emulated { order: 1 };
+        SourceRuntime::client(&SourceDevice { architecture: Architecture::Sm90, launches })
+    }
+
+    #[test]
+    fn every_pair_of_options_shapes_and_layouts_follows_the_cpu_and_the_oracle() {
+        if !skips() {
+            check_all(&client(), &pairs::pairwise());
+        }
+    }
+
+    #[test]
+    #[ignore = "takes long; scripts/parity-full runs it"]
+    fn the_full_cube_follows_the_cpu_and_the_oracle() {
+        check_all(&client(), &pairs::full());
+    }
+
+    #[test]
+    fn neither_company_nor_layout_is_seen_in_the_bits() {
+        if !skips() {
+            check_layouts(&client());
+        }
+    }
 }

@@ -1,11 +1,13 @@
-//! A device that computes nothing: it keeps the CUDA C++ of every kernel that is launched on it, as an NVIDIA GPU's
-//! device would give it to NVRTC. Neither a GPU nor a driver is needed. Buffers have no memory; what is read is zero.
+//! A device that keeps the CUDA C++ of every kernel that is launched on it, as an NVIDIA GPU's device would give it to
+//! NVRTC. Neither a GPU nor a driver is needed. It computes nothing, and buffers have no memory; or it computes with the
+//! host's processor (see `emulated`).
 //!
 //! `scripts/cuda-check` drives the training step on it and compiles what comes out.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::emulated::{Emulator, FencedMemory, Place};
 use cubecl::bytes::Bytes;
 use cubecl::client::ComputeClient;
 use cubecl::cuda::{CudaCompiler, CudaRuntime};
@@ -25,7 +27,7 @@ use cubecl::{Compiler, CubeCount, CubeTask, ExecutionMode, MemoryUsage, Runtime}
 use cubecl_runtime::allocator::PitchedMemoryLayoutPolicy;
 use cubecl_runtime::logging::ServerLogger;
 use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode};
-use cubecl_runtime::storage::{BytesResource, BytesStorage, ManagedResource};
+use cubecl_runtime::storage::ManagedResource;
 use cubecl_runtime::timestamp_profiler::TimestampProfiler;
 
 /// A generation of NVIDIA's GPUs.
@@ -132,23 +134,46 @@ fn kernels() -> MutexGuard<'static, BTreeMap<String, KernelSource>> {
     KERNELS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The device of an architecture.
+/// A device of an architecture.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceDevice(pub Architecture);
+pub struct SourceDevice {
+    /// What its kernels are written for.
+    pub architecture: Architecture,
+    /// Whether it runs them.
+    pub launches: Launches,
+}
+
+/// What becomes of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Launches {
+    /// The kernel's source is kept. What is read is zero.
+    Kept,
+    /// It is run, too. Each order is another one in which threads and cubes run; that of 0 is upwards.
+    Emulated {
+        /// Less than 127.
+        order: u8,
+    },
+}
 
 impl Default for SourceDevice {
     fn default() -> Self {
-        Self(Architecture::Sm90)
+        Self { architecture: Architecture::Sm90, launches: Launches::Kept }
     }
 }
 
 impl Device for SourceDevice {
     fn from_id(id: DeviceId) -> Self {
-        Self(Architecture::ALL[usize::from(id.index_id)])
+        let [launches, architecture] = id.index_id.to_be_bytes();
+        let launches = launches.checked_sub(1).map_or(Launches::Kept, |order| Launches::Emulated { order });
+        Self { architecture: Architecture::ALL[usize::from(architecture)], launches }
     }
 
     fn to_id(&self) -> DeviceId {
-        DeviceId { type_id: TYPE_ID, index_id: self.0 as u16 }
+        let launches = match self.launches {
+            Launches::Kept => 0,
+            Launches::Emulated { order } => order + 1,
+        };
+        DeviceId { type_id: TYPE_ID, index_id: u16::from_be_bytes([launches, self.architecture as u8]) }
     }
 }
 
@@ -185,7 +210,8 @@ impl Runtime for SourceRuntime {
     }
 
     fn enumerate_devices(_: u16, (): &()) -> Vec<DeviceId> {
-        Architecture::ALL.map(|architecture| SourceDevice(architecture).to_id()).to_vec()
+        let device = |architecture| SourceDevice { architecture, launches: Launches::Kept };
+        Architecture::ALL.map(|architecture| device(architecture).to_id()).to_vec()
     }
 }
 
@@ -193,17 +219,49 @@ impl Runtime for SourceRuntime {
 #[derive(Debug)]
 pub struct SourceServer {
     architecture: Architecture,
+    emulator: Option<Emulator>,
     utilities: Arc<ServerUtilities<Self>>,
     timestamps: TimestampProfiler,
 }
 
+impl SourceServer {
+    fn source(&self, kernel: &dyn CubeTask<CudaCompiler>, mode: ExecutionMode) -> KernelSource {
+        let architecture = self.architecture;
+        let compiled = kernel
+            .compile(&mut CudaCompiler::default(), &architecture.options(), mode, kernel.address_type())
+            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name()));
+        let hardware = &self.utilities.properties.hardware;
+        let units = compiled.cube_dim.num_elems();
+        let shared_bytes = compiled.repr.as_ref().map_or(0, |kernel| kernel.shared_memory_size());
+        assert!(
+            units <= hardware.max_units_per_cube && shared_bytes <= hardware.max_shared_memory_size,
+            "{}: {units} units and {shared_bytes} bytes of shared memory are more than {} has",
+            kernel.name(),
+            architecture.name()
+        );
+        assert_eq!(units, compiled.cube_dim.x, "{}: a cube of more dimensions than one", kernel.name());
+        KernelSource {
+            architecture,
+            entry: compiled.entrypoint_name,
+            id: format!("{:?}", kernel.id()),
+            units,
+            shared_bytes,
+            text: compiled.source,
+        }
+    }
+}
+
 impl DeviceService for SourceServer {
     fn init(id: DeviceId) -> Self {
-        let SourceDevice(architecture) = SourceDevice::from_id(id);
+        let SourceDevice { architecture, launches } = SourceDevice::from_id(id);
         let (properties, logger) = (architecture.properties(), Arc::new(ServerLogger::default()));
+        let emulator = match launches {
+            Launches::Kept => None,
+            Launches::Emulated { order } => Some(Emulator::new(&properties.memory, logger.clone(), order)),
+        };
         let policy = PitchedMemoryLayoutPolicy::new(ALIGNMENT);
         let utilities = Arc::new(ServerUtilities::new(properties, logger, (), policy));
-        Self { architecture, utilities, timestamps: TimestampProfiler::default() }
+        Self { architecture, emulator, utilities, timestamps: TimestampProfiler::default() }
     }
 
     fn utilities(&self) -> ServerUtilitiesHandle {
@@ -219,63 +277,61 @@ impl ComputeServer for SourceServer {
     type Kernel = Box<dyn CubeTask<CudaCompiler>>;
     type Info = ();
     type MemoryLayoutPolicy = PitchedMemoryLayoutPolicy;
-    type Storage = BytesStorage;
+    type Storage = FencedMemory;
 
     /// # Safety
-    /// Nothing is executed and no memory touched: any arguments will do.
+    /// If it is run: the arguments are those of the kernel.
     unsafe fn launch(
         &mut self,
         kernel: Self::Kernel,
-        _: CubeCount,
-        _: KernelArguments,
+        cubes: CubeCount,
+        arguments: KernelArguments,
         mode: ExecutionMode,
         _: StreamId,
     ) {
         let architecture = self.architecture;
-        let id = kernel.id();
-        let key = format!("{} {id:?} {mode:?}", architecture.name());
-        if kernels().contains_key(&key) {
-            return;
-        }
-        let compiled = kernel
-            .compile(&mut CudaCompiler::default(), &architecture.options(), mode, kernel.address_type())
-            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name()));
-        let hardware = &self.utilities.properties.hardware;
-        let units = compiled.cube_dim.num_elems();
-        let shared_bytes = compiled.repr.as_ref().map_or(0, |kernel| kernel.shared_memory_size());
-        assert!(
-            units <= hardware.max_units_per_cube && shared_bytes <= hardware.max_shared_memory_size,
-            "{}: {units} units and {shared_bytes} bytes of shared memory are more than {} has",
-            kernel.name(),
-            architecture.name()
-        );
-        let source = KernelSource {
-            architecture,
-            entry: compiled.entrypoint_name,
-            id: format!("{id:?}"),
-            units,
-            shared_bytes,
-            text: compiled.source,
+        let key = format!("{} {:?} {mode:?}", architecture.name(), kernel.id());
+        let is_known = match &self.emulator {
+            None => kernels().contains_key(&key),
+            Some(emulator) => emulator.has(&key),
         };
-        kernels().insert(key, source);
+        if !is_known {
+            let source = self.source(kernel.as_ref(), mode);
+            if let Some(emulator) = &mut self.emulator {
+                emulator.add(key.clone(), &source);
+            }
+            kernels().insert(key.clone(), source);
+        }
+        if let Some(emulator) = &mut self.emulator {
+            let CubeCount::Static(x, y, z) = cubes else { panic!("{key}: the host counts the cubes") };
+            emulator.launch(&key, [x, y, z], arguments);
+        }
     }
 
-    fn initialize_memory(&mut self, _: ManagedMemoryHandle, _: u64, _: StreamId) {}
+    fn initialize_memory(&mut self, buffer: ManagedMemoryHandle, bytes: u64, _: StreamId) {
+        if let Some(emulator) = &mut self.emulator {
+            emulator.reserve(buffer, bytes);
+        }
+    }
 
-    fn write(&mut self, _: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {}
+    fn write(&mut self, to: Vec<(CopyDescriptor, Bytes)>, _: StreamId) {
+        if let Some(emulator) = &mut self.emulator {
+            for (CopyDescriptor { handle, .. }, bytes) in to {
+                emulator.write(handle, &bytes);
+            }
+        }
+    }
 
     fn read(&mut self, from: Vec<CopyDescriptor>, _: StreamId) -> DynFut<Result<Vec<Bytes>, ServerError>> {
-        let zeros =
-            |from: CopyDescriptor| Bytes::from_bytes_vec(vec![0; from.handle.size_in_used() as usize]);
-        let zeros = from.into_iter().map(zeros).collect();
-        Box::pin(async move { Ok(zeros) })
+        let read = |CopyDescriptor { handle, .. }| match &mut self.emulator {
+            None => vec![0; handle.size_in_used() as usize],
+            Some(emulator) => emulator.read(handle),
+        };
+        let read = from.into_iter().map(read).map(Bytes::from_bytes_vec).collect();
+        Box::pin(async move { Ok(read) })
     }
 
-    fn get_resource(
-        &mut self,
-        _: Binding,
-        _: StreamId,
-    ) -> Result<ManagedResource<BytesResource>, ServerError> {
+    fn get_resource(&mut self, _: Binding, _: StreamId) -> Result<ManagedResource<Place>, ServerError> {
         Err(IoError::UnsupportedIoOperation { backtrace: cubecl::backtrace::BackTrace::capture() }.into())
     }
 
@@ -324,7 +380,8 @@ mod tests {
     fn what_is_launched_is_kept_once_for_each_architecture() {
         abort_on_device_panic();
         for architecture in Architecture::ALL {
-            let client = SourceRuntime::client(&SourceDevice(architecture));
+            let device = SourceDevice { architecture, launches: Launches::Kept };
+            let client = SourceRuntime::client(&device);
             let buffer = client.empty(64);
             for len in [4, 8, 16] {
                 copy(&client, &buffer, &buffer, len);

@@ -35,6 +35,21 @@ impl Setup {
         Fleet { setup: self.clone(), workers: split.iter().map(open).collect() }
     }
 
+    /// One device of cubecl's for each range of shards.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    pub(crate) fn fleet_on<R: cubecl::Runtime>(
+        &self,
+        device: &R::Device,
+        split: &[Range<u32>],
+    ) -> Fleet<model::cube::CubeDevice<R>> {
+        kernels::cube::guard::abort_on_device_panic();
+        let open = |shards: &Range<u32>| {
+            let device = model::cube::CubeDevice::new(R::client(device), self.layout.clone(), &self.job);
+            Worker { device, shards: shards.clone() }
+        };
+        Fleet { setup: self.clone(), workers: split.iter().map(open).collect() }
+    }
+
     /// One CPU device with one thread for all shards, at the widest level.
     pub(crate) fn alone(&self) -> Fleet<CpuDevice> {
         self.fleet(Simd::detect(), 1, &self.split(1))

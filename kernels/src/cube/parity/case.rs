@@ -6,12 +6,12 @@ use super::super::lstm::{LstmSequence, Projection, ProjectionBackward, lstm_back
 use super::super::rnn::{RnnSequence, rnn_backward, rnn_forward};
 use super::super::rows::Extent;
 use super::super::sequence::{Limits, Needs, Plan};
-use super::Client;
 use crate::cpu::sequence::tests::{numbers, widen};
 use crate::oracle;
 use crate::oracle::algebra::{hadamard, parts};
 use crate::oracle::cell::State;
 use crate::oracle::parameters::{Peepholes, Recurrent};
+use cubecl::prelude::{ComputeClient, Runtime};
 use protocol::cell::{Activation, Cell, CellOptions, RecurrentActivation, Reset};
 use std::collections::BTreeMap;
 
@@ -249,7 +249,12 @@ impl Case {
     }
 
     /// Forward and backward over some rows in one launch each.
-    pub(super) fn run(&self, client: &Client, data: &Data, rows: &[usize]) -> Vec<RowResult> {
+    pub(super) fn run<R: Runtime>(
+        &self,
+        client: &ComputeClient<R>,
+        data: &Data,
+        rows: &[usize],
+    ) -> Vec<RowResult> {
         let (hidden, output, gates) = (self.hidden, self.output(), self.cell.gates() * self.hidden);
         let rows: Vec<&Row> = rows.iter().map(|row| &data.rows[*row]).collect();
         let steps = rows.iter().map(|row| row.length).max().unwrap();
