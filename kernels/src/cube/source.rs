@@ -75,7 +75,7 @@ impl Architecture {
             max_bindings: 1024,
             max_shared_memory_size: self.shared_memory_bytes(),
             max_cube_count: (i32::MAX as u32, 65535, 65535),
-            max_units_per_cube: 1024,
+            max_units_per_cube: MOST_UNITS,
             max_cube_dim: (1024, 1024, 64),
             num_streaming_multiprocessors: Some(self.multiprocessors()),
             num_tensor_cores: Some(4),
@@ -103,6 +103,9 @@ impl Architecture {
     }
 }
 
+/// Units of a cube.
+pub(super) const MOST_UNITS: u32 = 1024;
+
 /// Alignment of buffers on a CUDA device, in bytes.
 const ALIGNMENT: usize = 512;
 
@@ -123,7 +126,7 @@ pub struct KernelSource {
     pub text: String,
 }
 
-/// All kernels that were launched in this process, in the order of their architectures and names.
+/// All kernels whose launches were kept in this process, in the order of their architectures and names.
 pub fn launched() -> Vec<KernelSource> {
     kernels().values().cloned().collect()
 }
@@ -148,7 +151,7 @@ pub struct SourceDevice {
 pub enum Launches {
     /// The kernel's source is kept. What is read is zero.
     Kept,
-    /// It is run, too. Each order is another one in which threads and cubes run; that of 0 is upwards.
+    /// The host's processor runs it. Each order is another one in which threads and cubes run; that of 0 is upwards.
     Emulated {
         /// Less than 127.
         order: u8,
@@ -224,30 +227,30 @@ pub struct SourceServer {
     timestamps: TimestampProfiler,
 }
 
-impl SourceServer {
-    fn source(&self, kernel: &dyn CubeTask<CudaCompiler>, mode: ExecutionMode) -> KernelSource {
-        let architecture = self.architecture;
-        let compiled = kernel
-            .compile(&mut CudaCompiler::default(), &architecture.options(), mode, kernel.address_type())
-            .unwrap_or_else(|error| panic!("{}: {error}", kernel.name()));
-        let hardware = &self.utilities.properties.hardware;
-        let units = compiled.cube_dim.num_elems();
-        let shared_bytes = compiled.repr.as_ref().map_or(0, |kernel| kernel.shared_memory_size());
-        assert!(
-            units <= hardware.max_units_per_cube && shared_bytes <= hardware.max_shared_memory_size,
-            "{}: {units} units and {shared_bytes} bytes of shared memory are more than {} has",
-            kernel.name(),
-            architecture.name()
-        );
-        assert_eq!(units, compiled.cube_dim.x, "{}: a cube of more dimensions than one", kernel.name());
-        KernelSource {
-            architecture,
-            entry: compiled.entrypoint_name,
-            id: format!("{:?}", kernel.id()),
-            units,
-            shared_bytes,
-            text: compiled.source,
-        }
+fn source(
+    architecture: Architecture,
+    kernel: &dyn CubeTask<CudaCompiler>,
+    mode: ExecutionMode,
+) -> KernelSource {
+    let compiled = kernel
+        .compile(&mut CudaCompiler::default(), &architecture.options(), mode, kernel.address_type())
+        .unwrap_or_else(|error| panic!("{}: {error}", kernel.name()));
+    let units = compiled.cube_dim.num_elems();
+    let shared_bytes = compiled.repr.as_ref().map_or(0, |kernel| kernel.shared_memory_size());
+    assert!(
+        units <= MOST_UNITS && shared_bytes <= architecture.shared_memory_bytes(),
+        "{}: {units} units and {shared_bytes} bytes of shared memory are more than {} has",
+        kernel.name(),
+        architecture.name()
+    );
+    assert_eq!(units, compiled.cube_dim.x, "{}: a cube of more dimensions than one", kernel.name());
+    KernelSource {
+        architecture,
+        entry: compiled.entrypoint_name,
+        id: format!("{:?}", kernel.id()),
+        units,
+        shared_bytes,
+        text: compiled.source,
     }
 }
 
@@ -291,21 +294,15 @@ impl ComputeServer for SourceServer {
     ) {
         let architecture = self.architecture;
         let key = format!("{} {:?} {mode:?}", architecture.name(), kernel.id());
-        let is_known = match &self.emulator {
-            None => kernels().contains_key(&key),
-            Some(emulator) => emulator.has(&key),
+        let Some(emulator) = &mut self.emulator else {
+            kernels().entry(key).or_insert_with(|| source(architecture, kernel.as_ref(), mode));
+            return;
         };
-        if !is_known {
-            let source = self.source(kernel.as_ref(), mode);
-            if let Some(emulator) = &mut self.emulator {
-                emulator.add(key.clone(), &source);
-            }
-            kernels().insert(key.clone(), source);
+        if !emulator.has(&key) {
+            emulator.add(key.clone(), &source(architecture, kernel.as_ref(), mode));
         }
-        if let Some(emulator) = &mut self.emulator {
-            let CubeCount::Static(x, y, z) = cubes else { panic!("{key}: the host counts the cubes") };
-            emulator.launch(&key, [x, y, z], arguments);
-        }
+        let CubeCount::Static(x, y, z) = cubes else { panic!("{key}: the host counts the cubes") };
+        emulator.launch(&key, [x, y, z], arguments);
     }
 
     fn initialize_memory(&mut self, buffer: ManagedMemoryHandle, bytes: u64, _: StreamId) {

@@ -28,7 +28,7 @@ use cubecl_runtime::memory_management::{
 use cubecl_runtime::storage::{ComputeStorage, StorageHandle, StorageId, StorageUtilization};
 use libloading::Library;
 
-use super::source::KernelSource;
+use super::source::{KernelSource, MOST_UNITS};
 
 /// Before and after the kernel's text.
 const DEVICE: &str = include_str!("device.hpp");
@@ -36,7 +36,6 @@ const GRID: &str = include_str!("grid.hpp");
 
 /// Of each thread of a cube. The compiler refuses functions that would take half of it.
 const STACK_BYTES: usize = 64 << 10;
-const MOST_THREADS: usize = 1024;
 
 /// Unwritten memory, and what lies beside a buffer: NaN, as floats.
 const UNWRITTEN: u8 = 0xFF;
@@ -171,7 +170,7 @@ impl Kernel {
 
     fn compile(source: &KernelSource) -> Self {
         let KernelSource { entry, units, shared_bytes, text, .. } = source;
-        assert!(*units as usize <= MOST_THREADS, "{entry}: a cube of {units} threads");
+        assert!(*units <= MOST_UNITS, "{entry}: a cube of {units} threads");
         let text = text.replace("#include <cuda_runtime.h>", "");
         let (_, parameters) = text.split_once(&format!("{entry} (")).expect("it has an entry");
         let (parameters, _) = parameters.split_once(')').expect("it has parameters");
@@ -231,7 +230,7 @@ impl Kernel {
         arguments.push(numbers.as_ptr().cast());
         let run = lock(&self.run);
         let stacks = stacks.0.as_mut_ptr();
-        // SAFETY: `run_grid` of grid.hpp; its threads, at most MOST_THREADS, have a stack each.
+        // SAFETY: `run_grid` of grid.hpp; its threads, at most MOST_UNITS, have a stack each.
         let fault =
             unsafe { run(arguments.as_ptr(), cubes.as_ptr(), self.threads, stacks, STACK_BYTES, order) };
         drop(run);
@@ -251,7 +250,7 @@ struct Stacks(Vec<u8>);
 
 impl Stacks {
     fn new() -> Self {
-        Self(vec![0; MOST_THREADS * STACK_BYTES])
+        Self(vec![0; MOST_UNITS as usize * STACK_BYTES])
     }
 }
 
