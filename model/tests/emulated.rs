@@ -43,11 +43,11 @@ const JOBS: [(Sizes, &[(&str, &str)]); 16] = [
     (network(Gru, Rows, 1, 150, 5), &[("recurrent_activation", "hard_sigmoid")]),
 ];
 
-/// Of threads and cubes; that of 0 is upwards.
-const ORDERS: [u8; 2] = [0, 1];
+/// The order of threads and cubes, that of 0 upwards, and how many devices share the shards.
+const WAYS: [(u8, u32); 2] = [(0, 1), (1, 2)];
 
 #[test]
-fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_in_any_order_of_threads() {
+fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_split_and_order_of_threads() {
     if emulated::skips() {
         return;
     }
@@ -58,17 +58,17 @@ fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_in_any_ord
         let (state, batch, evaluated) = (setup.start(true), setup.batch(3), setup.evaluation_batch(1));
         let want = setup.alone().pass(Pass::Train { step: 3 }, &state, &batch);
         let mut first = None;
-        for (architecture, order) in
-            Architecture::ALL.into_iter().flat_map(|it| ORDERS.map(|order| (it, order)))
+        for (architecture, (order, workers)) in
+            Architecture::ALL.into_iter().flat_map(|it| WAYS.map(|way| (it, way)))
         {
             let device = SourceDevice { architecture, launches: Launches::Emulated { order } };
-            let mut fleet = setup.fleet_on::<SourceRuntime>(&device, &setup.split(1));
+            let mut fleet = setup.fleet_on::<SourceRuntime>(&device, &setup.split(workers));
             let mut state = state.clone();
             let got = fleet.train(3, &mut state, &batch);
             let evaluated = fleet.pass(Pass::Evaluate, &state, &evaluated).bits();
             let bits = (got.bits(), evaluated, state);
             if let Some(first) = &first {
-                assert!(bits == *first, "{} has other bits on {device:?}", name());
+                assert!(bits == *first, "{} has other bits on {workers} of {device:?}", name());
             } else {
                 let [got_loss, want_loss] = [&got, &want].map(|outcome| StepSums::total(&outcome.sums).loss);
                 losses.note((got_loss - want_loss).abs() / want_loss, 1e-6, name);

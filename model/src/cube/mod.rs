@@ -266,6 +266,12 @@ impl<R: Runtime> Device for CubeDevice<R> {
         state_out: &mut Buffer,
     ) -> Result<()> {
         let backward = pass != Pass::Evaluate;
+        if batch.rows() == 0 {
+            // All rows of an evaluation's last batch may be another worker's.
+            assert!(!backward, "step: a training batch without rows");
+            self.sums = Some(vec![StepSums::default(); batch.shards.len()]);
+            return Ok(());
+        }
         self.dropout = match pass {
             Pass::Train { step } => self.dropout_of(step),
             Pass::Evaluate => vec![None; self.layout.shape.num_layers()],
