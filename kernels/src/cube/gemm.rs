@@ -11,6 +11,9 @@ use super::buffer::Buffer;
 const TILE: usize = 64;
 /// k's of a tile.
 const DEPTH: usize = 16;
+/// Distance of two k's of a tile. More than its rows: threads that store neighbouring k's of one row would else meet in one
+/// bank of shared memory. A multiple of 4: threads load four numbers at once.
+const PITCH: usize = TILE + 4;
 /// Rows and columns of a unit's numbers.
 const MICRO: usize = 4;
 /// Units of a cube: 16 × 16.
@@ -56,10 +59,10 @@ fn multiply(
     for k in 0..DEPTH {
         #[unroll]
         for i in 0..MICRO {
-            let l = left[k * TILE + row + i];
+            let l = left[k * PITCH + row + i];
             #[unroll]
             for j in 0..MICRO {
-                sums[i * MICRO + j] = fma(l, right[k * TILE + column + j], sums[i * MICRO + j]);
+                sums[i * MICRO + j] = fma(l, right[k * PITCH + column + j], sums[i * MICRO + j]);
             }
         }
     }
@@ -87,8 +90,8 @@ fn product_kernel(
     let unit = UNIT_POS as usize;
     let (row, column) = (unit / 16 * MICRO, unit % 16 * MICRO);
     let (first_row, first_column) = (CUBE_POS_Y as usize * TILE, CUBE_POS_X as usize * TILE);
-    let mut left = SharedMemory::<f32>::new(TILE * DEPTH);
-    let mut right = SharedMemory::<f32>::new(TILE * DEPTH);
+    let mut left = SharedMemory::<f32>::new(PITCH * DEPTH);
+    let mut right = SharedMemory::<f32>::new(PITCH * DEPTH);
     let mut sums = Array::<f32>::new(MICRO * MICRO);
     #[unroll]
     for j in 0..MICRO {
@@ -116,16 +119,16 @@ fn product_kernel(
             let (r, p) = (at / DEPTH, at % DEPTH);
             let is_inside = first_row + r < m && first_k + p < k;
             let from = select(is_inside, a_at + (first_row + r) * a_stride + first_k + p, 0);
-            left[p * TILE + r] = select(is_inside, a[from], 0.0);
+            left[p * PITCH + r] = select(is_inside, a[from], 0.0);
             if comptime!(b_is_transposed) {
                 let is_inside = first_column + r < n && first_k + p < k;
                 let from = select(is_inside, b_at + (first_column + r) * b_stride + first_k + p, 0);
-                right[p * TILE + r] = select(is_inside, b[from], 0.0);
+                right[p * PITCH + r] = select(is_inside, b[from], 0.0);
             } else {
                 let (p, s) = (at / TILE, at % TILE);
                 let is_inside = first_column + s < n && first_k + p < k;
                 let from = select(is_inside, b_at + (first_k + p) * b_stride + first_column + s, 0);
-                right[p * TILE + s] = select(is_inside, b[from], 0.0);
+                right[p * PITCH + s] = select(is_inside, b[from], 0.0);
             }
         }
         sync_cube();

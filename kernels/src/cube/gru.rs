@@ -82,7 +82,7 @@ fn forward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = forward_column(own, GATES, hidden);
     let is_candidate = own.gate == 2;
 
@@ -92,19 +92,19 @@ fn forward_kernel(
     let mut exchange = SharedMemory::<f32>::new(comptime!(plan.rows * 3 * plan.units));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * 3 * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, hidden, plan);
+    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, plan);
     if comptime!(!options.first_half) {
         let at = first_step * runs * comptime!(4 * hidden) + comptime!(3 * hidden);
-        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut reset, hidden, plan);
+        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut reset, 0usize, hidden, plan);
     }
     sync_cube();
 
     for t in first_step..last_step {
         if comptime!(options.first_half) {
             #[unroll]
-            for r in 0..plan.rows {
+            for r in 0..comptime!(plan.rows_of_a_thread()) {
                 let run = own.first_run + r;
                 let is_there = own.is_unit && run < runs;
                 let x = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + column.at, 0)];
@@ -116,12 +116,23 @@ fn forward_kernel(
                     sums[r] = x;
                 }
             }
-            multiply(&state, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
-            share(&sums, &mut exchange, GATES, plan);
+            multiply(
+                &state,
+                own.first_row * hidden,
+                hidden,
+                weight,
+                column,
+                &held,
+                &cached,
+                &mut sums,
+                hidden,
+                plan,
+            );
+            share(&sums, own, &mut exchange, GATES, plan);
         }
         if comptime!(!options.after && options.first_half) {
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            for part in 0..comptime!(plan.parts(GATES)) {
                 let item = item(part, runs, GATES, hidden, plan);
                 if item.is_there {
                     let Item { r, run, unit, sum, .. } = item;
@@ -139,18 +150,29 @@ fn forward_kernel(
         }
         if comptime!(!options.after && options.second_half) {
             #[unroll]
-            for r in 0..plan.rows {
+            for r in 0..comptime!(plan.rows_of_a_thread()) {
                 let run = own.first_run + r;
                 let is_there = own.is_unit && run < runs;
                 sums[r] = pre[select(is_there, (t * runs + run) * comptime!(3 * hidden) + column.at, 0)];
             }
             // Only the candidate's sums are read; all threads come along, for the barriers.
-            multiply(&reset, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
-            share(&sums, &mut exchange, GATES, plan);
+            multiply(
+                &reset,
+                own.first_row * hidden,
+                hidden,
+                weight,
+                column,
+                &held,
+                &cached,
+                &mut sums,
+                hidden,
+                plan,
+            );
+            share(&sums, own, &mut exchange, GATES, plan);
         }
         if comptime!(options.second_half) {
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            for part in 0..comptime!(plan.parts(GATES)) {
                 let item = item(part, runs, GATES, hidden, plan);
                 if item.is_there {
                     let Item { r, run, unit, sum, .. } = item;
@@ -248,7 +270,7 @@ fn backward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = backward_column(own, hidden);
 
     // Gradients of what is multiplied with the weights: of the step after those of r and z, and of n where the reset acts
@@ -257,7 +279,7 @@ fn backward_kernel(
     let mut exchange = SharedMemory::<f32>::new(comptime!(plan.rows * 3 * plan.units));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * 3 * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
     clear(&mut tile, comptime!(3 * hidden), plan);
     sync_cube();
@@ -266,36 +288,18 @@ fn backward_kernel(
         let has_after = last_step < steps;
         let at = last_step * runs * comptime!(4 * hidden);
         let two = select(has_after, comptime!(2 * hidden), 0);
-        fetch(gates, at, comptime!(4 * hidden), two, runs, &mut tile, comptime!(3 * hidden), plan);
+        fetch(gates, at, comptime!(4 * hidden), two, runs, &mut tile, 0usize, comptime!(3 * hidden), plan);
         if comptime!(options.after) {
             // Behind r and z stands n, but what is multiplied is the one after it.
-            #[unroll]
-            for r in 0..plan.rows {
-                let run = own.first_run + r;
-                let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
-                while n.read() < hidden {
-                    let is_there = has_after && run < runs;
-                    let from = at + run * comptime!(4 * hidden) + comptime!(3 * hidden) + n.read();
-                    let d = select(is_there, gates[select(is_there, from, 0)], 0.0);
-                    tile[comptime!(r * 3 * hidden + 2 * hidden) + n.read()] = d;
-                    n.store(n.read() + CUBE_DIM as usize);
-                }
-            }
+            let (at, one) = (at + comptime!(3 * hidden), select(has_after, hidden, 0));
+            let (tile_at, stride) = comptime!((2 * hidden, 3 * hidden));
+            fetch(gates, at, comptime!(4 * hidden), one, runs, &mut tile, tile_at, stride, plan);
         }
     } else {
         // This step's n, which the first half has left.
-        #[unroll]
-        for r in 0..plan.rows {
-            let run = own.first_run + r;
-            let n = RuntimeCell::<usize>::new(UNIT_POS as usize);
-            while n.read() < hidden {
-                let is_there = run < runs;
-                let at = (first_step * runs + run) * comptime!(4 * hidden) + comptime!(2 * hidden) + n.read();
-                let d = select(is_there, gates[select(is_there, at, 0)], 0.0);
-                tile[comptime!(r * 3 * hidden + 2 * hidden) + n.read()] = d;
-                n.store(n.read() + CUBE_DIM as usize);
-            }
-        }
+        let at = first_step * runs * comptime!(4 * hidden) + comptime!(2 * hidden);
+        let (tile_at, stride) = comptime!((2 * hidden, 3 * hidden));
+        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut tile, tile_at, stride, plan);
     }
     sync_cube();
 
@@ -305,7 +309,7 @@ fn backward_kernel(
     for round in 0..rounds {
         let is_start = first_step + round == last_step;
         if comptime!(options.first_half) {
-            let at = own.gate * hidden;
+            let at = own.first_row * comptime!(3 * hidden) + own.gate * hidden;
             multiply_from_zero(
                 &tile,
                 at,
@@ -318,9 +322,9 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
-            share(&sums, &mut exchange, GATES, plan);
+            share(&sums, own, &mut exchange, GATES, plan);
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            for part in 0..comptime!(plan.parts(GATES)) {
                 let item = item(part, runs, GATES, hidden, plan);
                 if item.is_there {
                     let Item { r, run, unit, sum, .. } = item;
@@ -372,7 +376,7 @@ fn backward_kernel(
         }
         if comptime!(!options.after && options.second_half) {
             // Only the candidate's sums are read; all threads come along, for the barriers.
-            let at = comptime!(2 * hidden);
+            let at = own.first_row * comptime!(3 * hidden) + comptime!(2 * hidden);
             multiply_from_zero(
                 &tile,
                 at,
@@ -385,9 +389,9 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
-            share(&sums, &mut exchange, GATES, plan);
+            share(&sums, own, &mut exchange, GATES, plan);
             #[unroll]
-            for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+            for part in 0..comptime!(plan.parts(GATES)) {
                 let item = item(part, runs, GATES, hidden, plan);
                 if item.is_there && !is_start {
                     let Item { r, run, unit, sum, .. } = item;

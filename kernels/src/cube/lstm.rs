@@ -91,30 +91,41 @@ fn forward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = forward_column(own, GATES, hidden);
 
     let mut state = SharedMemory::<f32>::new(comptime!(plan.rows * output));
     let mut exchange = SharedMemory::<f32>::new(comptime!(plan.rows * 4 * plan.units));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * 4 * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * output, output, output, runs, &mut state, output, plan);
+    fetch(h, first_step * runs * output, output, output, runs, &mut state, 0usize, output, plan);
     sync_cube();
 
     for t in first_step..last_step {
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             let run = own.first_run + r;
             let is_there = own.is_unit && run < runs;
             let from = select(is_there, (t * runs + run) * comptime!(4 * hidden) + column.at, 0);
             sums[r] = pre[from];
         }
-        multiply(&state, 0, output, weight, column, &held, &cached, &mut sums, output, plan);
-        share(&sums, &mut exchange, GATES, plan);
+        multiply(
+            &state,
+            own.first_row * output,
+            output,
+            weight,
+            column,
+            &held,
+            &cached,
+            &mut sums,
+            output,
+            plan,
+        );
+        share(&sums, own, &mut exchange, GATES, plan);
         #[unroll]
-        for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+        for part in 0..comptime!(plan.parts(GATES)) {
             let item = item(part, runs, GATES, hidden, plan);
             if item.is_there {
                 let Item { r, run, unit, sum, .. } = item;
@@ -286,7 +297,7 @@ fn backward_kernel(
     #[comptime] options: Options,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = backward_column(own, hidden);
 
     // Of the step after: the gradients of all gates.
@@ -294,7 +305,7 @@ fn backward_kernel(
     let mut exchange = SharedMemory::<f32>::new(comptime!(plan.rows * 4 * plan.units));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * 4 * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     if comptime!(!options.projects) {
         hold(weight, column, &mut held, &mut cached, plan);
         // Beyond the last step there is nothing: zeros, from wherever they are read.
@@ -307,6 +318,7 @@ fn backward_kernel(
             width,
             runs,
             &mut tile,
+            0usize,
             comptime!(4 * hidden),
             plan,
         );
@@ -318,7 +330,7 @@ fn backward_kernel(
     let rounds = last_step - first_step + select(to_start, 1, 0);
     for round in 0..rounds {
         if comptime!(!options.projects) {
-            let at = own.gate * hidden;
+            let at = own.first_row * comptime!(4 * hidden) + own.gate * hidden;
             multiply_from_zero(
                 &tile,
                 at,
@@ -331,10 +343,10 @@ fn backward_kernel(
                 hidden,
                 plan,
             );
-            share(&sums, &mut exchange, GATES, plan);
+            share(&sums, own, &mut exchange, GATES, plan);
         }
         #[unroll]
-        for part in 0..comptime!(plan.rows.div_ceil(GATES)) {
+        for part in 0..comptime!(plan.parts(GATES)) {
             let item = item(part, runs, GATES, hidden, plan);
             if item.is_there {
                 let Item { r, run, unit, sum, .. } = item;

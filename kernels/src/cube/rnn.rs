@@ -44,35 +44,35 @@ fn forward_kernel(
     #[comptime] is_relu: bool,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = forward_column(own, GATES, hidden);
-    let Own { unit, is_unit, first_run, .. } = own;
+    let Own { unit, is_unit, first_row, first_run, .. } = own;
     let mut state = SharedMemory::<f32>::new(comptime!(plan.rows * hidden));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, hidden, plan);
+    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, plan);
     sync_cube();
     for t in first_step..last_step {
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             let run = first_run + r;
             let is_there = is_unit && run < runs;
             sums[r] = pre[select(is_there, (t * runs + run) * hidden + unit, 0)];
         }
-        multiply(&state, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
+        multiply(&state, first_row * hidden, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
         sync_cube();
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             let run = first_run + r;
             if is_unit && run < runs {
                 let new = if comptime!(is_relu) { relu(sums[r]) } else { tanh(sums[r]) };
                 // After its end a run keeps its last state.
-                let kept = select(t < lengths[run] as usize, new, state[r * hidden + unit]);
+                let kept = select(t < lengths[run] as usize, new, state[(first_row + r) * hidden + unit]);
                 h[((t + 1) * runs + run) * hidden + unit] = kept;
                 if comptime!(plan.whole) {
-                    state[r * hidden + unit] = kept;
+                    state[(first_row + r) * hidden + unit] = kept;
                 }
             }
         }
@@ -128,28 +128,39 @@ fn backward_kernel(
     #[comptime] is_relu: bool,
     #[comptime] plan: Plan,
 ) {
-    let own = own(hidden, plan);
+    let own = own(GATES, hidden, plan);
     let column = backward_column(own, hidden);
-    let Own { unit, is_unit, first_run, .. } = own;
+    let Own { unit, is_unit, first_row, first_run, .. } = own;
     // Of the step after: the gradients of the sums.
     let mut tile = SharedMemory::<f32>::new(comptime!(plan.rows * hidden));
     let mut cached = SharedMemory::<f32>::new(comptime!((plan.shared * plan.units).max(1)));
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
-    let mut sums = Array::<f32>::new(plan.rows);
+    let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
     clear(&mut tile, hidden, plan);
     // Beyond the last step there is nothing: zeros.
     let width = select(last_step < steps, hidden, 0);
-    fetch(d_pre, last_step * runs * hidden, hidden, width, runs, &mut tile, hidden, plan);
+    fetch(d_pre, last_step * runs * hidden, hidden, width, runs, &mut tile, 0usize, hidden, plan);
     sync_cube();
     // To the start it is one round more; where a launch does one step, that is a launch without any.
     let to_start = if comptime!(plan.whole) { first_step == 0 } else { last_step == 0 };
     let rounds = last_step - first_step + select(to_start, 1, 0);
     for round in 0..rounds {
-        multiply_from_zero(&tile, 0, hidden, weight, column, &held, &cached, &mut sums, hidden, plan);
+        multiply_from_zero(
+            &tile,
+            first_row * hidden,
+            hidden,
+            weight,
+            column,
+            &held,
+            &cached,
+            &mut sums,
+            hidden,
+            plan,
+        );
         sync_cube();
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             let run = first_run + r;
             if is_unit && run < runs {
                 if first_step + round == last_step {
@@ -163,7 +174,7 @@ fn backward_kernel(
                     let d = select(t < lengths[run] as usize, d, 0.0);
                     d_pre[place] = d;
                     if comptime!(plan.whole) {
-                        tile[r * hidden + unit] = d;
+                        tile[(first_row + r) * hidden + unit] = d;
                     }
                 }
             }

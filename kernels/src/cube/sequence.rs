@@ -1,9 +1,10 @@
 //! What the recurrent kernels share: how the runs and units of a sequence are cut into cubes, and the product of some
 //! runs' states with the recurrent weights.
 //!
-//! A cube owns a tile of runs and some units, and has one thread for each gate of each of them. Either it owns all units
-//! and runs all steps in one launch, passing the state on in shared memory; or a launch does one step, and cubes share the
-//! units. Both are the same kernel: a step reads what the step before has left in memory, if another launch has done it.
+//! A cube owns a tile of runs and some units, and has one thread for each gate of each of them, or several that share the
+//! runs. Either it owns all units and runs all steps in one launch, passing the state on in shared memory; or a launch does
+//! one step, and cubes share the units. Both are the same kernel: a step reads what the step before has left in memory, if
+//! another launch has done it.
 //!
 //! A number of a run is a sum over k upwards in one accumulator, whatever the tile, the cut and the place of the weights.
 
@@ -21,6 +22,8 @@ pub struct Plan {
     pub rows: usize,
     /// Units of a cube.
     pub units: usize,
+    /// Threads for each gate of each unit, which share the cube's runs; 1 if any weights are held.
+    pub groups: usize,
     /// Whether one launch does all steps: a cube has all units.
     pub whole: bool,
     /// Weights of each thread that stay in its registers from step to step: those of the first so many k's.
@@ -46,11 +49,11 @@ pub struct Limits {
 const MOST_HELD: usize = 128;
 
 /// Registers of a thread besides the weights that it holds. With fewer the compiler spills, which `scripts/cuda-check`
-/// finds.
-const OTHER_REGISTERS: usize = 64;
+/// finds. See docs/design/gpu.md.
+const OTHER_REGISTERS: usize = 32;
 
 /// Those of each run of its cube.
-const RUN_REGISTERS: usize = 8;
+const RUN_REGISTERS: usize = 16;
 
 /// What a thread of the LSTM of 150 units needs besides its weights, at the least that the compiler can do with.
 const FEWEST_OTHER_REGISTERS: usize = 32;
@@ -58,11 +61,21 @@ const FEWEST_OTHER_REGISTERS: usize = 32;
 /// Weights for which the compiler would rather spill than let one cube run where two could.
 const WORTH_SPILLING: usize = 16;
 
-/// Units of a cube where a launch does one step.
-const STEP_UNITS: usize = 64;
+/// Units of a cube where a launch does one step: as few as fill the lines of memory. With more of them and fewer runs a step of
+/// 64 runs and 512 units would read the weights, which all cubes of the same units do, from the cache more often.
+const STEP_UNITS: usize = 16;
+
+/// Most runs of a cube where a launch does one step, and of each of its threads.
+const MOST_STEP_ROWS: usize = 16;
+const MOST_STEP_ROWS_OF_A_THREAD: usize = 8;
 
 /// Weights that a thread fetches from shared memory at a time.
 const BLOCK: usize = 8;
+
+/// Weights that a thread fetches from memory while it multiplies with as many, so that it waits for none: where a launch does
+/// one step. There is no room for as many beside those that it holds where a launch does all.
+const AHEAD: usize = 32;
+const FEW_AHEAD: usize = 8;
 
 /// Floats of shared memory for what a kernel keeps there in other variants: weights, and what a GRU resets.
 const UNUSED: usize = 2;
@@ -150,8 +163,11 @@ impl Plan {
         let fits = |rows: usize| threads <= limits.threads && rows * tile <= limits.shared;
         if !can_be_whole || !fits(1) {
             let units = needs.step_units(limits);
-            let rows = (limits.shared.saturating_sub(UNUSED) / needs.tile(units)).clamp(1, MOST_ROWS);
-            return Self { rows, units, whole: false, registers: 0, shared: 0 };
+            let room = (limits.shared.saturating_sub(UNUSED) / needs.tile(units)).clamp(1, MOST_STEP_ROWS);
+            // A power of 2, which groups divide.
+            let rows = (1 << room.ilog2()).min(runs.next_power_of_two());
+            let groups = rows.div_ceil(MOST_STEP_ROWS_OF_A_THREAD);
+            return Self { rows, units, groups, whole: false, registers: 0, shared: 0 };
         }
         let rows = (1..=rows).rev().find(|&rows| fits(rows)).unwrap_or(1);
         let other = OTHER_REGISTERS + RUN_REGISTERS * rows;
@@ -162,12 +178,22 @@ impl Plan {
         let is_little_more = (of_two_cubes + 1..of_two_cubes + WORTH_SPILLING).contains(&registers);
         let registers = if is_little_more { of_two_cubes } else { registers };
         let shared = ((limits.shared - rows * tile) / threads).min(depth - registers);
-        Self { rows, units: hidden, whole: true, registers, shared }
+        Self { rows, units: hidden, groups: 1, whole: true, registers, shared }
     }
 
     /// Threads of a cube.
     pub(super) fn threads(&self, gates: usize) -> CubeDim {
-        CubeDim::new_1d((gates * self.units) as u32)
+        CubeDim::new_1d((self.groups * gates * self.units) as u32)
+    }
+
+    /// Runs of a thread.
+    pub(super) fn rows_of_a_thread(&self) -> usize {
+        self.rows / self.groups
+    }
+
+    /// How many units of runs a thread completes at most, see [`item`].
+    pub(super) fn parts(&self, gates: usize) -> usize {
+        self.rows.div_ceil(self.groups * gates)
     }
 
     /// Cubes for so many runs of a layer with `hidden` units.
@@ -232,23 +258,30 @@ pub(super) fn hold(
     }
 }
 
-/// What a thread is for: the sums of one gate of one unit, for all runs of its cube.
+/// What a thread is for: the sums of one gate of one unit, for some runs of its cube.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Own {
+    /// Its number among those of the same runs.
+    pub(super) thread: usize,
     pub(super) gate: usize,
     pub(super) unit: usize,
     /// The unit is there: the last cube may have fewer than others.
     pub(super) is_unit: bool,
-    /// The first run of the cube.
+    /// The first of the runs, counted in the cube and in all.
+    pub(super) first_row: usize,
     pub(super) first_run: usize,
 }
 
 #[cube]
-pub(super) fn own(#[comptime] hidden: usize, #[comptime] plan: Plan) -> Own {
-    let thread = UNIT_POS as usize;
+pub(super) fn own(#[comptime] gates: usize, #[comptime] hidden: usize, #[comptime] plan: Plan) -> Own {
+    let threads = comptime!(gates * plan.units);
+    // Said so that the compiler has no doubt of it.
+    let group = if comptime!(plan.groups == 1) { 0usize.runtime() } else { UNIT_POS as usize / threads };
+    let thread = UNIT_POS as usize - group * threads;
     let unit = CUBE_POS_Y as usize * plan.units + thread % plan.units;
-    let first_run = CUBE_POS_X as usize * plan.rows;
-    Own { gate: thread / plan.units, unit, is_unit: unit < hidden, first_run }
+    let first_row = group * comptime!(plan.rows_of_a_thread());
+    let first_run = CUBE_POS_X as usize * plan.rows + first_row;
+    Own { thread, gate: thread / plan.units, unit, is_unit: unit < hidden, first_row, first_run }
 }
 
 /// Where a thread's weights are on the way forward, `[k][gate·H + unit]`.
@@ -263,8 +296,8 @@ pub(super) fn backward_column(own: Own, #[comptime] hidden: usize) -> Column {
     Column { at: select(own.is_unit, own.gate * comptime!(hidden * hidden) + own.unit, 0), stride: hidden }
 }
 
-/// A unit of a run that a thread completes when the sums of its gates are there. A cube has as many threads as each of its
-/// units has gates, so each completes one unit of one run in as many.
+/// A unit of a run that a thread completes when the sums of its gates are there. A cube has as many threads for each of its
+/// units as that has gates, or a multiple, so each completes one unit of one run in as many.
 #[derive(CubeType, Clone, Copy)]
 pub(super) struct Item {
     /// The run, counted in the cube and in all.
@@ -285,7 +318,7 @@ pub(super) fn item(
     #[comptime] hidden: usize,
     #[comptime] plan: Plan,
 ) -> Item {
-    let at = UNIT_POS as usize + part * comptime!(gates * plan.units);
+    let at = UNIT_POS as usize + part * comptime!(plan.groups * gates * plan.units);
     let r = at / plan.units;
     let unit = CUBE_POS_Y as usize * plan.units + at % plan.units;
     let run = CUBE_POS_X as usize * plan.rows + r;
@@ -310,13 +343,16 @@ pub(super) fn clear(tile: &mut SharedMemory<f32>, #[comptime] width: usize, #[co
 #[cube]
 pub(super) fn share(
     sums: &Array<f32>,
+    own: Own,
     exchange: &mut SharedMemory<f32>,
     #[comptime] gates: usize,
     #[comptime] plan: Plan,
 ) {
+    let threads = comptime!(gates * plan.units);
+    let first = own.first_row * threads + own.thread;
     #[unroll]
-    for r in 0..plan.rows {
-        exchange[comptime!(r * gates * plan.units) + UNIT_POS as usize] = sums[r];
+    for r in 0..comptime!(plan.rows_of_a_thread()) {
+        exchange[first + r * threads] = sums[r];
     }
     sync_cube();
 }
@@ -337,13 +373,14 @@ pub(super) fn multiply_from_zero(
     #[comptime] plan: Plan,
 ) {
     #[unroll]
-    for r in 0..plan.rows {
+    for r in 0..comptime!(plan.rows_of_a_thread()) {
         sums[r] = 0.0;
     }
     multiply(tile, at, stride, weight, column, held, cached, sums, depth, plan);
 }
 
-/// `sums[r] += Σ_k tile[r·stride + at + k] · weight(k)` for the cube's runs, k upwards from 0 to `depth`.
+/// `sums[r] += Σ_k tile[r·stride + at + k] · weight(k)` for the thread's runs, the first of which is `at`, k upwards from 0 to
+/// `depth`.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn multiply(
@@ -363,7 +400,7 @@ pub(super) fn multiply(
     #[unroll]
     for k in 0..plan.registers {
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             sums[r] = fma(tile[r * stride + at + k], held[k], sums[r]);
         }
     }
@@ -377,7 +414,7 @@ pub(super) fn multiply(
                 let cached_k = block * BLOCK + i;
                 let w = cached[cached_k * threads + thread];
                 #[unroll]
-                for r in 0..plan.rows {
+                for r in 0..comptime!(plan.rows_of_a_thread()) {
                     sums[r] = fma(tile[r * stride + at + cached_k + plan.registers], w, sums[r]);
                 }
             }
@@ -387,24 +424,54 @@ pub(super) fn multiply(
     for cached_k in comptime!(plan.shared / BLOCK * BLOCK)..plan.shared {
         let w = cached[cached_k * threads + thread];
         #[unroll]
-        for r in 0..plan.rows {
+        for r in 0..comptime!(plan.rows_of_a_thread()) {
             sums[r] = fma(tile[r * stride + at + cached_k + plan.registers], w, sums[r]);
         }
     }
     let on_chip = comptime!(plan.registers + plan.shared);
-    if comptime!(on_chip < depth) {
-        for k in on_chip..depth + nothing {
+    let ahead = comptime!(if plan.whole { FEW_AHEAD } else { AHEAD });
+    let blocks = comptime!((depth - on_chip) / ahead);
+    if comptime!(blocks > 0) {
+        let mut next = Array::<f32>::new(ahead);
+        let mut now = Array::<f32>::new(ahead);
+        #[unroll]
+        for i in 0..ahead {
+            next[i] = weight[column.at + (on_chip + i) * column.stride];
+        }
+        for block in 0..blocks + nothing {
+            #[unroll]
+            for i in 0..ahead {
+                now[i] = next[i];
+            }
+            // Behind the last block nothing is needed: it comes once more.
+            let next_k = on_chip + select(block + 1 < blocks, block + 1, block) * ahead;
+            #[unroll]
+            for i in 0..ahead {
+                next[i] = weight[column.at + (next_k + i) * column.stride];
+            }
+            #[unroll]
+            for i in 0..ahead {
+                let k = on_chip + block * ahead + i;
+                #[unroll]
+                for r in 0..comptime!(plan.rows_of_a_thread()) {
+                    sums[r] = fma(tile[r * stride + at + k], now[i], sums[r]);
+                }
+            }
+        }
+    }
+    if comptime!(on_chip + blocks * ahead < depth) {
+        for k in comptime!(on_chip + blocks * ahead)..depth + nothing {
             let w = weight[column.at + k * column.stride];
             #[unroll]
-            for r in 0..plan.rows {
+            for r in 0..comptime!(plan.rows_of_a_thread()) {
                 sums[r] = fma(tile[r * stride + at + k], w, sums[r]);
             }
         }
     }
 }
 
-/// Copies what the cube's runs have in memory, `[Nr][width]` from `at` on, into a tile `[rows][stride]`; zeros for runs that
-/// are not there.
+/// Copies what the cube's runs have in memory, `[Nr][width]` from `at` on, into a tile `[rows][stride]` from its column
+/// `tile_at` on; zeros for runs that are not there.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn fetch(
@@ -414,6 +481,7 @@ pub(super) fn fetch(
     width: usize,
     runs: usize,
     tile: &mut SharedMemory<f32>,
+    #[comptime] tile_at: usize,
     #[comptime] stride: usize,
     #[comptime] plan: Plan,
 ) {
@@ -426,7 +494,7 @@ pub(super) fn fetch(
         let row = select(is_there, at + run * from_stride, 0);
         let j = RuntimeCell::<usize>::new(UNIT_POS as usize);
         while j.read() < width {
-            tile[r * stride + j.read()] = select(is_there, from[row + j.read()], 0.0);
+            tile[comptime!(r * stride + tile_at) + j.read()] = select(is_there, from[row + j.read()], 0.0);
             j.store(j.read() + threads);
         }
     }
@@ -448,13 +516,12 @@ mod tests {
     #[test]
     fn a_gpu_keeps_the_weights_of_the_small_presets_on_the_chip() {
         for (name, cell, hidden, runs, on_h100, on_a100) in [
-            ("char-lstm", Cell::Lstm, 128, 64, (56, 72), (56, 72)),
-            ("char-gru", Cell::Gru, 128, 64, (96, 32), (96, 32)),
+            ("char-lstm", Cell::Lstm, 128, 64, (80, 48), (80, 48)),
+            ("char-gru", Cell::Gru, 128, 64, (120, 8), (120, 8)),
             ("mnist-rnn", Cell::Rnn, 150, 150, (128, 22), (128, 22)),
-            // 360 KB, which no multiprocessor holds.
-            ("mnist-lstm", Cell::Lstm, 150, 150, (16, 92), (16, 65)),
-            // 270 KB, of which an A100 holds all but a tenth.
-            ("mnist-gru", Cell::Gru, 150, 150, (48, 102), (48, 88)),
+            // 360 KB, of which a multiprocessor holds four fifths at most beside what else it needs.
+            ("mnist-lstm", Cell::Lstm, 150, 150, (32, 92), (32, 65)),
+            ("mnist-gru", Cell::Gru, 150, 150, (64, 86), (64, 86)),
         ] {
             for (limits, on_chip) in [(H100, on_h100), (A100, on_a100)] {
                 let plan = plan(cell, hidden, runs, limits);
@@ -469,7 +536,7 @@ mod tests {
     #[test]
     fn a_large_layer_runs_step_by_step() {
         let plan = plan(Cell::Lstm, 512, 64, H100);
-        assert_eq!((plan.whole, plan.units), (false, 64));
+        assert_eq!((plan.whole, plan.units, plan.rows, plan.groups), (false, 16, 16, 2));
         let small = self::plan(Cell::Lstm, 33, 5, LAVAPIPE);
         assert!(small.whole && small.registers == 0 && small.rows * 8 * 33 <= LAVAPIPE.shared);
         assert!(!self::plan(Cell::Lstm, 512, 5, LAVAPIPE).whole);
@@ -484,10 +551,10 @@ mod tests {
         let fits = |hidden, limits: Limits| {
             Needs::of(Cell::Lstm, Reset::After, hidden, hidden).least_shared(limits) <= limits.shared
         };
-        assert!(fits(1_900, LAVAPIPE) && !fits(2_000, LAVAPIPE));
+        assert!(fits(2_000, LAVAPIPE) && !fits(2_048, LAVAPIPE));
         assert!(fits(14_000, H100) && !fits(16_384, H100));
-        let plan = self::plan(Cell::Lstm, 1_900, 5, LAVAPIPE);
-        assert_eq!((plan.whole, plan.rows, plan.units), (false, 1, 64));
+        let plan = self::plan(Cell::Lstm, 2_000, 5, LAVAPIPE);
+        assert_eq!((plan.whole, plan.rows, plan.units), (false, 1, 16));
     }
 
     #[test]

@@ -125,7 +125,8 @@ impl Case {
         let whole = place != Place::Split;
         let (registers, shared) = place.of(hidden);
         let units = if whole { hidden } else { units.min(hidden) };
-        let plan = Plan { rows: tile_rows, units, whole, registers, shared };
+        let groups = if !whole && tile_rows.is_multiple_of(2) { 2 } else { 1 };
+        let plan = Plan { rows: tile_rows, units, groups, whole, registers, shared };
         Self { cell, options, hidden, rows, steps, plan }
     }
 
@@ -136,8 +137,8 @@ impl Case {
     /// Whether a cube has room for the plan.
     pub(super) fn fits(&self, limits: Limits) -> bool {
         let needs = Needs::of(self.cell, self.options.reset, self.hidden, self.output());
-        let Plan { rows, units, whole, shared, .. } = self.plan;
-        let threads = self.cell.gates() * units;
+        let Plan { rows, units, groups, whole, shared, .. } = self.plan;
+        let threads = self.cell.gates() * units * groups;
         (needs.can_be_whole || !whole)
             && threads <= limits.threads
             && rows * needs.tile(units) + shared * threads <= limits.shared
