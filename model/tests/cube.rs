@@ -1,13 +1,11 @@
-//! A device of cubecl's against the CPU device, in every option; lavapipe stands for a GPU.
-#![cfg(feature = "wgpu")]
+//! A device of cubecl's against the CPU device, in every option. For a GPU stand lavapipe, and the host's processor, which
+//! runs the CUDA C++ that an H100 would be given.
+#![cfg(any(feature = "cuda", feature = "wgpu"))]
 
 mod common;
 
-use std::ops::Range;
-
-use common::{Combination, Fleet, Largest, Setup, Sizes, combinations, distance, widen};
-use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
-use model::cube::CubeDevice;
+use common::{Combination, Largest, Setup, Sizes, combinations, distance, widen};
+use cubecl::Runtime;
 use model::device::{Device, Pass, StepInput};
 use protocol::batch::{Batch, Inputs};
 use protocol::cell::Cell;
@@ -18,11 +16,6 @@ use protocol::sums::StepSums;
 
 /// The largest difference allowed, as a share of a tensor's largest number.
 const LIMIT: f64 = 1e-5;
-
-/// One device for each range of shards.
-fn fleet(setup: &Setup, split: &[Range<u32>]) -> Fleet<CubeDevice<WgpuRuntime>> {
-    setup.fleet_on::<WgpuRuntime>(&WgpuDevice::Cpu, split)
-}
 
 fn is_long() -> bool {
     std::env::var_os("LOCKSTEP_LONG").is_some()
@@ -40,15 +33,14 @@ fn some_combinations() -> impl Iterator<Item = Combination> {
         .map(|(_, c)| c)
 }
 
-#[test]
-fn every_option_equals_the_cpu() {
+fn check_options<R: Runtime>(on: &R::Device) {
     let [mut losses, mut states, mut gradients] = [(); 3].map(|()| Largest::default());
     let mut count = 0;
     for Combination { name, setup } in some_combinations() {
         let pass = Pass::Train { step: 3 };
         let (state, batch) = (setup.start(true), setup.batch(3));
         let want = setup.alone().pass(pass, &state, &batch);
-        let got = fleet(&setup, &setup.split(1)).pass(pass, &state, &batch);
+        let got = setup.fleet_on::<R>(on, &setup.split(1)).pass(pass, &state, &batch);
         let counts = |sums: &[StepSums]| -> Vec<_> {
             sums.iter()
                 .map(|sums| (sums.weight, sums.correct, sums.rows, sums.row_hash, sums.non_finite))
@@ -78,14 +70,13 @@ fn setup_of(cell: Cell, task: Task, shards: u32) -> Setup {
     Setup::new(sizes, &[("keep_prob", "0.7")])
 }
 
-#[test]
-fn neither_the_split_nor_the_run_changes_a_bit() {
+fn check_splits<R: Runtime>(on: &R::Device) {
     for (cell, task) in [(Cell::Rnn, Task::Rows), (Cell::Lstm, Task::Chars), (Cell::Gru, Task::Chars)] {
         let setup = setup_of(cell, task, 5);
         let mut outcomes = Vec::new();
         for workers in [1, 1, 2, 3, 5] {
             let mut state = setup.start(true);
-            let mut fleet = fleet(&setup, &setup.split(workers));
+            let mut fleet = setup.fleet_on::<R>(on, &setup.split(workers));
             let bits: Vec<_> =
                 (0..3).map(|step| fleet.train(step, &mut state, &setup.batch(step)).bits()).collect();
             // Of an evaluation's last batch all devices but the first may have no row.
@@ -100,12 +91,11 @@ fn neither_the_split_nor_the_run_changes_a_bit() {
     }
 }
 
-#[test]
-fn twenty_steps_come_out_as_on_the_cpu() {
+fn check_twenty_steps<R: Runtime>(on: &R::Device) {
     for cell in [Cell::Rnn, Cell::Lstm, Cell::Gru] {
         let setup = setup_of(cell, Task::Chars, 3);
         let [mut on_cpu, mut on_device] = [(); 2].map(|()| setup.start(false));
-        let (mut cpu, mut device) = (setup.alone(), fleet(&setup, &setup.split(1)));
+        let (mut cpu, mut device) = (setup.alone(), setup.fleet_on::<R>(on, &setup.split(1)));
         for step in 0..20 {
             let batch = setup.batch(step);
             let want = StepSums::total(&cpu.train(step, &mut on_cpu, &batch).sums).mean_loss();
@@ -122,12 +112,11 @@ fn one_row(setup: &Setup) -> Batch {
     batch
 }
 
-#[test]
-fn a_row_read_step_by_step_has_the_bits_of_an_evaluation() {
+fn check_reading<R: Runtime>(on: &R::Device) {
     for (cell, task) in [(Cell::Lstm, Task::Chars), (Cell::Gru, Task::Rows), (Cell::Rnn, Task::Chars)] {
         let setup = setup_of(cell, task, 1);
         let (state, batch) = (setup.start(false), one_row(&setup));
-        let mut fleet = fleet(&setup, &setup.split(1));
+        let mut fleet = setup.fleet_on::<R>(on, &setup.split(1));
         let want = fleet.pass(Pass::Evaluate, &state, &batch).sums[0].loss;
         let device = &mut fleet.workers[0].device;
         let mut parameters = device.zeros(state.parameters.len()).unwrap();
@@ -155,4 +144,55 @@ fn a_row_read_step_by_step_has_the_bits_of_an_evaluation() {
         // The sum of exponentials is one of f32s there.
         assert!((loss - want).abs() < 1e-6 * want, "{cell}: {loss}, the evaluation {want}");
     }
+}
+
+/// All checks on a device, unless it is not there.
+macro_rules! check_on {
+    ($runtime:ty, $device:expr, $skips:expr) => {
+        #[test]
+        fn every_option_equals_the_cpu() {
+            if !$skips {
+                super::check_options::<$runtime>(&$device);
+            }
+        }
+
+        #[test]
+        fn neither_the_split_nor_the_run_changes_a_bit() {
+            if !$skips {
+                super::check_splits::<$runtime>(&$device);
+            }
+        }
+
+        #[test]
+        fn twenty_steps_come_out_as_on_the_cpu() {
+            if !$skips {
+                super::check_twenty_steps::<$runtime>(&$device);
+            }
+        }
+
+        #[test]
+        fn a_row_read_step_by_step_has_the_bits_of_an_evaluation() {
+            if !$skips {
+                super::check_reading::<$runtime>(&$device);
+            }
+        }
+    };
+}
+
+#[cfg(feature = "wgpu")]
+mod lavapipe {
+    use cubecl::wgpu::{WgpuDevice, WgpuRuntime};
+
+    check_on!(WgpuRuntime, WgpuDevice::Cpu, false);
+}
+
+#[cfg(feature = "cuda")]
+mod emulated {
+    use kernels::cube::emulated::skips;
+    use kernels::cube::source::{Architecture, Launches, SourceDevice, SourceRuntime};
+
+    const H100: SourceDevice =
+        SourceDevice { architecture: Architecture::Sm90, launches: Launches::Emulated { order: 2 } };
+
+    check_on!(SourceRuntime, H100, skips());
 }
