@@ -1,5 +1,5 @@
-// What CUDA C++ finds on a GPU, for one kernel on a CPU; kernels/src/cube/emulated.rs puts the kernel's text between this
-// file and grid.hpp. Nothing but what cubecl writes for our kernels is here: another kernel does not compile.
+// What CUDA C++ finds on a GPU, for one kernel on a CPU: the kernel's text comes between this file and grid.hpp. Nothing but
+// what cubecl writes for our kernels is here: another kernel does not compile.
 #include <math.h>
 #include <setjmp.h>
 #include <stddef.h>

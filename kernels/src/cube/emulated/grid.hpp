@@ -1,6 +1,6 @@
-// Runs the kernel KERNEL, whose text is above, on a grid. One thread of the CPU runs all threads of all cubes, one after the
-// other; whoever waits for the others of its cube hands over to the next. The order is ours to choose: what depends on it is
-// a race.
+// Runs the kernel KERNEL, whose text is above, on a grid of cubes of MOST_THREADS threads at most. One thread of the CPU runs
+// all threads of all cubes, one after the other; whoever waits for the others of its cube hands over to the next. The order
+// is ours to choose: what depends on it is a race.
 
 // As much as the launch gives each cube, and what nobody may touch.
 constexpr size_t FENCE = 256;
@@ -15,7 +15,6 @@ struct Thread {
     enum { READY, WAITING, ENDED } state;
 };
 
-constexpr unsigned MOST_THREADS = 1024;
 static Thread threads[MOST_THREADS];
 static unsigned running;
 static jmp_buf scheduler;

@@ -183,6 +183,8 @@ impl Kernel {
         command.args(["-ffp-contract=off", "-fno-strict-aliasing"]);
         command.arg(format!("-Werror=frame-larger-than={}", STACK_BYTES / 2));
         command.args([format!("-DKERNEL={entry}"), format!("-DSHARED_BYTES={shared_bytes}")]);
+        // Some compilers have `longjmp` checked unasked, and the check knows of one stack only.
+        command.args([format!("-DMOST_THREADS={MOST_UNITS}"), "-U_FORTIFY_SOURCE".to_owned()]);
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("fma") {
             command.arg("-mfma");
