@@ -86,11 +86,18 @@ impl DeviceArg {
 impl Chosen {
     /// Whether it can compute the job.
     pub(crate) fn check(self, job: &JobSpec) -> Result<(), Problem> {
-        if self == Self::Cpu || job.precision == Precision::F32 {
-            return Ok(());
+        if self == Self::Cpu && job.precision == Precision::Tf32 {
+            return Err(Problem::usage("precision is tf32, which only GPUs have")
+                .hint("give --device cuda or wgpu, or --set precision=f32 or bf16"));
         }
-        Err(Problem::usage(format!("precision is {}, which only CPUs have", job.precision))
-            .hint("give --device cpu, or --set precision=f32"))
+        #[cfg(feature = "cuda")]
+        if matches!(self, Self::Cuda(..)) && job.precision != Precision::F32 {
+            kernels::cuda::tensor_headers().map_err(|missing| {
+                let sentence = format!("precision is {}: {missing}", job.precision);
+                Problem::usage(sentence).hint(missing.hint())
+            })?;
+        }
+        Ok(())
     }
 
     /// Does something on this device. `threads` is how many compute where the CPU does.
@@ -235,15 +242,16 @@ mod tests {
     }
 
     #[test]
-    fn a_job_in_bf16_is_for_cpus() {
+    fn a_job_in_tf32_is_for_gpus() {
         let exact = JobFile::resolve("char-lstm", None, &[]).unwrap().job;
-        let rounded = JobSpec { precision: Precision::Bf16, ..exact.clone() };
-        assert!(Chosen::Cpu.check(&exact).is_ok() && Chosen::Cpu.check(&rounded).is_ok());
-        #[cfg(feature = "wgpu")]
-        {
-            assert!(Chosen::Wgpu(0).check(&exact).is_ok());
-            let problem = Chosen::Wgpu(0).check(&rounded).unwrap_err();
-            assert_eq!(problem.sentence, "precision is bf16, which only CPUs have");
+        for precision in [Precision::F32, Precision::Bf16, Precision::Tf32] {
+            let job = JobSpec { precision, ..exact.clone() };
+            #[cfg(feature = "wgpu")]
+            assert!(Chosen::Wgpu(0).check(&job).is_ok());
+            match Chosen::Cpu.check(&job) {
+                Ok(()) => assert_ne!(precision, Precision::Tf32),
+                Err(problem) => assert_eq!(problem.sentence, "precision is tf32, which only GPUs have"),
+            }
         }
     }
 

@@ -38,7 +38,7 @@ fn a_job_that_cannot_be_meant_is_refused() {
         (format!("{good} --set cell=lstn"), "job.cell is not usable: unknown variant `lstn`", ""),
         (
             format!("{good} --set precision=f16"),
-            "job.precision is not usable: unknown variant `f16`, expected `f32` or `bf16`",
+            "job.precision is not usable: unknown variant `f16`, expected one of `f32`, `bf16`, `tf32`",
             "",
         ),
         (

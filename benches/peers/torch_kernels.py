@@ -1,10 +1,11 @@
-"""Measures whole training steps on a GPU in PyTorch: eager and as a CUDA graph, with TF32 off and on. One JSON line each.
+"""Measures whole training steps on a GPU in PyTorch: eager and as a CUDA graph, in f32, TF32 and bf16. One JSON line each.
 
     torch_kernels.py [PRESET ...] [--device cuda|cpu] [--steps N] [--seconds S]
 
-A step is that of torch_step.py: forward, cross-entropy, backward, clipping by the global norm, Adam, in f32. Batches lie
-on the device beforehand, as they do for `lockstep`; the loss is read once, at the end. Times are wall-clock, over all
-steps of a measurement, between two synchronisations. On a CPU there is eager only: to see that this file works.
+A step is that of torch_step.py: forward, cross-entropy, backward, clipping by the global norm, Adam; with bf16 the forward
+pass runs under PyTorch's autocast. Batches lie on the device beforehand, as they do for `lockstep`; the loss is read once, at
+the end. Times are wall-clock, over all steps of a measurement, between two synchronisations. On a CPU there is eager only, and
+no TF32: to see that this file works.
 """
 
 from measure import BATCHES, CHARACTERS, CLIP_NORM, LEARNING_RATE, PRESETS
@@ -29,7 +30,7 @@ def arguments():
     return args
 
 
-def work(preset, device, is_graph):
+def work(preset, device, is_graph, precision):
     """The step of one batch, and the batches."""
     import torch
     from torch import nn
@@ -62,7 +63,9 @@ def work(preset, device, is_graph):
 
     def step(x, y):
         adam.zero_grad(set_to_none=not is_graph)
-        loss = functional.cross_entropy(network(x), y.flatten())
+        # A graph must not hold what autocast keeps between steps.
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not is_graph):
+            loss = functional.cross_entropy(network(x), y.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
         adam.step()
@@ -95,14 +98,14 @@ def as_graph(step, inputs, targets):
     return replay
 
 
-def measure(args, preset, mode, tf32):
+def measure(args, preset, mode, precision):
     import torch
 
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     is_cuda = args.device == "cuda"
     synchronize = torch.cuda.synchronize if is_cuda else lambda: None
-    step, inputs, targets = work(preset, args.device, mode == "graph")
+    step, inputs, targets = work(preset, args.device, mode == "graph", precision)
     if mode == "graph":
         step = as_graph(step, inputs, targets)
     for number in range(WARM_UP):
@@ -123,7 +126,7 @@ def measure(args, preset, mode, tf32):
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
         "preset": preset,
         "mode": mode,
-        "precision": "tf32" if tf32 else "f32",
+        "precision": precision,
         "step_ms": round(1e3 * chunks[len(chunks) // 2], 4),
         "steps": done,
         "loss": round(loss.item(), 4),
@@ -132,10 +135,10 @@ def measure(args, preset, mode, tf32):
 
 def main():
     args = arguments()
-    modes = [(mode, tf32) for mode in ("eager", "graph") for tf32 in (False, True)]
+    modes = [(mode, precision) for mode in ("eager", "graph") for precision in ("f32", "tf32", "bf16")]
     for preset in args.presets or PRESETS:
-        for mode, tf32 in modes if args.device == "cuda" else [("eager", False)]:
-            print(json.dumps(measure(args, preset, mode, tf32)), flush=True)
+        for mode, precision in modes if args.device == "cuda" else [("eager", "f32"), ("eager", "bf16")]:
+            print(json.dumps(measure(args, preset, mode, precision)), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ impl<R: Runtime> DeviceMeter<R> {
 
     /// A layer's cell over all time steps, forward and backward.
     fn cell(&mut self, sizes: &KernelSizes) -> Result<(), Problem> {
-        let KernelSizes { cell, hidden_size: hidden, batch_size: runs, seq_len: steps, .. } = *sizes;
+        let KernelSizes { cell, precision, hidden_size: hidden, batch_size: runs, seq_len: steps, .. } =
+            *sizes;
         let client = self.client.clone();
         let extent = Extent { steps, runs };
         let (places, columns, options) = (extent.places(), cell.gates() * hidden, CellOptions::PLAIN);
@@ -63,7 +64,8 @@ impl<R: Runtime> DeviceMeter<R> {
         match cell {
             Cell::Rnn => {
                 let activation = options.activation;
-                let of = RnnSequence { extent, hidden, activation, plan, lengths: &lengths, h: &h };
+                let lengths = &lengths;
+                let of = RnnSequence { extent, hidden, activation, precision, plan, lengths, h: &h };
                 self.kernel("rnn forward", forward, || rnn_forward(&client, of, &pre, &weights))?;
                 self.kernel("rnn backward", backward, || {
                     rnn_backward(&client, of, &d_out, &weights, &pre, &d_start_h);
@@ -75,6 +77,7 @@ impl<R: Runtime> DeviceMeter<R> {
                     hidden,
                     output: hidden,
                     options: &options,
+                    precision,
                     plan,
                     lengths: &lengths,
                     peepholes: None,
@@ -92,6 +95,7 @@ impl<R: Runtime> DeviceMeter<R> {
                     hidden,
                     reset: options.reset,
                     recurrent_activation: options.recurrent_activation,
+                    precision,
                     plan,
                     lengths: &lengths,
                     gates: &gates,
@@ -110,7 +114,8 @@ impl<R: Runtime> DeviceMeter<R> {
 
     /// What goes before and after the cell: the input's part of the gates, and the gradients of the weights.
     fn products(&mut self, sizes: &KernelSizes) -> Result<(), Problem> {
-        let KernelSizes { cell, hidden_size: hidden, batch_size: runs, seq_len: steps, classes, .. } = *sizes;
+        let KernelSizes { cell, precision, hidden_size: hidden, classes, .. } = *sizes;
+        let KernelSizes { batch_size: runs, seq_len: steps, .. } = *sizes;
         let client = self.client.clone();
         let extent = Extent { steps, runs };
         let (places, columns) = (extent.places(), cell.gates() * hidden);
@@ -125,7 +130,8 @@ impl<R: Runtime> DeviceMeter<R> {
         self.kernel("input of a layer below", of(places, columns, hidden), || {
             let shape = Shape { m: places, n: columns, k: hidden };
             let right = Right::Transposed(Matrix::dense(&weight, hidden));
-            product(&client, shape, Matrix::dense(&x, hidden), right, Start::Row(&bias, 0), &gates, columns);
+            let (x, start) = (Matrix::dense(&x, hidden), Start::Row(&bias, 0));
+            product(&client, precision, shape, x, right, start, &gates, columns);
         })?;
         let tokens = Buffer::from_words(&client, &vec![0; places]);
         let table = zeros(&client, columns * classes);
@@ -151,13 +157,13 @@ impl<R: Runtime> DeviceMeter<R> {
         self.kernel("weight gradient", work, || {
             let (d, x) = (Matrix::dense(&gates, columns), Matrix::dense(&x, hidden));
             let into = Partials { buffer: &sums, stride: columns * hidden, at: 0 };
-            products(&client, &table, (columns, hidden), d, x, into);
+            products(&client, precision, &table, (columns, hidden), d, x, into);
         })
     }
 
     /// Logits and their loss.
     fn loss(&mut self, sizes: &KernelSizes) -> Result<(), Problem> {
-        let KernelSizes { hidden_size: hidden, classes, .. } = *sizes;
+        let KernelSizes { precision, hidden_size: hidden, classes, .. } = *sizes;
         let client = self.client.clone();
         let rows = sizes.batch_size * if sizes.head == Head::EveryStep { sizes.seq_len } else { 1 };
         let [features, weight, logits] =
@@ -170,7 +176,8 @@ impl<R: Runtime> DeviceMeter<R> {
         self.kernel("logits", work, || {
             let (shape, right) =
                 (Shape { m: rows, n: classes, k: hidden }, Right::Transposed(Matrix::dense(&weight, hidden)));
-            product(&client, shape, Matrix::dense(&features, hidden), right, Start::Zero, &logits, classes);
+            let features = Matrix::dense(&features, hidden);
+            product(&client, precision, shape, features, right, Start::Zero, &logits, classes);
         })?;
         let targets = Buffer::from_words(&client, &vec![0; rows]);
         let results = zeros(&client, softmax::RESULT * rows);

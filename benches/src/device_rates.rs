@@ -8,6 +8,7 @@ use cubecl::client::ComputeClient;
 use cubecl::future::block_on;
 use kernels::cube::guard::{device_panic, keep_device_panic};
 use kernels::cube::roofline;
+use protocol::job::Precision;
 use protocol::problem::Problem;
 
 use crate::summary::median;
@@ -27,7 +28,7 @@ const COPIED_FLOATS: usize = 1 << 25;
 /// What a device can do at most.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ceilings {
-    /// Multiply-adds in registers, GFLOP/s.
+    /// Multiply-adds in registers, on tensor cores where there are some for the precision, GFLOP/s.
     pub gflop_s: f64,
     /// Bytes read and as many written by a copy, GB/s.
     pub gb_s: f64,
@@ -75,16 +76,17 @@ pub struct DeviceMeter<R: Runtime> {
 }
 
 impl<R: Runtime> DeviceMeter<R> {
-    /// A meter that knows the device's ceilings. Takes about a second.
+    /// A meter that knows the device's ceilings for operands of this precision. Takes about a second.
     ///
     /// # Errors
     /// The device fails.
-    pub fn new(client: ComputeClient<R>) -> Result<Self, Problem> {
+    pub fn new(client: ComputeClient<R>, precision: Precision) -> Result<Self, Problem> {
         keep_device_panic();
         let mut rounds = 1;
         let fma = loop {
             let mut flop = 0;
-            let seconds = seconds(&client, || flop = roofline::multiply_add(&client, FMA_CUBES, rounds))?;
+            let mut launch = || flop = roofline::multiply_add(&client, precision, FMA_CUBES, rounds);
+            let seconds = seconds(&client, &mut launch)?;
             if seconds >= BURST.as_secs_f64() / 2.0 {
                 break flop as f64 / seconds;
             }
@@ -167,7 +169,7 @@ mod tests {
 
     #[test]
     fn every_kernel_of_every_cell_is_measured_beside_the_ceilings() {
-        let mut meter = DeviceMeter::new(WgpuRuntime::client(&WgpuDevice::Cpu)).unwrap();
+        let mut meter = DeviceMeter::new(WgpuRuntime::client(&WgpuDevice::Cpu), Precision::F32).unwrap();
         let Ceilings { gflop_s, gb_s, launch_us } = meter.ceilings;
         assert!(gflop_s > 0.0 && gb_s > 0.0 && launch_us > 0.0, "{:?}", meter.ceilings);
         for (preset, cell) in [("mnist-rnn", "rnn"), ("mnist-lstm", "lstm"), ("mnist-gru", "gru")] {

@@ -49,6 +49,8 @@ pub enum NoCuda {
     Nvrtc,
     /// The headers are in none of these folders.
     Headers(Vec<PathBuf>),
+    /// Those of tensor cores are not in this folder.
+    TensorHeaders(PathBuf),
 }
 
 impl fmt::Display for NoCuda {
@@ -63,6 +65,9 @@ impl fmt::Display for NoCuda {
                     folders.iter().map(|folder| folder.display().to_string()).collect();
                 write!(f, "there are no CUDA headers (no cuda_runtime.h in {})", folders.join(", "))
             }
+            Self::TensorHeaders(folder) => {
+                write!(f, "there are no headers for tensor cores (no crt/mma.h in {})", folder.display())
+            }
         }
     }
 }
@@ -75,6 +80,7 @@ impl NoCuda {
             Self::Device => "see nvidia-smi, and that CUDA_VISIBLE_DEVICES names a device",
             Self::Nvrtc => "install the CUDA toolkit, and name its lib64 in LD_LIBRARY_PATH",
             Self::Headers(_) => "install the CUDA toolkit, and name its folder in CUDA_PATH",
+            Self::TensorHeaders(_) => "install all of the CUDA toolkit, or give --set precision=f32",
         }
     }
 }
@@ -177,6 +183,15 @@ pub fn headers() -> Result<PathBuf, NoCuda> {
         }
     };
     if has_headers(&folder) { Ok(folder) } else { Err(NoCuda::Headers(vec![folder])) }
+}
+
+/// Checks that NVRTC finds what the kernels of tensor cores need. Not every package of the headers has it.
+///
+/// # Errors
+/// It does not.
+pub fn tensor_headers() -> Result<(), NoCuda> {
+    let folder = headers()?;
+    if folder.join("crt/mma.h").is_file() { Ok(()) } else { Err(NoCuda::TensorHeaders(folder)) }
 }
 
 fn has_headers(folder: &Path) -> bool {

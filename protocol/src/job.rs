@@ -163,6 +163,8 @@ pub enum Precision {
     F32,
     /// bfloat16: the range of f32, 8 bits of mantissa.
     Bf16,
+    /// What NVIDIA's tensor cores make of f32: its range, 11 bits of mantissa. GPUs only.
+    Tf32,
 }
 
 impl Precision {
@@ -171,6 +173,7 @@ impl Precision {
         match self {
             Self::F32 => "f32",
             Self::Bf16 => "products of bf16, all else f32",
+            Self::Tf32 => "products of tf32, all else f32",
         }
     }
 }
@@ -180,6 +183,7 @@ impl fmt::Display for Precision {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
+            Self::Tf32 => "tf32",
         })
     }
 }

@@ -9,15 +9,16 @@ use kernels::cube::roofline;
 use kernels::cube::source::{Architecture, KernelSource, Launches, SourceDevice, SourceRuntime, launched};
 use model::cube::CubeBackend;
 use model::device::{Backend, Device, Pass, Result, StepInput, Update};
-use protocol::job::presets;
+use protocol::job::{Precision, presets};
 use protocol::layout::Input;
 use protocol::tree::TreeNode;
 use serde_json::json;
 use worker::replica::Replica;
 use worker::train::summed_nodes;
 
-/// Beside the presets: each option of a cell, each way in which rows come and go, each rule of an update.
-const OPTIONS: [(&str, &str); 14] = [
+/// Beside the presets: each option of a cell, each way in which rows come and go, each rule of an update, and operands of fewer
+/// bits.
+const OPTIONS: [(&str, &str); 21] = [
     ("mnist-rnn", "activation=relu"),
     ("mnist-rnn", "bidirectional=true"),
     ("mnist-rnn", "optimizer=sgd"),
@@ -32,6 +33,13 @@ const OPTIONS: [(&str, &str); 14] = [
     ("mnist-gru", "recurrent_activation=hard_sigmoid"),
     ("char-gru", "embedding_size=16 keep_prob=0.5"),
     ("char-lstm", "hidden_size=1024 seq_len=2"),
+    ("char-lstm", "precision=tf32"),
+    ("char-lstm", "precision=bf16"),
+    ("char-lstm-512", "precision=bf16"),
+    ("char-gru", "precision=bf16"),
+    ("mnist-rnn", "precision=bf16"),
+    ("mnist-lstm", "precision=bf16 projection=50"),
+    ("mnist-gru", "precision=bf16 reset=before"),
 ];
 
 fn main() {
@@ -57,7 +65,9 @@ fn launch_all() -> Result<()> {
     for architecture in Architecture::ALL {
         let device = SourceDevice { architecture, launches: Launches::Kept };
         let client = SourceRuntime::client(&device);
-        roofline::multiply_add(&client, 1, 1);
+        for precision in [Precision::F32, Precision::Bf16, Precision::Tf32] {
+            roofline::multiply_add(&client, precision, 1, 1);
+        }
         let buffer = client.empty(4 * size_of::<f32>());
         roofline::copy(&client, &buffer, &buffer, 4);
         let backend = CubeBackend::<SourceRuntime>::new(device, architecture.name().to_owned());

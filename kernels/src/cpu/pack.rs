@@ -62,7 +62,7 @@ impl PackedMatrix {
     /// Bytes of a matrix of shape `[k, n]`, with the padding.
     pub fn bytes_of(precision: Precision, k: usize, n: usize) -> usize {
         match precision {
-            Precision::F32 => k * n.div_ceil(GRANULE) * size_of::<Line>(),
+            Precision::F32 | Precision::Tf32 => k * n.div_ceil(GRANULE) * size_of::<Line>(),
             Precision::Bf16 => bf16::pack::tiles_of(k, n) * size_of::<Tile>(),
         }
     }
@@ -93,7 +93,7 @@ impl PackedMatrix {
     pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
         let (k, n) = (self.k, self.n);
         match self.precision {
-            Precision::F32 => for_bursts::<BURST>(rows, k, n, |first, burst| {
+            Precision::F32 | Precision::Tf32 => for_bursts::<BURST>(rows, k, n, |first, burst| {
                 pack_burst::<PANEL_COLUMNS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
             }),
             Precision::Bf16 => for_bursts::<DEPTH>(rows, k, n, |first, burst| {
@@ -190,7 +190,7 @@ impl PackedLeft {
     /// Bytes of a matrix of shape `[k, m]`, with the padding.
     pub fn bytes_of(precision: Precision, k: usize, m: usize) -> usize {
         let bytes = match precision {
-            Precision::F32 => k * m.next_multiple_of(PANEL_ROWS) * size_of::<f32>(),
+            Precision::F32 | Precision::Tf32 => k * m.next_multiple_of(PANEL_ROWS) * size_of::<f32>(),
             Precision::Bf16 => bf16::pack::tiles_of(k, m) * size_of::<Tile>(),
         };
         bytes.next_multiple_of(size_of::<Line>())
@@ -215,7 +215,7 @@ impl PackedLeft {
     pub fn pack_row_iter<'a>(&mut self, simd: Simd, rows: impl Iterator<Item = &'a [f32]>) {
         let (k, m) = (self.k, self.m);
         match self.precision {
-            Precision::F32 => for_bursts::<BURST>(rows, k, m, |first, burst| {
+            Precision::F32 | Precision::Tf32 => for_bursts::<BURST>(rows, k, m, |first, burst| {
                 pack_burst::<PANEL_ROWS>(simd, burst, k, first, as_floats_mut(&mut self.lines));
             }),
             Precision::Bf16 => for_bursts::<DEPTH>(rows, k, m, |first, burst| {

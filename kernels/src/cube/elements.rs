@@ -1,9 +1,11 @@
 //! What happens to flat buffers element by element: copies, sums, the norm, the optimizers, the digest.
 
 use cubecl::prelude::*;
+use protocol::job::Precision;
 use std::ops::Range;
 
 use super::buffer::{Buffer, Result, UNITS, cubes};
+use super::precision::rounded;
 use crate::cpu::optimizer::{AdamStep, SgdStep};
 
 /// Elements whose squares, or digests, a cube adds up.
@@ -56,6 +58,7 @@ fn pick_kernel(
     constant: &Array<f32>,
     to: &mut Array<f32>,
     len: usize,
+    #[comptime] precision: Precision,
     #[comptime] adds: bool,
 ) {
     if ABSOLUTE_POS < len {
@@ -67,14 +70,20 @@ fn pick_kernel(
             let addend = from[select(is_there, index, 0u32) as usize];
             to[ABSOLUTE_POS] = value + select(is_there, addend, 0.0) + constant[ABSOLUTE_POS];
         } else {
-            to[ABSOLUTE_POS] = value;
+            to[ABSOLUTE_POS] = rounded(value, precision);
         }
     }
 }
 
-/// `to[i] = from[indices[i]]`.
-pub fn pick<R: Runtime>(client: &ComputeClient<R>, from: &Buffer, indices: &Buffer, to: &Buffer) {
-    pick_kernel_of(client, from, (indices, indices, from), to, false);
+/// `to[i] = from[indices[i]]`, rounded.
+pub fn pick<R: Runtime>(
+    client: &ComputeClient<R>,
+    precision: Precision,
+    from: &Buffer,
+    indices: &Buffer,
+    to: &Buffer,
+) {
+    pick_kernel_of(client, from, (indices, indices, from), to, precision, false);
 }
 
 /// `to[i] = from[first[i]] + from[second[i]] + constant[i]`; where `second[i]` is [`u32::MAX`] there is none.
@@ -86,7 +95,7 @@ pub fn pick_sums<R: Runtime>(
     constant: &Buffer,
     to: &Buffer,
 ) {
-    pick_kernel_of(client, from, (first, second, constant), to, true);
+    pick_kernel_of(client, from, (first, second, constant), to, Precision::F32, true);
 }
 
 fn pick_kernel_of<R: Runtime>(
@@ -94,6 +103,7 @@ fn pick_kernel_of<R: Runtime>(
     from: &Buffer,
     (first, second, constant): (&Buffer, &Buffer, &Buffer),
     to: &Buffer,
+    precision: Precision,
     adds: bool,
 ) {
     assert_eq!(first.len(), to.len(), "pick: one index for each element");
@@ -112,6 +122,7 @@ fn pick_kernel_of<R: Runtime>(
             constant.arg(),
             to.arg(),
             to.len(),
+            precision,
             adds,
         );
     }

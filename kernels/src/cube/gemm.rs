@@ -1,11 +1,16 @@
-//! Matrix products in f32, one accumulator for each number, k upwards: the row rule and the sum rule by construction.
+//! Matrix products with sums in f32: the row rule and the sum rule by construction.
 //!
+//! In f32, and where a device has no tensor cores, each number has one accumulator, and k runs upwards.
 //! A cube computes a tile of 64 × 64 numbers from tiles of its operands in shared memory; a unit has 4 × 4 of them in
 //! registers. A tile that reaches beyond an operand reads zeros there, which changes no sum.
 
 use cubecl::prelude::*;
 
+use protocol::job::Precision;
+
 use super::buffer::Buffer;
+use super::precision::{rounded, tensor_depth};
+use super::tensor;
 
 /// Rows and columns of a cube's tile.
 const TILE: usize = 64;
@@ -86,6 +91,7 @@ fn product_kernel(
     c_stride: usize,
     #[comptime] b_is_transposed: bool,
     #[comptime] starts_with_row: bool,
+    #[comptime] precision: Precision,
 ) {
     let unit = UNIT_POS as usize;
     let (row, column) = (unit / 16 * MICRO, unit % 16 * MICRO);
@@ -119,16 +125,16 @@ fn product_kernel(
             let (r, p) = (at / DEPTH, at % DEPTH);
             let is_inside = first_row + r < m && first_k + p < k;
             let from = select(is_inside, a_at + (first_row + r) * a_stride + first_k + p, 0);
-            left[p * PITCH + r] = select(is_inside, a[from], 0.0);
+            left[p * PITCH + r] = select(is_inside, rounded(a[from], precision), 0.0);
             if comptime!(b_is_transposed) {
                 let is_inside = first_column + r < n && first_k + p < k;
                 let from = select(is_inside, b_at + (first_column + r) * b_stride + first_k + p, 0);
-                right[p * PITCH + r] = select(is_inside, b[from], 0.0);
+                right[p * PITCH + r] = select(is_inside, rounded(b[from], precision), 0.0);
             } else {
                 let (p, s) = (at / TILE, at % TILE);
                 let is_inside = first_column + s < n && first_k + p < k;
                 let from = select(is_inside, b_at + (first_k + p) * b_stride + first_column + s, 0);
-                right[p * PITCH + s] = select(is_inside, b[from], 0.0);
+                right[p * PITCH + s] = select(is_inside, rounded(b[from], precision), 0.0);
             }
         }
         sync_cube();
@@ -167,11 +173,14 @@ pub enum Right<'a> {
     Transposed(Matrix<'a>),
 }
 
-/// `c[m][n] = start + a[m][k] · b`, c's rows `c_stride` apart.
+/// `c[m][n] = start + a[m][k] · b`, c's rows `c_stride` apart, with operands of this precision.
 ///
-/// Numerics: from the start, one fused multiply-add for each k, k upwards.
+/// Numerics: from the start, one fused multiply-add for each k, k upwards; on tensor cores their sums, to which the start is
+/// added.
+#[allow(clippy::too_many_arguments)]
 pub fn product<R: Runtime>(
     client: &ComputeClient<R>,
+    precision: Precision,
     shape: Shape,
     a: Matrix<'_>,
     b: Right<'_>,
@@ -183,6 +192,17 @@ pub fn product<R: Runtime>(
     if m == 0 || n == 0 {
         return;
     }
+    assert!(
+        a.at + (m - 1) * a.stride + k <= a.buffer.len() && (m - 1) * c_stride + n <= c.len(),
+        "product {shape:?}: a has {} floats, c {}",
+        a.buffer.len(),
+        c.len()
+    );
+    if let Some(depth) = tensor_depth(client, precision) {
+        // SAFETY: the assertions above and the callers' shapes keep the matrices inside the buffers.
+        unsafe { tensor::product(client, (precision, depth), shape, a, b, start, c, c_stride) }
+        return;
+    }
     let (b, b_is_transposed) = match b {
         Right::Plain(b) => (b, false),
         Right::Transposed(b) => (b, true),
@@ -191,15 +211,8 @@ pub fn product<R: Runtime>(
         Start::Row(row, at) => (row, at),
         Start::Zero => (b.buffer, 0),
     };
-    assert!(
-        a.at + (m - 1) * a.stride + k <= a.buffer.len() && (m - 1) * c_stride + n <= c.len(),
-        "product {shape:?}: a has {} floats, c {}",
-        a.buffer.len(),
-        c.len()
-    );
     let cubes = CubeCount::Static(n.div_ceil(TILE) as u32, m.div_ceil(TILE) as u32, 1);
-    // SAFETY: the kernel reads and writes inside the matrices only, which the assertions above and the callers' shapes
-    // keep inside the buffers; everything beyond their edges is replaced by index 0 or not written.
+    // SAFETY: as above; everything beyond the matrices' edges is replaced by index 0 or not written.
     unsafe {
         product_kernel::launch_unchecked::<R>(
             client,
@@ -220,6 +233,7 @@ pub fn product<R: Runtime>(
             c_stride,
             b_is_transposed,
             matches!(start, Start::Row(..)),
+            precision,
         );
     }
 }

@@ -7,12 +7,14 @@ use std::ops::Range;
 
 use cubecl::prelude::*;
 use protocol::cell::{RecurrentActivation, Reset};
+use protocol::job::Precision;
 
 use super::buffer::Buffer;
 use super::math::tanh;
+use super::precision::rounded;
 use super::rows::Extent;
 use super::sequence::{
-    Item, Plan, backward_column, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
+    Item, Plan, backward_column, before, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
     multiply, multiply_from_zero, own, share,
 };
 
@@ -30,6 +32,8 @@ pub struct GruSequence<'a> {
     pub reset: Reset,
     /// What r and z do to their sums.
     pub recurrent_activation: RecurrentActivation,
+    /// Of the operands of products. The weights that the kernels are given are rounded already.
+    pub precision: Precision,
     /// How it is cut.
     pub plan: Plan,
     /// Steps of each run, `[Nr]`, at least 1.
@@ -80,6 +84,7 @@ fn forward_kernel(
     last_step: usize,
     #[comptime] hidden: usize,
     #[comptime] options: Options,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -94,10 +99,10 @@ fn forward_kernel(
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
     let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, plan);
+    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, precision, plan);
     if comptime!(!options.first_half) {
         let at = first_step * runs * comptime!(4 * hidden) + comptime!(3 * hidden);
-        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut reset, 0usize, hidden, plan);
+        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut reset, 0usize, hidden, precision, plan);
     }
     sync_cube();
 
@@ -138,12 +143,14 @@ fn forward_kernel(
                     let Item { r, run, unit, sum, .. } = item;
                     let reset_gate = gate(exchange[sum], options.hard);
                     let z = gate(exchange[sum + plan.units], options.hard);
-                    let in_its_place = reset_gate * state[r * hidden + unit];
-                    let gates_at = (t * runs + run) * comptime!(4 * hidden) + unit;
+                    let place = t * runs + run;
+                    let h_before = before(&state, r * hidden + unit, h, place * hidden + unit, precision);
+                    let in_its_place = reset_gate * h_before;
+                    let gates_at = place * comptime!(4 * hidden) + unit;
                     gates[gates_at] = reset_gate;
                     gates[gates_at + hidden] = z;
                     gates[gates_at + comptime!(3 * hidden)] = in_its_place;
-                    reset[r * hidden + unit] = in_its_place;
+                    reset[r * hidden + unit] = rounded(in_its_place, precision);
                 }
             }
             sync_cube();
@@ -178,7 +185,7 @@ fn forward_kernel(
                     let Item { r, run, unit, sum, .. } = item;
                     let place = t * runs + run;
                     let gates_at = place * comptime!(4 * hidden) + unit;
-                    let h_previous = state[r * hidden + unit];
+                    let h_previous = before(&state, r * hidden + unit, h, place * hidden + unit, precision);
                     let last = exchange[sum + comptime!(2 * plan.units)];
                     let z = RuntimeCell::<f32>::new(0.0);
                     let n = RuntimeCell::<f32>::new(0.0);
@@ -200,7 +207,7 @@ fn forward_kernel(
                     let kept = select(t < lengths[run] as usize, new, h_previous);
                     h[(place + runs) * hidden + unit] = kept;
                     if comptime!(plan.whole) {
-                        state[r * hidden + unit] = kept;
+                        state[r * hidden + unit] = rounded(kept, precision);
                     }
                 }
             }
@@ -225,7 +232,7 @@ pub fn gru_forward<R: Runtime>(
     weight_hh_t: &Buffer,
     bias_hn: Option<&Buffer>,
 ) {
-    let GruSequence { extent, hidden, plan, lengths, gates, h, .. } = sequence;
+    let GruSequence { extent, hidden, precision, plan, lengths, gates, h, .. } = sequence;
     for steps in plan.launches(extent.steps) {
         for &half in sequence.halves() {
             // SAFETY: every thread reads and writes the places of runs and units that are there, in the first `extent` of
@@ -246,6 +253,7 @@ pub fn gru_forward<R: Runtime>(
                     steps.end,
                     hidden,
                     sequence.options(half),
+                    precision,
                     plan,
                 );
             }
@@ -268,6 +276,7 @@ fn backward_kernel(
     last_step: usize,
     #[comptime] hidden: usize,
     #[comptime] options: Options,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -288,18 +297,29 @@ fn backward_kernel(
         let has_after = last_step < steps;
         let at = last_step * runs * comptime!(4 * hidden);
         let two = select(has_after, comptime!(2 * hidden), 0);
-        fetch(gates, at, comptime!(4 * hidden), two, runs, &mut tile, 0usize, comptime!(3 * hidden), plan);
+        fetch(
+            gates,
+            at,
+            comptime!(4 * hidden),
+            two,
+            runs,
+            &mut tile,
+            0usize,
+            comptime!(3 * hidden),
+            precision,
+            plan,
+        );
         if comptime!(options.after) {
             // Behind r and z stands n, but what is multiplied is the one after it.
             let (at, one) = (at + comptime!(3 * hidden), select(has_after, hidden, 0));
             let (tile_at, stride) = comptime!((2 * hidden, 3 * hidden));
-            fetch(gates, at, comptime!(4 * hidden), one, runs, &mut tile, tile_at, stride, plan);
+            fetch(gates, at, comptime!(4 * hidden), one, runs, &mut tile, tile_at, stride, precision, plan);
         }
     } else {
         // This step's n, which the first half has left.
         let at = first_step * runs * comptime!(4 * hidden) + comptime!(2 * hidden);
         let (tile_at, stride) = comptime!((2 * hidden, 3 * hidden));
-        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut tile, tile_at, stride, plan);
+        fetch(gates, at, comptime!(4 * hidden), hidden, runs, &mut tile, tile_at, stride, precision, plan);
     }
     sync_cube();
 
@@ -361,13 +381,13 @@ fn backward_kernel(
                             gates[gates_at] = d_r;
                             gates[gates_at + comptime!(3 * hidden)] = d_q;
                             if comptime!(plan.whole) {
-                                tile[tile_at] = d_r;
-                                tile[tile_at + hidden] = d_z;
-                                tile[tile_at + comptime!(2 * hidden)] = d_q;
+                                tile[tile_at] = rounded(d_r, precision);
+                                tile[tile_at + hidden] = rounded(d_z, precision);
+                                tile[tile_at + comptime!(2 * hidden)] = rounded(d_q, precision);
                             }
                         } else if comptime!(plan.whole) {
-                            tile[tile_at + hidden] = d_z;
-                            tile[tile_at + comptime!(2 * hidden)] = d_n;
+                            tile[tile_at + hidden] = rounded(d_z, precision);
+                            tile[tile_at + comptime!(2 * hidden)] = rounded(d_n, precision);
                         }
                     }
                 }
@@ -410,7 +430,7 @@ fn backward_kernel(
                     let made = gates[gates_at + comptime!(3 * hidden)];
                     gates[gates_at + comptime!(3 * hidden)] = select(runs_on, made, 0.0);
                     if comptime!(plan.whole) {
-                        tile[r * comptime!(3 * hidden) + unit] = d_r;
+                        tile[r * comptime!(3 * hidden) + unit] = rounded(d_r, precision);
                     }
                 }
             }
@@ -434,7 +454,7 @@ pub fn gru_backward<R: Runtime>(
     weight_hh: &Buffer,
     d_start: &Buffer,
 ) {
-    let GruSequence { extent, hidden, plan, lengths, gates, h, .. } = sequence;
+    let GruSequence { extent, hidden, precision, plan, lengths, gates, h, .. } = sequence;
     for steps in plan.launches_back(extent.steps) {
         let Range { start, end } = steps;
         // On the way to the start there is no second half.
@@ -458,6 +478,7 @@ pub fn gru_backward<R: Runtime>(
                     end,
                     hidden,
                     sequence.options(half),
+                    precision,
                     plan,
                 );
             }

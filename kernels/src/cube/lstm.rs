@@ -5,13 +5,15 @@
 
 use cubecl::prelude::*;
 use protocol::cell::CellOptions;
+use protocol::job::Precision;
 
 use super::buffer::Buffer;
 use super::gemm::{Matrix, Right, Shape, Start, product};
 use super::math::tanh;
+use super::precision::rounded;
 use super::rows::Extent;
 use super::sequence::{
-    Item, Plan, backward_column, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
+    Item, Plan, backward_column, before, clear, fetch, forward_column, gate, gate_slope, hold, is_hard, item,
     multiply, multiply_from_zero, own, share,
 };
 
@@ -50,6 +52,8 @@ pub struct LstmSequence<'a> {
     pub output: usize,
     /// Of the cell.
     pub options: &'a CellOptions,
+    /// Of the operands of products. The weights that the kernels are given are rounded already.
+    pub precision: Precision,
     /// How it is cut.
     pub plan: Plan,
     /// Steps of each run, `[Nr]`, at least 1.
@@ -89,6 +93,7 @@ fn forward_kernel(
     #[comptime] hidden: usize,
     #[comptime] output: usize,
     #[comptime] options: Options,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -100,7 +105,7 @@ fn forward_kernel(
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
     let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * output, output, output, runs, &mut state, 0usize, output, plan);
+    fetch(h, first_step * runs * output, output, output, runs, &mut state, 0usize, output, precision, plan);
     sync_cube();
 
     for t in first_step..last_step {
@@ -130,9 +135,9 @@ fn forward_kernel(
             if item.is_there {
                 let Item { r, run, unit, sum, .. } = item;
                 let place = t * runs + run;
-                let before = place * hidden + unit;
+                let before_at = place * hidden + unit;
                 let after = (place + runs) * hidden + unit;
-                let c_previous = c[before];
+                let c_previous = c[before_at];
                 let sum_i = exchange[sum];
                 let sum_f = exchange[sum + plan.units];
                 let sum_o = exchange[sum + comptime!(3 * plan.units)];
@@ -165,12 +170,13 @@ fn forward_kernel(
                 gates[gates_at + comptime!(2 * hidden)] = g;
                 gates[gates_at + comptime!(3 * hidden)] = o;
                 if comptime!(options.projects) {
-                    m[before] = put_out;
+                    m[before_at] = put_out;
                 } else {
-                    let kept = select(runs_on, put_out, state[r * output + unit]);
+                    let h_before = before(&state, r * output + unit, h, before_at, precision);
+                    let kept = select(runs_on, put_out, h_before);
                     h[after] = kept;
                     if comptime!(plan.whole) {
-                        state[r * output + unit] = kept;
+                        state[r * output + unit] = rounded(kept, precision);
                     }
                 }
             }
@@ -196,7 +202,8 @@ pub fn lstm_forward<R: Runtime>(
     projection: Option<Projection<'_>>,
     h: &Buffer,
 ) {
-    let LstmSequence { extent, hidden, output, options, plan, lengths, peepholes, gates, c } = sequence;
+    let LstmSequence { extent, hidden, output, options, precision, plan, lengths, peepholes, gates, c } =
+        sequence;
     for steps in plan.launches(extent.steps) {
         let m = projection.map_or(gates, |projection| projection.m);
         // SAFETY: every thread reads and writes the places of runs and units that are there, in the first `extent` of all.
@@ -220,6 +227,7 @@ pub fn lstm_forward<R: Runtime>(
                 hidden,
                 output,
                 Options::of(options),
+                precision,
                 plan,
             );
         }
@@ -229,7 +237,7 @@ pub fn lstm_forward<R: Runtime>(
             let m = Matrix { buffer: m, at: t * extent.runs * hidden, stride: hidden };
             let weight = Right::Transposed(Matrix::dense(weight_hr, hidden));
             let projected = Buffer::new(client, extent.runs * output);
-            product(client, shape, m, weight, Start::Zero, &projected, output);
+            product(client, precision, shape, m, weight, Start::Zero, &projected, output);
             go_on_or_keep(client, extent, output, t, lengths, &projected, h);
         }
     }
@@ -295,6 +303,7 @@ fn backward_kernel(
     clip: f32,
     #[comptime] hidden: usize,
     #[comptime] options: Options,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -320,6 +329,7 @@ fn backward_kernel(
             &mut tile,
             0usize,
             comptime!(4 * hidden),
+            precision,
             plan,
         );
         sync_cube();
@@ -407,10 +417,10 @@ fn backward_kernel(
                     gates[gates_at + comptime!(3 * hidden)] = d_o;
                     if comptime!(plan.whole) {
                         let tile_at = r * comptime!(4 * hidden) + unit;
-                        tile[tile_at] = d_i;
-                        tile[tile_at + hidden] = d_f;
-                        tile[tile_at + comptime!(2 * hidden)] = d_g;
-                        tile[tile_at + comptime!(3 * hidden)] = d_o;
+                        tile[tile_at] = rounded(d_i, precision);
+                        tile[tile_at + hidden] = rounded(d_f, precision);
+                        tile[tile_at + comptime!(2 * hidden)] = rounded(d_g, precision);
+                        tile[tile_at + comptime!(3 * hidden)] = rounded(d_o, precision);
                     }
                 }
             }
@@ -445,7 +455,8 @@ pub fn lstm_backward<R: Runtime>(
     d_start_h: &Buffer,
     d_start_c: &Buffer,
 ) {
-    let LstmSequence { extent, hidden, options, plan, lengths, peepholes, gates, c, .. } = sequence;
+    let LstmSequence { extent, hidden, options, precision, plan, lengths, peepholes, gates, c, .. } =
+        sequence;
     let launch = |d_out: &Buffer, steps: std::ops::Range<usize>| {
         // SAFETY: as in the forward pass.
         unsafe {
@@ -468,6 +479,7 @@ pub fn lstm_backward<R: Runtime>(
                 options.cell_clip.unwrap_or(0.0),
                 hidden,
                 Options::of(options),
+                precision,
                 plan,
             );
         }
@@ -489,7 +501,8 @@ fn projected_backward<R: Runtime>(
     d_start_h: &Buffer,
     launch: &dyn Fn(&Buffer, std::ops::Range<usize>),
 ) {
-    let LstmSequence { extent: Extent { steps, runs }, hidden, output, lengths, gates, .. } = sequence;
+    let LstmSequence { extent: Extent { steps, runs }, hidden, output, precision, lengths, gates, .. } =
+        sequence;
     let d_m = Buffer::new(client, steps * runs * hidden);
     for t in (0..steps).rev() {
         let carried = |into: &Buffer, t: usize| {
@@ -497,6 +510,7 @@ fn projected_backward<R: Runtime>(
             let weight = Right::Plain(Matrix::dense(weight_hh, output));
             product(
                 client,
+                precision,
                 Shape { m: runs, n: output, k: 4 * hidden },
                 d,
                 weight,
@@ -529,7 +543,8 @@ fn projected_backward<R: Runtime>(
         let d = Matrix { buffer: d_projected, at: t * runs * output, stride: output };
         let weight = Right::Plain(Matrix::dense(weight_hr, hidden));
         let of_step = Buffer::new(client, runs * hidden);
-        product(client, Shape { m: runs, n: hidden, k: output }, d, weight, Start::Zero, &of_step, hidden);
+        let shape = Shape { m: runs, n: hidden, k: output };
+        product(client, precision, shape, d, weight, Start::Zero, &of_step, hidden);
         super::elements::copy(client, &of_step, 0..runs * hidden, &d_m, t * runs * hidden);
         launch(&d_m, t..t + 1);
         if t == 0 {

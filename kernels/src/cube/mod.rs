@@ -13,6 +13,7 @@
 //! | [`buffer`] | memory of a device |
 //! | [`math`] | exp, sigmoid, tanh |
 //! | [`gemm`], [`rows`], [`output`], [`softmax`] | what is around the recurrent kernels on the way to the loss |
+//! | `precision`, `tensor` | operands of fewer bits, and tensor cores |
 //! | [`sequence`], [`rnn`], [`lstm`], [`gru`] | whole sequences in one launch, or one step after the other |
 //! | [`shards`], [`elements`] | what happens to gradients |
 //! | [`roofline`] | what a device can do at most |
@@ -33,6 +34,7 @@ pub mod guard;
 pub mod lstm;
 pub mod math;
 pub mod output;
+mod precision;
 pub mod rnn;
 pub mod roofline;
 pub mod rows;
@@ -41,6 +43,7 @@ pub mod shards;
 pub mod softmax;
 #[cfg(feature = "cuda")]
 pub mod source;
+mod tensor;
 #[cfg(feature = "wgpu")]
 pub mod vulkan;
 

@@ -2,12 +2,14 @@
 
 use cubecl::prelude::*;
 use protocol::cell::Activation;
+use protocol::job::Precision;
 
 use super::buffer::Buffer;
 use super::math::{relu, tanh};
+use super::precision::rounded;
 use super::rows::Extent;
 use super::sequence::{
-    Own, Plan, backward_column, clear, fetch, forward_column, hold, multiply, multiply_from_zero, own,
+    Own, Plan, backward_column, before, clear, fetch, forward_column, hold, multiply, multiply_from_zero, own,
 };
 
 /// Threads for each unit.
@@ -22,6 +24,8 @@ pub struct RnnSequence<'a> {
     pub hidden: usize,
     /// What a unit does to its sum.
     pub activation: Activation,
+    /// Of the operands of products. The weights that the kernels are given are rounded already.
+    pub precision: Precision,
     /// How it is cut.
     pub plan: Plan,
     /// Steps of each run, `[Nr]`, at least 1.
@@ -42,6 +46,7 @@ fn forward_kernel(
     last_step: usize,
     #[comptime] hidden: usize,
     #[comptime] is_relu: bool,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -52,7 +57,7 @@ fn forward_kernel(
     let mut held = Array::<f32>::new(comptime!(plan.registers.max(1)));
     let mut sums = Array::<f32>::new(comptime!(plan.rows_of_a_thread()));
     hold(weight, column, &mut held, &mut cached, plan);
-    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, plan);
+    fetch(h, first_step * runs * hidden, hidden, hidden, runs, &mut state, 0usize, hidden, precision, plan);
     sync_cube();
     for t in first_step..last_step {
         #[unroll]
@@ -69,10 +74,12 @@ fn forward_kernel(
             if is_unit && run < runs {
                 let new = if comptime!(is_relu) { relu(sums[r]) } else { tanh(sums[r]) };
                 // After its end a run keeps its last state.
-                let kept = select(t < lengths[run] as usize, new, state[(first_row + r) * hidden + unit]);
+                let state_at = (first_row + r) * hidden + unit;
+                let h_before = before(&state, state_at, h, (t * runs + run) * hidden + unit, precision);
+                let kept = select(t < lengths[run] as usize, new, h_before);
                 h[((t + 1) * runs + run) * hidden + unit] = kept;
                 if comptime!(plan.whole) {
-                    state[(first_row + r) * hidden + unit] = kept;
+                    state[state_at] = rounded(kept, precision);
                 }
             }
         }
@@ -88,7 +95,7 @@ pub fn rnn_forward<R: Runtime>(
     pre: &Buffer,
     weight_hh_t: &Buffer,
 ) {
-    let RnnSequence { extent, hidden, activation, plan, lengths, h } = sequence;
+    let RnnSequence { extent, hidden, activation, precision, plan, lengths, h } = sequence;
     for steps in plan.launches(extent.steps) {
         // SAFETY: every thread reads and writes the places of runs and units that are there, in the first `extent` of all.
         unsafe {
@@ -105,6 +112,7 @@ pub fn rnn_forward<R: Runtime>(
                 steps.end,
                 hidden,
                 activation == Activation::Relu,
+                precision,
                 plan,
             );
         }
@@ -126,6 +134,7 @@ fn backward_kernel(
     last_step: usize,
     #[comptime] hidden: usize,
     #[comptime] is_relu: bool,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let own = own(GATES, hidden, plan);
@@ -140,7 +149,7 @@ fn backward_kernel(
     clear(&mut tile, hidden, plan);
     // Beyond the last step there is nothing: zeros.
     let width = select(last_step < steps, hidden, 0);
-    fetch(d_pre, last_step * runs * hidden, hidden, width, runs, &mut tile, 0usize, hidden, plan);
+    fetch(d_pre, last_step * runs * hidden, hidden, width, runs, &mut tile, 0usize, hidden, precision, plan);
     sync_cube();
     // To the start it is one round more; where a launch does one step, that is a launch without any.
     let to_start = if comptime!(plan.whole) { first_step == 0 } else { last_step == 0 };
@@ -174,7 +183,7 @@ fn backward_kernel(
                     let d = select(t < lengths[run] as usize, d, 0.0);
                     d_pre[place] = d;
                     if comptime!(plan.whole) {
-                        tile[(first_row + r) * hidden + unit] = d;
+                        tile[(first_row + r) * hidden + unit] = rounded(d, precision);
                     }
                 }
             }
@@ -193,7 +202,7 @@ pub fn rnn_backward<R: Runtime>(
     d_pre: &Buffer,
     d_start: &Buffer,
 ) {
-    let RnnSequence { extent, hidden, activation, plan, lengths, h } = sequence;
+    let RnnSequence { extent, hidden, activation, precision, plan, lengths, h } = sequence;
     for steps in plan.launches_back(extent.steps) {
         // SAFETY: as in the forward pass.
         unsafe {
@@ -213,6 +222,7 @@ pub fn rnn_backward<R: Runtime>(
                 steps.end,
                 hidden,
                 activation == Activation::Relu,
+                precision,
                 plan,
             );
         }

@@ -12,8 +12,10 @@ use std::ops::Range;
 
 use cubecl::prelude::*;
 use protocol::cell::{Cell, RecurrentActivation, Reset};
+use protocol::job::Precision;
 
 use super::math::{hard_sigmoid, sigmoid};
+use super::precision::rounded;
 
 /// How a sequence is cut. Changes no bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -470,8 +472,20 @@ pub(super) fn multiply(
     }
 }
 
+/// A run's state before a step, which a tile may have rounded.
+#[cube]
+pub(super) fn before(
+    tile: &SharedMemory<f32>,
+    tile_at: usize,
+    h: &Array<f32>,
+    h_at: usize,
+    #[comptime] precision: Precision,
+) -> f32 {
+    if comptime!(precision == Precision::F32) { tile[tile_at] } else { h[h_at] }
+}
+
 /// Copies what the cube's runs have in memory, `[Nr][width]` from `at` on, into a tile `[rows][stride]` from its column
-/// `tile_at` on; zeros for runs that are not there.
+/// `tile_at` on, rounded; zeros for runs that are not there.
 #[cube]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn fetch(
@@ -483,6 +497,7 @@ pub(super) fn fetch(
     tile: &mut SharedMemory<f32>,
     #[comptime] tile_at: usize,
     #[comptime] stride: usize,
+    #[comptime] precision: Precision,
     #[comptime] plan: Plan,
 ) {
     let first_run = CUBE_POS_X as usize * plan.rows;
@@ -494,7 +509,8 @@ pub(super) fn fetch(
         let row = select(is_there, at + run * from_stride, 0);
         let j = RuntimeCell::<usize>::new(UNIT_POS as usize);
         while j.read() < width {
-            tile[comptime!(r * stride + tile_at) + j.read()] = select(is_there, from[row + j.read()], 0.0);
+            let value = rounded(from[row + j.read()], precision);
+            tile[comptime!(r * stride + tile_at) + j.read()] = select(is_there, value, 0.0);
             j.store(j.read() + threads);
         }
     }

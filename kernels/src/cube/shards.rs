@@ -4,9 +4,12 @@
 //! beyond a run's end are among them; what they add is zero.
 
 use cubecl::prelude::*;
+use protocol::job::Precision;
 
 use super::buffer::{Buffer, UNITS, cubes};
 use super::gemm::Matrix;
+use super::precision::{rounded, tensor_depth};
+use super::tensor;
 
 /// Rows and columns of a cube's tile of a weight gradient.
 const TILE: usize = 64;
@@ -18,7 +21,7 @@ const MICRO: usize = 4;
 const FETCHES: usize = TILE * DEPTH / UNITS as usize;
 
 /// Words that describe a shard in [`ShardTable`]: its first run, its runs, the steps of the longest.
-const WORDS: usize = 3;
+pub(super) const WORDS: usize = 3;
 
 /// Where the pairs of a batch's shards lie.
 #[derive(Debug, Clone)]
@@ -44,6 +47,14 @@ impl ShardTable {
     pub fn shards(&self) -> usize {
         self.shards
     }
+
+    pub(super) fn words(&self) -> &Buffer {
+        &self.words
+    }
+
+    pub(super) fn runs(&self) -> usize {
+        self.runs
+    }
 }
 
 /// Where the sums of all shards go: the sum of shard s begins at `s·stride + at`.
@@ -58,7 +69,7 @@ pub struct Partials<'a> {
 }
 
 #[cube]
-fn pair_row(pair: usize, first: usize, own: usize, runs: usize) -> usize {
+pub(super) fn pair_row(pair: usize, first: usize, own: usize, runs: usize) -> usize {
     pair / own * runs + first + pair % own
 }
 
@@ -78,6 +89,7 @@ fn products_kernel(
     x_stride: usize,
     out_at: usize,
     out_stride: usize,
+    #[comptime] precision: Precision,
 ) {
     let shard = CUBE_POS_Z as usize;
     let first = table[shard * WORDS] as usize;
@@ -104,10 +116,10 @@ fn products_kernel(
             let storage = select(is_pair, pair_row(pair, first, own, runs), 0);
             let has_row = is_pair && first_row + s < m;
             let from = select(has_row, d_at + storage * d_stride + first_row + s, 0);
-            left[p * TILE + s] = select(has_row, d[from], 0.0);
+            left[p * TILE + s] = select(has_row, rounded(d[from], precision), 0.0);
             let has_column = is_pair && first_column + s < n;
             let from = select(has_column, x_at + storage * x_stride + first_column + s, 0);
-            right[p * TILE + s] = select(has_column, x[from], 0.0);
+            right[p * TILE + s] = select(has_column, rounded(x[from], precision), 0.0);
         }
         sync_cube();
         for k in 0..DEPTH {
@@ -135,17 +147,23 @@ fn products_kernel(
     }
 }
 
-/// The gradient of a weight `[m][n]` of every shard: `Σ d[pair][r] · x[pair][s]`.
+/// The gradient of a weight `[m][n]` of every shard: `Σ d[pair][r] · x[pair][s]`, with operands of this precision.
 ///
-/// Numerics: from 0, one fused multiply-add for each pair, in order.
+/// Numerics: from 0, one fused multiply-add for each pair, in order; on tensor cores their sums, in the same order.
 pub fn products<R: Runtime>(
     client: &ComputeClient<R>,
+    precision: Precision,
     table: &ShardTable,
     (m, n): (usize, usize),
     d: Matrix<'_>,
     x: Matrix<'_>,
     into: Partials<'_>,
 ) {
+    if let Some(depth) = tensor_depth(client, precision) {
+        // SAFETY: the table's runs and steps lie within what is stored by step.
+        unsafe { tensor::products(client, (precision, depth), table, (m, n), d, x, into) }
+        return;
+    }
     let cubes = CubeCount::Static(n.div_ceil(TILE) as u32, m.div_ceil(TILE) as u32, table.shards as u32);
     // SAFETY: rows and columns beyond the operands' edges are read at index 0 or not written; the table's runs and steps
     // lie within what is stored by step.
@@ -167,6 +185,7 @@ pub fn products<R: Runtime>(
             x.stride,
             into.at,
             into.stride,
+            precision,
         );
     }
 }

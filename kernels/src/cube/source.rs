@@ -24,6 +24,9 @@ use cubecl::server::{
 use cubecl::stream_id::StreamId;
 use cubecl::zspace::{Shape, Strides};
 use cubecl::{Compiler, CubeCount, CubeTask, ExecutionMode, MemoryUsage, Runtime};
+use cubecl_cpp::cuda::arch::CudaArchitecture;
+use cubecl_cpp::cuda::mma::CudaWmmaCompiler;
+use cubecl_cpp::shared::{DialectWmmaCompiler, register_wmma_features};
 use cubecl_runtime::allocator::PitchedMemoryLayoutPolicy;
 use cubecl_runtime::logging::ServerLogger;
 use cubecl_runtime::memory_management::{ManagedMemoryHandle, MemoryAllocationMode};
@@ -59,6 +62,13 @@ impl Architecture {
         }
     }
 
+    const fn version(self) -> u32 {
+        match self {
+            Self::Sm80 => 80,
+            Self::Sm90 => 90,
+        }
+    }
+
     const fn multiprocessors(self) -> u32 {
         match self {
             Self::Sm80 => 108,
@@ -87,6 +97,8 @@ impl Architecture {
         let mut properties =
             DeviceProperties::new(Default::default(), memory, hardware, TimingMethod::System);
         cubecl_cpp::register_supported_types(&mut properties);
+        let architecture = CudaArchitecture { version: self.version() };
+        register_wmma_features(CudaWmmaCompiler::supported_wmma_combinations(&architecture), &mut properties);
         properties
     }
 

@@ -88,6 +88,9 @@ impl Backend for CpuBackend {
     }
 
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, recompute: bool) -> Result<CpuDevice> {
+        if job.precision == Precision::Tf32 {
+            return Err(DeviceError("precision is tf32, which only GPUs have".to_owned()));
+        }
         CpuDevice::new(self.simd, self.threads, layout.clone(), job, recompute)
     }
 }
@@ -160,8 +163,8 @@ impl CpuDevice {
     fn block_rows(shape: &ModelShape) -> usize {
         let weights = shape.layers().map(|layer| layer.gate_size() * layer.output_size).max().unwrap_or(0);
         match shape.precision {
-            Precision::F32 if 4 * weights <= CACHED_WEIGHT_BYTES => CACHED_BLOCK_ROWS,
-            Precision::F32 => STREAMED_BLOCK_ROWS,
+            Precision::F32 | Precision::Tf32 if 4 * weights <= CACHED_WEIGHT_BYTES => CACHED_BLOCK_ROWS,
+            Precision::F32 | Precision::Tf32 => STREAMED_BLOCK_ROWS,
             Precision::Bf16 => BF16_BLOCK_ROWS,
         }
     }

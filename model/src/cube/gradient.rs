@@ -99,7 +99,7 @@ impl<R: Runtime> Gradient<'_, R> {
         };
         let (classes, width) = (shape.classes, shape.output_width());
         let d = self.work.d_logits(classes);
-        products(client, table, (classes, width), d, self.work.head_input(shape.head), into);
+        products(client, shape.precision, table, (classes, width), d, self.work.head_input(shape.head), into);
         column_sums(client, table, classes, d, None, Partials { at: classes * width, ..into });
     }
 
@@ -124,7 +124,15 @@ impl<R: Runtime> Gradient<'_, R> {
             token_sums(client, pairs, tokens, size, TokenOrder::Columns, d.buffer, d.stride, into);
         } else {
             let x = self.work.input(index, at);
-            products(client, pairs, (gates, layer.input_size), d, x, place(&ranges.weight_ih));
+            products(
+                client,
+                shape.precision,
+                pairs,
+                (gates, layer.input_size),
+                d,
+                x,
+                place(&ranges.weight_ih),
+            );
         }
         column_sums(client, pairs, gates, d, None, place(&ranges.bias_ih));
 
@@ -134,7 +142,7 @@ impl<R: Runtime> Gradient<'_, R> {
         let h = Matrix::dense(&work.h, output);
         let weight_hh = |rows: Range<usize>, d: Matrix<'_>, h: Matrix<'_>| {
             let range = ranges.weight_hh.start + rows.start * output..ranges.weight_hh.end;
-            products(client, pairs, (rows.len(), output), d, h, place(&range));
+            products(client, shape.precision, pairs, (rows.len(), output), d, h, place(&range));
         };
         let bias_hh = |rows: Range<usize>, d: Matrix<'_>| {
             let range = ranges.bias_hh.start + rows.start..ranges.bias_hh.end;
@@ -161,7 +169,7 @@ impl<R: Runtime> Gradient<'_, R> {
 
         if let (Some(weight_hr), Some(projection)) = (&ranges.weight_hr, work.projection()) {
             let (m, d_projected) = (Matrix::dense(projection.0, hidden), Matrix::dense(projection.1, output));
-            products(client, pairs, (output, hidden), d_projected, m, place(weight_hr));
+            products(client, shape.precision, pairs, (output, hidden), d_projected, m, place(weight_hr));
         }
         // i and f have seen the c before the step, o the one after it.
         for (gate, range) in [0, 1, 3].into_iter().zip(ranges.peepholes.iter().flatten()) {

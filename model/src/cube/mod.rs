@@ -26,7 +26,9 @@ use kernels::cube::sequence::{Limits, Needs};
 use kernels::cube::shards::Partials;
 use kernels::cube::{elements, softmax};
 use protocol::batch::{Batch, DataShape};
-use protocol::job::{JobSpec, Precision};
+use protocol::job::JobSpec;
+#[cfg(feature = "cuda")]
+use protocol::job::Precision;
 use protocol::layout::{Head, LayerShape, ModelShape, StateLayout};
 use protocol::random::{Purpose, keep_threshold, key};
 use protocol::sums::StepSums;
@@ -122,11 +124,9 @@ impl<R: Runtime> Backend for CubeBackend<R> {
     }
 
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, _: bool) -> Result<CubeDevice<R>> {
-        if job.precision != Precision::F32 {
-            return Err(DeviceError(format!(
-                "precision is {}, which only CPUs have: {} multiplies f32",
-                job.precision, self.name
-            )));
+        #[cfg(feature = "cuda")]
+        if self.cuda.is_some() && job.precision != Precision::F32 {
+            kernels::cuda::tensor_headers().map_err(|missing| DeviceError(missing.to_string()))?;
         }
         let client = R::client(&self.device);
         check_shared_memory(&layout.shape, Limits::of(&client))?;

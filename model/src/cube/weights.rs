@@ -1,5 +1,5 @@
 //! Weights in the forms that the recurrent kernels read, derived from the flat parameters once per step (once in all for
-//! a reader): two launches, whatever the network.
+//! a reader): two or three launches, whatever the network.
 
 use std::ops::Range;
 
@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use kernels::cube::buffer::{ALIGNMENT, Buffer};
 use kernels::cube::elements::{pick, pick_sums};
 use protocol::cell::{Cell, Reset};
+use protocol::job::Precision;
 use protocol::layout::{DirectionRanges, LayerShape, ModelShape, StateLayout};
 
 /// No second parameter of a sum.
@@ -14,8 +15,11 @@ const NONE: u32 = u32::MAX;
 
 /// Where a network's derived weights come from: made once for each job.
 pub(super) struct Recipe {
-    /// Of each number of the packed weights: its parameter.
-    indices: Buffer,
+    precision: Precision,
+    /// Of each number of the matrices: its parameter.
+    matrix_indices: Buffer,
+    /// Of each number of the vectors: its parameter.
+    vector_indices: Buffer,
     /// Of each number of the biases: its parameters, and what is added to them.
     bias_indices: [Buffer; 2],
     bias_constants: Buffer,
@@ -36,7 +40,9 @@ struct Places {
 
 /// The derived weights of a network.
 pub(super) struct Weights {
-    packed: Buffer,
+    /// Operands of products, rounded to the job's precision.
+    matrices: Buffer,
+    vectors: Buffer,
     biases: Buffer,
     /// Per layer, per direction.
     pub(super) layers: Vec<Vec<DirectionWeights>>,
@@ -66,6 +72,14 @@ struct Parts {
     first: Vec<u32>,
     second: Vec<u32>,
     constants: Vec<f32>,
+}
+
+/// The parts of each buffer of [`Weights`].
+#[derive(Default)]
+struct AllParts {
+    matrices: Parts,
+    vectors: Parts,
+    biases: Parts,
 }
 
 impl Parts {
@@ -101,14 +115,17 @@ impl Recipe {
     /// The recipe of a network.
     pub(super) fn new<R: Runtime>(client: &ComputeClient<R>, layout: &StateLayout) -> Self {
         let shape = &layout.shape;
-        let (mut packed, mut biases) = (Parts::default(), Parts::default());
+        let mut all = AllParts::default();
         let of_layer = |(index, layer): (usize, LayerShape)| {
             let ranges = layout.layer(index).iter();
-            ranges.map(|ranges| Places::new(shape, &layer, ranges, &mut packed, &mut biases)).collect()
+            ranges.map(|ranges| Places::new(shape, &layer, ranges, &mut all)).collect()
         };
         let places = shape.layers().enumerate().map(of_layer).collect();
+        let AllParts { matrices, vectors, biases } = all;
         Self {
-            indices: Buffer::from_words(client, &packed.first),
+            precision: shape.precision,
+            matrix_indices: Buffer::from_words(client, &matrices.first),
+            vector_indices: Buffer::from_words(client, &vectors.first),
             bias_indices: [&biases.first, &biases.second].map(|indices| Buffer::from_words(client, indices)),
             bias_constants: Buffer::from_floats(client, &biases.constants),
             places,
@@ -117,14 +134,17 @@ impl Recipe {
 
     /// Room for the derived weights.
     pub(super) fn weights<R: Runtime>(&self, client: &ComputeClient<R>, shape: &ModelShape) -> Weights {
-        let packed = Buffer::new(client, self.indices.len());
-        let biases = Buffer::new(client, self.bias_constants.len());
+        let room = [&self.matrix_indices, &self.vector_indices, &self.bias_constants];
+        let [matrices, vectors, biases] = room.map(|indices| Buffer::new(client, indices.len()));
         let layers = (shape.layers().zip(&self.places))
             .map(|(layer, places)| {
-                places.iter().map(|places| places.weights(client, &layer, &packed, &biases)).collect()
+                places
+                    .iter()
+                    .map(|places| places.weights(client, &layer, [&matrices, &vectors, &biases]))
+                    .collect()
             })
             .collect();
-        Weights { packed, biases, layers }
+        Weights { matrices, vectors, biases, layers }
     }
 
     /// Derives the weights from the parameters `[P]`.
@@ -134,7 +154,8 @@ impl Recipe {
         parameters: &Buffer,
         weights: &Weights,
     ) {
-        pick(client, parameters, &self.indices, &weights.packed);
+        pick(client, self.precision, parameters, &self.matrix_indices, &weights.matrices);
+        pick(client, Precision::F32, parameters, &self.vector_indices, &weights.vectors);
         let [first, second] = &self.bias_indices;
         pick_sums(client, parameters, first, second, &self.bias_constants, &weights.biases);
     }
@@ -145,8 +166,7 @@ impl Places {
         shape: &ModelShape,
         layer: &LayerShape,
         ranges: &DirectionRanges,
-        packed: &mut Parts,
-        biases: &mut Parts,
+        AllParts { matrices, vectors, biases }: &mut AllParts,
     ) -> Self {
         let (hidden, output) = (layer.hidden_size, layer.output_size);
         let resets_after = shape.cell == Cell::Gru && shape.options.reset == Reset::After;
@@ -160,14 +180,14 @@ impl Places {
         });
         Self {
             bias: biases.put(bias),
-            bias_hn: resets_after.then(|| packed.copy(ranges.bias_hh.clone().skip(candidate))),
-            weight_hh_t: packed.transposed(&ranges.weight_hh, output),
-            weight_hh: packed.copy(ranges.weight_hh.clone()),
-            projection: ranges.weight_hr.as_ref().map(|weight| packed.copy(weight.clone())),
+            bias_hn: resets_after.then(|| vectors.copy(ranges.bias_hh.clone().skip(candidate))),
+            weight_hh_t: matrices.transposed(&ranges.weight_hh, output),
+            weight_hh: matrices.copy(ranges.weight_hh.clone()),
+            projection: ranges.weight_hr.as_ref().map(|weight| matrices.copy(weight.clone())),
             peepholes: (ranges.peepholes.as_ref())
-                .map(|peepholes| packed.copy(peepholes.iter().flat_map(Range::clone))),
+                .map(|peepholes| vectors.copy(peepholes.iter().flat_map(Range::clone))),
             initial: [&ranges.initial_h, &ranges.initial_c]
-                .map(|initial| initial.as_ref().map(|range| packed.copy(range.clone()))),
+                .map(|initial| initial.as_ref().map(|range| vectors.copy(range.clone()))),
         }
     }
 
@@ -175,23 +195,23 @@ impl Places {
         &self,
         client: &ComputeClient<R>,
         layer: &LayerShape,
-        packed: &Buffer,
-        biases: &Buffer,
+        [matrices, vectors, biases]: [&Buffer; 3],
     ) -> DirectionWeights {
-        let part = |range: &Range<usize>| packed.part(range.clone());
+        let matrix = |range: &Range<usize>| matrices.part(range.clone());
+        let vector = |range: &Range<usize>| vectors.part(range.clone());
         let [initial_h, initial_c] = &self.initial;
         let initial = |range: &Option<Range<usize>>, width| match range {
-            Some(range) => part(range),
+            Some(range) => vector(range),
             None => Buffer::from_floats(client, &vec![0.0; width]),
         };
         DirectionWeights {
-            weight_hh_t: part(&self.weight_hh_t),
-            weight_hh: part(&self.weight_hh),
-            projection: self.projection.as_ref().map(part),
-            peepholes: self.peepholes.as_ref().map(part),
+            weight_hh_t: matrix(&self.weight_hh_t),
+            weight_hh: matrix(&self.weight_hh),
+            projection: self.projection.as_ref().map(matrix),
+            peepholes: self.peepholes.as_ref().map(vector),
             initial: [initial(initial_h, layer.output_size), initial(initial_c, layer.cell_size)],
             bias: biases.part(self.bias.clone()),
-            bias_hn: self.bias_hn.as_ref().map(part),
+            bias_hn: self.bias_hn.as_ref().map(vector),
         }
     }
 }

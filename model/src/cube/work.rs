@@ -220,6 +220,7 @@ impl Work {
         let product_shape = Shape { m: self.targets(shape.head), n: shape.classes, k: width };
         product(
             client,
+            shape.precision,
             product_shape,
             self.head_input(shape.head),
             Right::Transposed(weight),
@@ -314,7 +315,16 @@ impl Work {
                 let product_shape = Shape { m: self.extent.places(), n: gates, k: layer.input_size };
                 let x = self.input(index, at);
                 let start = Start::Row(&own.bias, 0);
-                product(client, product_shape, x, Right::Transposed(weight), start, &self.pre, gates);
+                product(
+                    client,
+                    shape.precision,
+                    product_shape,
+                    x,
+                    Right::Transposed(weight),
+                    start,
+                    &self.pre,
+                    gates,
+                );
             }
             let direction = Direction { client, shape, layer, weights: own, lengths: &tables.lengths };
             direction.forward(self.extent, &self.pre, &self.layers[index].directions[at]);
@@ -339,7 +349,8 @@ impl Work {
             Head::Final => &self.d_features,
         };
         let d_logits = self.d_logits(shape.classes);
-        product(client, product_shape, d_logits, Right::Plain(weight), Start::Zero, into, width);
+        let (precision, right) = (shape.precision, Right::Plain(weight));
+        product(client, precision, product_shape, d_logits, right, Start::Zero, into, width);
         for index in (0..shape.num_layers()).rev() {
             self.layer_backward(network, tables, index);
         }
@@ -385,7 +396,8 @@ impl Work {
             let work = &self.layers[index].directions[at];
             let d = Matrix::dense(work.d_gates(), gate_width(&layer, shape.cell));
             let into = if at == 0 { &self.d_input } else { &self.d_turned };
-            product(client, product_shape, d, Right::Plain(weight), Start::Zero, into, layer.input_size);
+            let (precision, right) = (shape.precision, Right::Plain(weight));
+            product(client, precision, product_shape, d, right, Start::Zero, into, layer.input_size);
             if at == 1 {
                 turn(client, extent, &tables.lengths, layer.input_size, into, &self.d_input, true);
             }

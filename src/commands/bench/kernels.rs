@@ -31,7 +31,7 @@ pub(crate) struct KernelsArgs {
     /// Time steps of a row, instead of the preset's
     #[arg(long, value_name = "T", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
     steps: Vec<u16>,
-    /// What the operands of products are rounded to: f32 or bf16 (CPUs only)
+    /// What the operands of products are rounded to: f32, bf16 or, on GPUs, tf32
     #[arg(long, value_name = "PRECISION", default_value = "f32")]
     precision: String,
     /// What computes: cpu (one thread), cuda, cuda:N, wgpu or wgpu:N
@@ -48,11 +48,11 @@ pub(super) fn run(args: &KernelsArgs) -> Result<Exit, Problem> {
     let simd = args.simd.resolve()?;
     let wanted = wanted(&args.device)?;
     let all_sizes = all_sizes(args)?;
-    if !matches!(wanted, Wanted::Auto | Wanted::Cpu)
-        && all_sizes.iter().any(|(_, sizes)| sizes.precision != Precision::F32)
+    if matches!(wanted, Wanted::Auto | Wanted::Cpu)
+        && all_sizes.iter().any(|(_, sizes)| sizes.precision == Precision::Tf32)
     {
-        let sentence = format!("precision is {}, which only CPUs have", args.precision);
-        return Err(Problem::usage(sentence).hint("give --device cpu, or leave out --precision"));
+        return Err(Problem::usage("precision is tf32, which only GPUs have")
+            .hint("give --device cuda or wgpu, or --precision f32 or bf16"));
     }
     match wanted {
         Wanted::Auto | Wanted::Cpu => on_cpu(args, simd, &all_sizes)?,
@@ -172,14 +172,15 @@ fn on_device<R: cubecl::Runtime>(
     all_sizes: &[PresetSizes],
 ) -> Result<(), Problem> {
     use benches::device_rates::{Ceilings, DeviceMeter, DeviceRate};
-    let mut meter = DeviceMeter::new(R::client(device))?;
+    let precision = all_sizes.first().map_or(Precision::F32, |(_, sizes)| sizes.precision);
+    let mut meter = DeviceMeter::new(R::client(device), precision)?;
     let Ceilings { gflop_s, gb_s, launch_us } = meter.ceilings;
     print(&if args.json {
         let object = json!({
             "kind": "ceilings",
             "device": args.device,
             "name": name,
-            "precision": "f32",
+            "precision": precision,
             "fma_rate_gflop_s": rounded(gflop_s),
             "copy_gb_s": rounded(gb_s),
             "launch_us": rounded(launch_us),
@@ -187,7 +188,7 @@ fn on_device<R: cubecl::Runtime>(
         format!("{object}\n")
     } else {
         format!(
-            "{name}, f32: {gflop_s:.1} GFLOP/s of multiply-adds, {gb_s:.1} GB/s copied, {launch_us:.1} us a launch\n"
+            "{name}, {precision}: {gflop_s:.1} GFLOP/s of multiply-adds, {gb_s:.1} GB/s copied, {launch_us:.1} us a launch\n"
         )
     })?;
     for (preset, sizes) in all_sizes {
@@ -201,7 +202,7 @@ fn on_device<R: cubecl::Runtime>(
                     "kind": "kernel",
                     "preset": preset,
                     "device": args.device,
-                    "precision": "f32",
+                    "precision": precision,
                     "hidden_size": sizes.hidden_size,
                     "batch_size": sizes.batch_size,
                     "seq_len": sizes.seq_len,

@@ -8,6 +8,8 @@ alignas(256) unsigned char dynamic_shared_mem[SHARED_BYTES + FENCE];
 
 namespace gpu {
 
+const char *fault;
+
 struct Thread {
     jmp_buf here;
     bool has_stack;
@@ -90,6 +92,7 @@ static const char *run_cube(unsigned char *stacks, size_t stack_bytes, unsigned 
     for (unsigned long long interval = 1;; interval++) {
         Order order(count, seed * interval);
         for (unsigned i = 0; i < count; i++) resume(order(i), stacks, stack_bytes);
+        if (fault) return fault;
         for (unsigned i = 1; i < count; i++) {
             if (threads[i].state != threads[0].state) return "some threads of a cube have ended, others wait for them";
             if (threads[i].state == Thread::WAITING && threads[i].line != threads[0].line)
@@ -108,6 +111,7 @@ static const char *run_cube(unsigned char *stacks, size_t stack_bytes, unsigned 
 extern "C" const char *run_grid(void **arguments, const unsigned *cubes, unsigned count, unsigned char *stacks,
                                 size_t stack_bytes, unsigned long long seed) {
     gpu::arguments = arguments;
+    gpu::fault = nullptr;
     for (gpu::Thread &thread : gpu::threads) thread.has_stack = false;
     gridDim = {cubes[0], cubes[1], cubes[2]};
     blockDim = {count, 1, 1};

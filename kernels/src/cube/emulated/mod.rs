@@ -171,7 +171,12 @@ impl Kernel {
     fn compile(source: &KernelSource) -> Self {
         let KernelSource { entry, units, shared_bytes, text, .. } = source;
         assert!(*units <= MOST_UNITS, "{entry}: a cube of {units} threads");
-        let text = text.replace("#include <cuda_runtime.h>", "");
+        // What they have is in device.hpp.
+        let text: String = text
+            .lines()
+            .filter(|line| !line.starts_with("#include"))
+            .map(|line| format!("{line}\n"))
+            .collect();
         let (_, parameters) = text.split_once(&format!("{entry} (")).expect("it has an entry");
         let (parameters, _) = parameters.split_once(')').expect("it has parameters");
         let is_constant = parameters.split(',').filter(|parameter| parameter.contains('*'));

@@ -12,6 +12,7 @@ use crate::cpu::sequence::tests::widen;
 use crate::cpu::sequence::{InputPart, SequenceShape};
 use crate::cpu::simd::Simd;
 use protocol::cell::{Cell, Reset};
+use protocol::job::Precision;
 
 /// A weight `[n, k]` as both passes want it.
 struct Packed {
@@ -20,9 +21,10 @@ struct Packed {
 }
 
 impl Packed {
-    fn new(weight: &[f32], k: usize) -> Self {
+    fn new(precision: Precision, weight: &[f32], k: usize) -> Self {
         let n = weight.len() / k;
-        let (mut forward, mut backward) = (PackedMatrix::new(k, n), PackedMatrix::new(n, k));
+        let room = |k, n| PackedMatrix::with_precision(precision, k, n);
+        let (mut forward, mut backward) = (room(k, n), room(n, k));
         forward.pack_columns(Simd::detect(), weight, k);
         backward.pack_rows(Simd::detect(), weight, k);
         Self { forward, backward }
@@ -47,7 +49,7 @@ impl Case {
 
     fn rnn_on_cpu(&self, data: &Data, row: &Row, shape: SequenceShape<'_>) -> Tensors {
         let (simd, hidden, activation) = (Simd::detect(), self.hidden, self.options.activation);
-        let Packed { forward, backward } = &Packed::new(&data.weights.weight_hh, hidden);
+        let Packed { forward, backward } = &Packed::new(self.precision, &data.weights.weight_hh, hidden);
         let (mut pre, mut h) = (with_biases(&row.x, &data.weights.bias_hh), started(&row.h0, row.length));
         rnn_forward(
             simd,
@@ -84,8 +86,8 @@ impl Case {
             cell_clip: self.options.cell_clip,
             peepholes: weights.peepholes.as_ref().map(|p| Peepholes { i: &p.i, f: &p.f, o: &p.o }),
         };
-        let weight_hh = Packed::new(&weights.weight_hh, output);
-        let weight_hr = weights.weight_hr.as_ref().map(|weight| Packed::new(weight, hidden));
+        let weight_hh = Packed::new(self.precision, &weights.weight_hh, output);
+        let weight_hr = weights.weight_hr.as_ref().map(|weight| Packed::new(self.precision, weight, hidden));
         let weight_hr = weight_hr.as_ref();
         let mut gates = with_biases(&row.x, &weights.bias_hh);
         let (mut h, mut c) = (started(&row.h0, length), started(&row.c0, length));
@@ -137,10 +139,10 @@ impl Case {
         let (simd, hidden) = (Simd::detect(), self.hidden);
         let recurrent_activation = self.options.recurrent_activation;
         let weight_hh = &data.weights.weight_hh;
-        let all = Packed::new(weight_hh, hidden);
+        let all = Packed::new(self.precision, weight_hh, hidden);
         let [gates, candidate] = {
             let (gates, candidate) = weight_hh.split_at(2 * hidden * hidden);
-            [gates, candidate].map(|weight| Packed::new(weight, hidden))
+            [gates, candidate].map(|weight| Packed::new(self.precision, weight, hidden))
         };
         let of = |pass: fn(&Packed) -> &PackedMatrix| match self.options.reset {
             Reset::After => GruWeights::After(pass(&all)),
