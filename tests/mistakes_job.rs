@@ -42,6 +42,11 @@ fn a_job_that_cannot_be_meant_is_refused() {
             "",
         ),
         (
+            format!("{good} --set precision=tf32 --device cpu"),
+            "precision is tf32, which only GPUs have",
+            "give --device cuda or wgpu, or --set precision=f32 or bf16",
+        ),
+        (
             format!("{good} --shards 65"),
             "shards is 65 but batch_size is 64: a shard would have no row",
             "--shards 64",

@@ -22,7 +22,7 @@ const fn network(cell: Cell, task: Task, num_layers: usize, hidden_size: usize, 
 }
 
 /// What each architecture is given, its places for the weights and its tiles: a preset's networks, and each option.
-const JOBS: [(Sizes, &[(&str, &str)]); 19] = [
+const JOBS: [(Sizes, &[(&str, &str)]); 18] = [
     (network(Lstm, Chars, 2, 128, 5), &[]),
     (network(Gru, Chars, 2, 128, 5), &[]),
     (network(Lstm, Chars, 1, 512, 3), &[]),
@@ -43,7 +43,6 @@ const JOBS: [(Sizes, &[(&str, &str)]); 19] = [
     (network(Gru, Rows, 1, 150, 5), &[("reset", "before")]),
     (network(Gru, Rows, 1, 150, 5), &[("recurrent_activation", "hard_sigmoid")]),
     (network(Lstm, Chars, 2, 128, 5), &[("precision", "bf16")]),
-    (network(Lstm, Chars, 1, 512, 3), &[("precision", "bf16")]),
     (network(Gru, Rows, 1, 150, 5), &[("precision", "tf32")]),
 ];
 
@@ -60,6 +59,9 @@ fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_split_and_
         let name = || format!("{sizes:?} {settings:?}");
         let setup = Setup::new(sizes, settings);
         let (state, batch, evaluated) = (setup.start(true), setup.batch(3), setup.evaluation_batch(1));
+        // How near rounded operands are to the CPU's `cube.rs` says.
+        let is_exact = setup.job.precision == Precision::F32;
+        let want = is_exact.then(|| setup.alone().pass(Pass::Train { step: 3 }, &state, &batch));
         let mut first = None;
         for (architecture, (order, workers)) in
             Architecture::ALL.into_iter().flat_map(|it| WAYS.map(|way| (it, way)))
@@ -72,12 +74,11 @@ fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_split_and_
             let bits = (got.bits(), evaluated, state);
             if let Some(first) = &first {
                 assert!(bits == *first, "{} has other bits on {workers} of {device:?}", name());
-            } else if setup.job.precision != Precision::F32 {
-                // How near they are `cube.rs` says.
-                first = Some(bits);
-            } else {
-                let want = setup.alone().pass(Pass::Train { step: 3 }, &state, &batch);
-                let [got_loss, want_loss] = [&got, &want].map(|outcome| StepSums::total(&outcome.sums).loss);
+                continue;
+            }
+            first = Some(bits);
+            if let Some(want) = &want {
+                let [got_loss, want_loss] = [&got, want].map(|outcome| StepSums::total(&outcome.sums).loss);
                 losses.note((got_loss - want_loss).abs() / want_loss, 1e-6, name);
                 states.note(distance(&got.recurrent, &widen(&want.recurrent)), LIMIT, name);
                 for tensor in &setup.layout.tensors {
@@ -85,7 +86,6 @@ fn cuda_kernels_follow_the_cpu_with_the_same_bits_on_any_architecture_split_and_
                     let difference = distance(&got.gradient[range()], &widen(&want.gradient[range()]));
                     gradients.note(difference, LIMIT, || format!("{} of {}", tensor.name, name()));
                 }
-                first = Some(bits);
             }
         }
     }
