@@ -3,6 +3,7 @@
 use clap::Args;
 use coordinator::store::state::StateImage;
 use kernels::Simd;
+use kernels::cpu::simd::SimdLevel;
 use model::cpu::CpuBackend;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use model::cube::CubeBackend;
@@ -100,6 +101,14 @@ impl Chosen {
         Ok(())
     }
 
+    /// What a user would want to know of the job on this device, where nothing is wrong.
+    pub(crate) fn remark(self, job: &JobSpec, simd: Simd) -> Option<&'static str> {
+        let is_slow = self == Self::Cpu && job.precision == Precision::Bf16 && simd.level() != SimdLevel::Amx;
+        is_slow.then_some(
+            "note: precision is bf16, which this CPU multiplies more slowly than f32: it has no AMX",
+        )
+    }
+
     /// Does something on this device. `threads` is how many compute where the CPU does.
     pub(crate) fn run<W: WithBackend>(self, simd: Simd, threads: usize, work: W) -> W::Output {
         match self {
@@ -112,17 +121,20 @@ impl Chosen {
     }
 }
 
-/// Opens a device for a trained network that reads rows of up to `seq_len` steps, and puts its parameters there.
+/// Opens a device for a trained network that reads rows of up to `seq_len` steps, and puts its parameters there. A device
+/// without the precision in which it was trained reads in f32.
 pub(crate) fn open<B: Backend>(
     backend: &B,
     job: &JobSpec,
     image: &StateImage,
     seq_len: usize,
 ) -> Result<(B::Device, <B::Device as Device>::Buffer), DeviceError> {
-    let layout = image.layout();
+    let precision = if backend.has(job.precision) { job.precision } else { Precision::F32 };
+    let (mut job, mut layout) = (job.clone(), image.layout().clone());
+    (job.precision, layout.shape.precision) = (precision, precision);
     let schedule = Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 0 };
     let data = DataShape { model: layout.shape.clone(), seq_len, schedule };
-    let device = backend.open(layout, job, &data, false)?;
+    let device = backend.open(&layout, &job, &data, false)?;
     let values = image.parameters();
     let mut parameters = device.zeros(values.len())?;
     device.import(&mut parameters, 0, &values)?;
@@ -221,6 +233,7 @@ fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Result<usize, Proble
 mod tests {
     use super::*;
     use protocol::job::JobFile;
+    use protocol::layout::{ModelShape, StateLayout};
 
     #[test]
     fn devices_have_these_names() {
@@ -253,6 +266,31 @@ mod tests {
                 Err(problem) => assert_eq!(problem.sentence, "precision is tf32, which only GPUs have"),
             }
         }
+    }
+
+    #[test]
+    fn a_cpu_that_is_slow_in_bf16_says_so() {
+        let exact = JobFile::resolve("char-lstm", None, &[]).unwrap().job;
+        let rounded = JobSpec { precision: Precision::Bf16, ..exact.clone() };
+        assert!(Chosen::Cpu.remark(&exact, Simd::PORTABLE).is_none());
+        assert!(Chosen::Cpu.remark(&rounded, Simd::PORTABLE).is_some_and(|text| text.starts_with("note: ")));
+        #[cfg(feature = "wgpu")]
+        assert!(Chosen::Wgpu(0).remark(&rounded, Simd::PORTABLE).is_none());
+    }
+
+    #[test]
+    fn a_cpu_reads_what_was_trained_in_tf32() {
+        let exact = JobFile::resolve("mnist-rnn", None, &[]).unwrap().job;
+        let job = JobSpec { precision: Precision::Tf32, ..exact };
+        let layout = StateLayout::new(ModelShape::of(&job, 28, 10), 1);
+        let image = StateImage::initial(&layout, &vec![0.5; layout.parameters()]);
+        let cpu = CpuBackend::new(Simd::detect(), 1);
+        let (_, parameters) = open(&cpu, &job, &image, 28).unwrap();
+        assert_eq!(parameters.len(), layout.parameters());
+        let schedule = Schedule { steps_per_epoch: 1, evaluation_batches: 0, total_steps: 1 };
+        let data = DataShape { model: layout.shape.clone(), seq_len: 28, schedule };
+        let error = cpu.open(&layout, &job, &data, false).err().unwrap();
+        assert_eq!(error.to_string(), "precision is tf32, which only GPUs have");
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod child;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kernels::Simd;
 use protocol::handshake::Token;
 use protocol::problem::{Exit, Problem};
 use rustix::process::Signal;
@@ -31,6 +32,9 @@ pub(crate) async fn train(args: TrainArgs) -> Result<Exit, Problem> {
     let threads = args.threads.or(configured).unwrap_or_else(|| (cores() / workers).max(1));
     let device = args.device.resolve()?;
     device.check(&file.job)?;
+    if let Some(remark) = device.remark(&file.job, Simd::detect()) {
+        note(remark);
+    }
     // What cannot be used is refused before anything is started.
     args.tls.restrict(args.collective.resolve()?)?;
     args.tls.resolve()?;

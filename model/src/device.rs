@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 use protocol::batch::{Batch, DataShape};
-use protocol::job::{Clip, EpsilonPlacement, JobSpec, Optimizer};
+use protocol::job::{Clip, EpsilonPlacement, JobSpec, Optimizer, Precision};
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
 use protocol::tree::TreeNode;
@@ -113,11 +113,14 @@ pub trait Backend: Send {
     /// Threads that compute.
     fn threads(&self) -> usize;
 
+    /// Whether it multiplies operands of this precision.
+    fn has(&self, precision: Precision) -> bool;
+
     /// Opens the device for one job. With `recompute` it keeps little of the forward pass and computes it again for
     /// the backward pass: the same bits, less memory.
     ///
     /// # Errors
-    /// The device has no room or is not there.
+    /// The device has no room, is not there, or has not the job's precision.
     fn open(
         &self,
         layout: &StateLayout,

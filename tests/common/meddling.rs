@@ -8,7 +8,7 @@ use kernels::Simd;
 use model::cpu::{CpuBackend, CpuDevice};
 use model::device::{Backend, Device, Pass, Result, StepInput, Update};
 use protocol::batch::{Batch, DataShape, Inputs};
-use protocol::job::JobSpec;
+use protocol::job::{JobSpec, Precision};
 use protocol::layout::StateLayout;
 use protocol::sums::StepSums;
 use protocol::tree::TreeNode;
@@ -69,6 +69,10 @@ impl Backend for Meddling {
 
     fn threads(&self) -> usize {
         Self::cpu().threads()
+    }
+
+    fn has(&self, precision: Precision) -> bool {
+        Self::cpu().has(precision)
     }
 
     fn open(

@@ -119,7 +119,7 @@ impl Architecture {
 pub(super) const MOST_UNITS: u32 = 1024;
 
 /// Alignment of buffers on a CUDA device, in bytes.
-const ALIGNMENT: usize = 512;
+pub(super) const ALIGNMENT: usize = 512;
 
 /// The kernel of a launch.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -87,9 +87,13 @@ impl Backend for CpuBackend {
         self.threads
     }
 
+    fn has(&self, precision: Precision) -> bool {
+        precision != Precision::Tf32
+    }
+
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, recompute: bool) -> Result<CpuDevice> {
-        if job.precision == Precision::Tf32 {
-            return Err(DeviceError("precision is tf32, which only GPUs have".to_owned()));
+        if !self.has(job.precision) {
+            return Err(DeviceError(format!("precision is {}, which only GPUs have", job.precision)));
         }
         CpuDevice::new(self.simd, self.threads, layout.clone(), job, recompute)
     }

@@ -26,9 +26,7 @@ use kernels::cube::sequence::{Limits, Needs};
 use kernels::cube::shards::Partials;
 use kernels::cube::{elements, softmax};
 use protocol::batch::{Batch, DataShape};
-use protocol::job::JobSpec;
-#[cfg(feature = "cuda")]
-use protocol::job::Precision;
+use protocol::job::{JobSpec, Precision};
 use protocol::layout::{Head, LayerShape, ModelShape, StateLayout};
 use protocol::random::{Purpose, keep_threshold, key};
 use protocol::sums::StepSums;
@@ -121,6 +119,10 @@ impl<R: Runtime> Backend for CubeBackend<R> {
 
     fn threads(&self) -> usize {
         1
+    }
+
+    fn has(&self, _: Precision) -> bool {
+        true
     }
 
     fn open(&self, layout: &StateLayout, job: &JobSpec, _: &DataShape, _: bool) -> Result<CubeDevice<R>> {

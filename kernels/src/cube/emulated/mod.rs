@@ -28,7 +28,7 @@ use cubecl_runtime::memory_management::{
 use cubecl_runtime::storage::{ComputeStorage, StorageHandle, StorageId, StorageUtilization};
 use libloading::Library;
 
-use super::source::{KernelSource, MOST_UNITS};
+use super::source::{ALIGNMENT, KernelSource, MOST_UNITS};
 
 /// Before and after the kernel's text.
 const DEVICE: &str = include_str!("device.hpp");
@@ -282,7 +282,14 @@ impl Drop for LibraryFile {
 
 /// Memory of the host with a fence around each piece.
 #[derive(Debug, Default)]
-pub struct FencedMemory(HashMap<StorageId, Vec<u8>>);
+pub struct FencedMemory(HashMap<StorageId, Piece>);
+
+#[derive(Debug)]
+struct Piece {
+    bytes: Vec<u8>,
+    /// Where the first fence begins.
+    start: usize,
+}
 
 /// A part of a piece of memory.
 #[derive(Debug, Clone, Copy)]
@@ -339,13 +346,18 @@ impl ComputeStorage for FencedMemory {
     fn get(&mut self, handle: &StorageHandle) -> Place {
         let piece = self.0.get_mut(&handle.id).expect("it was allocated");
         let (at, len) = (FENCE + handle.offset() as usize, handle.size() as usize);
+        let piece = &mut piece.bytes[piece.start..];
         assert!(at + len + FENCE <= piece.len(), "{handle:?} is not in its piece");
         Place { piece: piece.as_mut_ptr(), piece_len: piece.len(), at, len }
     }
 
     fn alloc(&mut self, size: u64) -> Result<StorageHandle, IoError> {
         let id = StorageId::new();
-        self.0.insert(id, vec![UNWRITTEN; size as usize + 2 * FENCE]);
+        let len = size as usize + 2 * FENCE;
+        let mut bytes = vec![UNWRITTEN; len + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        bytes.truncate(start + len);
+        self.0.insert(id, Piece { bytes, start });
         Ok(StorageHandle::new(id, StorageUtilization { offset: 0, size }))
     }
 
